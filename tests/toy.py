@@ -140,10 +140,10 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
                 video.gop_size = gop or round(fps)
                 if audio is not None:
                     layout = {1: "mono", 2: "stereo"}[len(audio)]
-                    quick = {"aac_coder": "fast"} if audio_codec == "aac" else {}
+                    quick = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_pns": "0"}
                     sound = container.add_stream(audio_codec, rate=rate, layout=layout,
-                                                 options=quick)
-                    sound.bit_rate = 48000
+                                                 options=quick if audio_codec == "aac" else {})
+                    sound.bit_rate = 40000
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = i, 1 / fps
             container.mux(video.encode(frame))
