@@ -1,0 +1,763 @@
+"""Make small toy copies of the datasets: official folders, file names, codecs and annotations.
+
+    python tests/toy.py --out data/toy                    every dataset
+    python tests/toy.py --out data/toy epic --segments    one of them, with the 10 s pieces
+
+A first-person-like video: a wandering camera looks at a random texture, a hand comes in, strikes
+an object and the object changes its state, with a sound. Then seconds of silence, in which other
+objects may slide in. What tells the classes apart is only how the state changes and how it sounds:
+
+    verb     the change                    the ring after the click
+    up       moves up                      rising glide
+    down     moves down                    falling glide
+    grow     1.8 times as large            low, swelling
+    shrink   1.8 times as small            high, fading
+    shake    swings sideways, comes back   tremolo
+    spin     turns, either way             vibrato
+
+    noun     course of the change          the ring after the click
+    rigid    at once, in 0.1 s             short and pure
+    viscous  steadily over 0.8 s           noisy
+    elastic  overshoots and swings         beats 5 times a second, dying down
+    brittle  three steps, 0.25 s apart     three clicks and three short rings
+
+Look, place, size, background and camera are random and the same for all classes: an object that
+moves up has started low, but objects rest low and high, small and large in every class, and the
+hand leaves as it came. So no single frame says what happens; a test measures that.
+Every video has its own random numbers, made from (seed, dataset, number of the video); the same
+seed makes the same files whatever the number of workers.
+"""
+import argparse
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import uuid
+from fractions import Fraction
+from pathlib import Path
+from zlib import crc32
+
+import av
+import numpy as np
+from scipy.ndimage import gaussian_filter, zoom
+from scipy.signal import lfilter, resample_poly
+
+# ---- the classes: what to tune ----
+
+TRAVEL = 0.32        # up, down: distance in picture heights
+GROWTH = 1.8         # grow, shrink: factor on the radius
+SWING = 0.09         # shake: amplitude in picture heights
+TURN = 0.6           # spin: turns
+REACH = 0.7          # seconds the hand needs to come, and to go
+SLIDE = 0.4          # seconds an object needs to slide in or out
+CHANGE = 0.9         # seconds after which every change is over
+KEEP = 0.5           # how often a fitting object is struck again
+
+VERBS = {  # change: (EPIC class, its words), (Ego4D class, its word), start state (low, large)
+    "up": ((0, ["lift", "raise"]), (41, "lift_(lift,_raise)"), (1, 0)),
+    "down": ((1, ["lower", "let-down"]), (43, "lower_(lower,_let_down)"), (-1, 0)),
+    "grow": ((4, ["inflate", "stretch"]), (17, "inflate_(inflate,_stretch)"), (0, -1)),
+    "shrink": ((9, ["squeeze", "compress"]), (82, "squeeze_(squeeze,_compress)"), (0, 1)),
+    "shake": ((13, ["shake", "jiggle"]), (74, "shake_(shake,_jiggle)"), (0, 0)),
+    "spin": ((21, ["turn", "spin-round"]), (105, "turn_(turn,_spin)"), (0, 0)),
+}
+NOUNS = {  # course of the change: (EPIC class, its words), (Ego4D class, its word), s in contact
+    "rigid": ((3, ["lid", "steel lid"]), (12, "lid_(lid,_cover)"), 0.1),
+    "viscous": ((15, ["dough", "bread dough"]), (150, "dough_(dough,_paste)"), 0.8),
+    "elastic": ((21, ["sponge", "rubber sponge"]), (301, "sponge_(sponge,_rubber)"), 0.1),
+    "brittle": ((103, ["cracker", "rice cracker"]), (467, "cracker_(cracker,_crisp)"), 0.5),
+}
+PITCH = {  # verb: pitch and loudness, s = share of the ring that has passed, t = seconds
+    "up": (lambda s, t: 0.6 * 3**s, lambda s, t: 1),
+    "down": (lambda s, t: 1.8 * 3**-s, lambda s, t: 1),
+    "grow": (lambda s, t: 0.4, lambda s, t: 0.2 + 0.8 * s),
+    "shrink": (lambda s, t: 2.5, lambda s, t: 1 - 0.8 * s),
+    "shake": (lambda s, t: 1, lambda s, t: 0.5 + 0.5 * np.cos(2 * np.pi * 8 * t)),
+    "spin": (lambda s, t: 1 + 0.35 * np.sin(2 * np.pi * 7 * t), lambda s, t: 1),
+}
+TIMBRE = {  # noun: seconds, overtones, share of noise, envelope
+    "rigid": (0.22, (1,), 0.0, lambda t: np.exp(-t / 0.1)),
+    "viscous": (0.60, (1, 0.3), 0.9, lambda t: np.exp(-t / 0.6)),
+    "elastic": (0.60, (1, 0.5, 0.3), 0.0, lambda t: np.exp(-(t % 0.2) / 0.06 - t / 0.4)),
+    "brittle": (0.75, (1, 0, 0.6, 0, 0.4), 0.0, lambda t: np.exp(-(t % 0.25) / 0.05)),
+}
+BASE_PITCH, RING, CLICK, HUM = 700, 0.2, 0.6, 0.003          # Hz, and three amplitudes
+GAP = {  # kind of video: seconds from the i-th strike to the next
+    "normal": lambda rng, i: 2.2 + 4 * rng.beta(1, 3.2),
+    "dense": lambda rng, i: rng.uniform(1.95, 2.3),
+    "calm": lambda rng, i: rng.uniform(9.8, 11) if i % 3 == 1 else rng.uniform(4.4, 6.5),
+}
+
+
+def course(noun, u):
+    """How far a change is u seconds after the strike: 0 before it, 1 in the end."""
+    if noun == "brittle":
+        return np.clip(np.floor(u / 0.25 + 1e-6) + 1, 0, 3) / 3
+    p = np.clip(u / (0.8 if noun == "viscous" else 0.1), 0, 1)
+    if noun == "elastic":                        # there after 0.1 s, then swings about the end
+        v = np.maximum(u - 0.1, 0)
+        p = p + 0.45 * np.exp(-v / 0.25) * np.sin(2 * np.pi * 5 * v)
+    return p
+
+
+def swing(noun, u):
+    """Sideways displacement of a shaken object; the same four rhythms as `course`."""
+    length = {"rigid": 0.25, "viscous": 0.75, "elastic": 0.8, "brittle": 0.75}[noun]
+    inside = (u >= 0) & (u < length)
+    if noun == "brittle":                        # three jolts to the same side
+        return inside * np.sin(np.pi * np.clip(u % 0.25 / 0.15, 0, 1))
+    if noun == "elastic":
+        return inside * np.sin(2 * np.pi * 5 * u) * np.exp(-np.maximum(u, 0) / 0.3)
+    return inside * np.sin(2 * np.pi * 4 * u)
+
+
+# ---- writing a video file ----
+
+
+def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", options=None,
+                audio_codec="aac", container_format=None, gop=None, pix_fmt="yuv420p"):
+    """Write frames, an iterable of (H, W, 3) uint8, and audio, float32 (channels, n) or None.
+
+    The file appears under its name only when it is complete. One thread: more would change the
+    bytes from machine to machine, and the workers fill the cores already.
+    """
+    path, fps = Path(path), Fraction(fps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".part-{path.name}")
+    if options is None and codec == "libx264":
+        options = {"preset": "ultrafast", "crf": "27"}
+    with av.open(str(part), "w", format=container_format) as container:
+        video, sound, at, n = None, None, 0, 0
+        for i, picture in enumerate(frames):
+            if video is None:
+                video = container.add_stream(codec, rate=fps, options=dict(options or {}))
+                video.height, video.width = picture.shape[:2]
+                video.pix_fmt, video.codec_context.thread_count = pix_fmt, 1
+                video.gop_size = gop or round(fps)
+                if audio is not None:
+                    layout = {1: "mono", 2: "stereo"}[len(audio)]
+                    quick = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_pns": "0"}
+                    sound = container.add_stream(audio_codec, rate=rate, layout=layout,
+                                                 options=quick if audio_codec == "aac" else {})
+                    sound.bit_rate = 40000
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = i, 1 / fps
+            container.mux(video.encode(frame))
+            n = math.ceil((i + 1) * rate / fps)          # sound up to the end of this picture
+            while sound and at < min(n, audio.shape[1]):
+                at = _add_sound(container, sound, audio, at, n, rate)
+        while sound and at < audio.shape[1]:             # sound may outlast the pictures
+            at = _add_sound(container, sound, audio, at, audio.shape[1], rate)
+        for stream in filter(None, (video, sound)):
+            container.mux(stream.encode(None))
+    os.replace(part, path)
+
+
+def _add_sound(container, stream, audio, at, n, rate):
+    block = np.ascontiguousarray(audio[:, at:min(n, at + 4096)], dtype=np.float32)
+    frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=stream.layout.name)
+    frame.pts, frame.sample_rate, frame.time_base = at, rate, Fraction(1, rate)
+    container.mux(stream.encode(frame))
+    return at + block.shape[1]
+
+
+# ---- textures and sprites ----
+
+
+def noise_texture(rng, height, width, contrast=1.0):
+    """Smooth noise of several octaves between random colours.   -> (height, width, 3) float32"""
+    field = np.zeros((height, width), np.float32)
+    for cell, weight in ((48, 1.0), (24, 0.6), (12, 0.4), (6, 0.25)):
+        grid = rng.normal(size=(height // cell + 3, width // cell + 3)).astype(np.float32)
+        field += weight * zoom(grid, cell, order=1)[:height, :width]
+    weight = 1 / (1 + np.exp(-2 * field))[..., None]
+    low, high = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
+    middle = (low + high) / 2
+    return middle + contrast * (weight - 0.5) * (high - low)
+
+
+def shape_mask(kind, u, v):
+    """Inside of a shape that fits into the unit circle."""
+    distance, angle = np.hypot(u, v), np.arctan2(v, u)
+    if kind == "box":
+        return np.maximum(abs(u), abs(v)) < 0.72
+    if kind == "triangle":
+        return np.maximum(v, abs(u) * 0.87 - v / 2) < 0.5
+    if kind == "cross":
+        return (np.minimum(abs(u), abs(v)) < 0.32) & (distance < 0.98)
+    if kind == "star":
+        return distance < 0.68 + 0.28 * np.cos(5 * angle)
+    if kind == "ring":
+        return (distance < 0.95) & (distance > 0.4)
+    if kind == "finger":                                 # the hand or tool, its tip at u = -1
+        return np.hypot(np.maximum(abs(u) - 0.72, 0), v) < 0.26
+    return distance < 0.9                                # disc
+
+
+def make_sprite(rng, kind):
+    """A shape with a two-coloured texture.   -> (64, 64, 4): colour times alpha, 1 - alpha"""
+    v, u = np.mgrid[-1.05:1.05:64j, -1.05:1.05:64j]
+    if kind == "finger":                                 # skin, or metal
+        skin = np.array(rng.choice([(224, 172, 140), (150, 100, 70), (90, 60, 45)]))
+        colours = [skin if rng.random() < 0.7 else np.full(3, rng.uniform(110, 210))] * 2
+        colours = [c * rng.uniform(0.85, 1.1) for c in colours]
+    else:
+        colours = rng.uniform(25, 230, size=(2, 3))
+    field = gaussian_filter(rng.normal(size=(64, 64)), rng.uniform(3, 7))
+    field += field.std() * rng.uniform(0.5, 1.5) * np.where(u * rng.normal() + v > 0, 1, -1)
+    mix = 1 / (1 + np.exp(-4 * field / field.std()))[..., None]
+    alpha = gaussian_filter(shape_mask(kind, u, v).astype(float), 0.8)[..., None]
+    colour = np.clip(colours[0] * mix + colours[1] * (1 - mix), 16, 236)
+    return np.concatenate([colour * alpha, 1 - alpha], -1).astype(np.float32)
+
+
+def turned(sprite, radius, angle):
+    """The sprite at a size and an angle, (n, n, 4)."""
+    n = int(radius) + 1
+    x = np.arange(-n, n + 1) / (1.05 * radius)
+    c, s = math.cos(angle) * 32, math.sin(angle) * 32
+    u = (x[None] * c + x[:, None] * s + 32).astype(int).clip(0, 63)
+    v = (x[:, None] * c - x[None] * s + 32).astype(int).clip(0, 63)
+    return sprite[v, u]
+
+
+def blend(frame, patch, y, x):
+    """Draw a turned sprite centred at (y, x); what lies outside the frame is cut off."""
+    n, top, left = len(patch), round(y) - len(patch) // 2, round(x) - len(patch) // 2
+    y0, x0 = max(top, 0), max(left, 0)
+    y1, x1 = min(top + n, frame.shape[0]), min(left + n, frame.shape[1])
+    if y0 < y1 and x0 < x1:
+        patch, place = patch[y0 - top:y1 - top, x0 - left:x1 - left], frame[y0:y1, x0:x1]
+        place[...] = place * patch[..., 3:] + patch[..., :3]
+
+
+# ---- the pictures of a video ----
+
+
+def smooth_path(rng, times, reach):
+    """A slow wander of up to `reach` pixels."""
+    periods, phases = rng.uniform(5, 18, 3), rng.uniform(0, 2 * np.pi, 3)
+    waves = np.sin(2 * np.pi * times[:, None] / periods + phases)
+    return waves @ np.array([0.5, 0.3, 0.2]) * reach
+
+
+def lay_out(rng, strikes):
+    """Which object is there from when to when, and which strikes it gets."""
+    objects = []
+
+    def bring(moment, low, large):
+        """A new object slides in at a moment and the last one slides out."""
+        if objects:
+            objects[-1]["leave"] = moment
+        low, large = low or rng.choice([-1, 1]), large or rng.choice([-1, 1])
+        state = {"arrive": moment, "leave": math.inf, "low": low, "large": large}
+        objects.append(state | {"now": [low, large], "strikes": []})
+
+    for i, (t, verb, noun) in enumerate(strikes):
+        low, large = VERBS[verb][2]
+        before = strikes[i - 1][0] + CHANGE if i else -10.0
+        if i and t - before > 6:                         # in a long silence: one that is only seen
+            bring(rng.uniform(before, t - REACH - 3), 0, 0)
+            before = objects[-1]["arrive"] + 1.5
+        now = objects[-1]["now"] if objects else (0, 0)
+        fits = i and low in (0, now[0]) and large in (0, now[1])
+        if not fits or rng.random() > KEEP:
+            bring(rng.uniform(before, max(t - REACH - SLIDE, before)) if i else -10.0, low, large)
+        now = objects[-1]["now"]
+        objects[-1]["strikes"].append((t, verb, noun, rng.choice([-1, 1])))
+        now[0], now[1] = now[0] - 2 * low, now[1] - 2 * large
+    return objects
+
+
+def trace(rng, objects, times, height, width):
+    """Place, size and angle of objects and hands in every picture: list of (sprite, first, last,
+    y, x, radius, angle), the last four arrays over the pictures first .. last - 1."""
+    def smooth(u):
+        return np.clip(u, 0, 1) ** 2 * (3 - 2 * np.clip(u, 0, 1))
+
+    tracks, hands = [], []
+    kinds = ["disc", "box", "triangle", "cross", "star", "ring"]
+    for o in objects:
+        first, last = np.searchsorted(times, [o["arrive"], o["leave"] + SLIDE])
+        t = times[first:last]
+        y = height * (rng.uniform(0.43, 0.57) + o["low"] * TRAVEL / 2) + 0 * t
+        x = width * rng.uniform(0.4, 0.6) + 0 * t
+        radius = height * rng.uniform(0.11, 0.16) * GROWTH ** (o["large"] / 2) + 0 * t
+        angle = rng.uniform(0, 2 * np.pi) + 0 * t
+        sides = rng.choice([-0.8, 0.8], size=2) * width
+        x += sides[0] * (1 - smooth((t - o["arrive"]) / SLIDE))
+        x += sides[1] * smooth((t - o["leave"]) / SLIDE)
+        for moment, verb, noun, sense in o["strikes"]:
+            p = course(noun, t - moment)
+            low, large = VERBS[verb][2]
+            y -= low * TRAVEL * height * p
+            radius *= GROWTH ** (-large * p)
+            if verb == "spin":
+                angle += sense * 2 * np.pi * TURN * p
+            if verb == "shake":
+                x += sense * SWING * height * swing(noun, t - moment)
+            # The hand stays in contact only while the change runs, follows the object and leaves
+            # as it came: otherwise its place would tell what is before and what is after.
+            away = np.maximum(moment - t, t - moment - NOUNS[noun][2])
+            here = np.flatnonzero(away < REACH)
+            hands.append((first + here, moment, away[here], (y, x, radius), here))
+        tracks.append((make_sprite(rng, rng.choice(kinds)), first, last, y, x, radius, angle))
+    for at, _, away, (y, x, radius), here in hands:
+        if len(here):
+            way = rng.uniform(-0.3, np.pi + 0.3)         # from below or from a side
+            length = height * rng.uniform(0.2, 0.26)
+            out = radius[here] * 0.8 + length + 1.1 * height * np.maximum(away, 0) / REACH
+            hy, hx = y[here] + np.sin(way) * out, x[here] + np.cos(way) * out
+            tracks.append((make_sprite(rng, "finger"), at[0], at[-1] + 1, hy, hx,
+                           length + 0 * hy, way + 0 * hy))
+    return tracks
+
+
+def draw(video, start=0.0):
+    """The pictures of a video from a time on, one (H, W, 3) uint8 array after the other."""
+    rng = np.random.default_rng((*video["key"], 1))
+    height, width = video["size"]
+    fps, margin = video["fps"], 36
+    times = np.arange(round(video["seconds"] * fps)) / float(fps)
+    ground = noise_texture(rng, height + 2 * margin, width + 2 * margin, rng.uniform(0.4, 0.9))
+    ground = ground.clip(16, 236).astype(np.uint8)
+    pan = [smooth_path(rng, times, margin - 1) for _ in range(2)]              # y, x
+    tracks = trace(rng, lay_out(rng, video["strikes"]), times, height, width)
+    blobs = [(turned(make_sprite(rng, "disc"), rng.uniform(0.04, 0.1) * height, 0),
+              rng.uniform(0, height) + smooth_path(rng, times, 0.4 * height),
+              rng.uniform(0, width) + smooth_path(rng, times, 0.4 * width))
+             for _ in range(rng.integers(2, 5))]
+    # Colours stay within 16 .. 236, so that adding the noise never wraps around.
+    grain = rng.normal(0, 1.2, (8, height, width, 3)).round().clip(-8, 8).astype(np.int8)
+    grain, order = grain.view(np.uint8), rng.integers(8, size=len(times))
+    cache, begin = {}, round(start * fps)
+    for i in range(begin, len(times)):
+        top, left = round(margin + pan[0][i]), round(margin + pan[1][i])
+        frame = ground[top:top + height, left:left + width].copy()
+        for patch, y, x in blobs:
+            blend(frame, patch, y[i] - pan[0][i], x[i] - pan[1][i])
+        for k, (sprite, first, last, y, x, radius, angle) in enumerate(tracks):
+            if first <= i < last:
+                j = i - first
+                look = (radius[j], angle[j])
+                if cache.get(k, (None,))[0] != look:
+                    cache[k] = look, turned(sprite, *look)
+                # The object is near: it follows the camera but for a small rest.
+                blend(frame, cache[k][1], y[j] - 0.2 * pan[0][i], x[j] - 0.2 * pan[1][i])
+        frame += grain[order[i]]
+        yield frame
+
+
+# ---- the sound of a video ----
+
+
+def click(rng, rate):
+    t = np.arange(int(0.008 * rate)) / rate
+    return CLICK * rng.uniform(-1, 1, len(t)) * np.exp(-t / 0.003)
+
+
+def strike_sound(rng, verb, noun, rate):
+    """A click and a ring whose pitch tells the verb and whose timbre tells the noun."""
+    seconds, overtones, noisy, envelope = TIMBRE[noun]
+    t = np.arange(int(seconds * rate)) / rate
+    pitch, loudness = (f(t / seconds, t) for f in PITCH[verb])
+    phase = np.cumsum(BASE_PITCH * rng.uniform(0.8, 1.2) * pitch + 0 * t) * 2 * np.pi / rate
+    tone = sum(w * np.sin((k + 1) * phase) for k, w in enumerate(overtones))
+    if noisy:                                            # a band of noise around the pitch
+        flutter = lfilter([0.03], [1, -0.97], rng.normal(size=len(t)))
+        tone *= (1 - noisy) + noisy * flutter / flutter.std()
+    fade = np.minimum(1, np.minimum(t, seconds - t) / 0.01)
+    out = RING * loudness * envelope(t) * fade * tone / max(1, sum(overtones))
+    for k, at in enumerate((0, 0.25, 0.5) if noun == "brittle" else (0,)):
+        c = click(rng, rate) * 0.8**k
+        out[int(at * rate):int(at * rate) + len(c)] += c
+    return out * rng.uniform(0.7, 1)
+
+
+def hear(video):
+    """The sound of a video, (channels, n) float32, or None where there is no track."""
+    rng = np.random.default_rng((*video["key"], 2))
+    rate, n = video["rate"], round(video["seconds"] * video["rate"])
+    if video["sound"] == "none":
+        return None
+    if video["sound"] == "silent":
+        return np.zeros((video["channels"], n), np.float32)
+    hum = np.sin(np.float32(2 * np.pi * rng.uniform(50, 150) / rate) * np.arange(n, dtype="f4"))
+    mono = HUM * (0.5 * hum + rng.random(n, dtype="f4") - 0.5)
+    for t, verb, noun in video["strikes"]:
+        sound, at = strike_sound(rng, verb, noun, rate), round(t * rate)
+        mono[at:at + len(sound)] += sound[:n - at]
+    gains = rng.uniform(0.85, 1, (video["channels"], 1))
+    return np.clip(gains * mono, -1, 1).astype(np.float32)
+
+
+# ---- planning the videos of a dataset ----
+
+
+def plan_video(seed, name, k, kind, seconds, fps, sound="on"):
+    """When something is struck in video number k; the classes come later (`deal`)."""
+    key = (seed, crc32(name.encode()), k)
+    rng = np.random.default_rng(key)
+    times = [rng.uniform(1.2, 3.0)]
+    count = rng.integers(26, 29) if kind == "dense" else None
+    while len(times) < count if count else times[-1] < seconds:
+        times.append(times[-1] + GAP[kind](rng, len(times)))
+    if count:                                            # as long as so many strikes take
+        seconds = times[-1] + 1.5
+    times = [t for t in times if t < seconds - 1.1]
+    size = [(112, 160), (112, 160), (120, 160), (112, 176)][rng.integers(4)]
+    return {"key": key, "size": size, "fps": Fraction(fps), "sound": sound, "times": times,
+            "seconds": round(float(round(seconds * fps) / Fraction(fps)), 6), "kind": kind,
+            "rate": int(rng.choice([44100, 48000])), "channels": int(rng.choice([1, 2]))}, rng
+
+
+def deal(videos, rng):
+    """Give every strike of a split a verb and a noun, all pairs equally often."""
+    pairs, deck = [(v, n) for v in VERBS for n in NOUNS], []
+    for video in videos:
+        video["strikes"] = []
+        for t in video["times"]:
+            deck = deck or [pairs[i] for i in rng.permutation(len(pairs))]
+            video["strikes"].append((t, *deck.pop()))
+
+
+def counted(n, scale, least):
+    return max(least, round(n * scale))
+
+
+# ---- EPIC-KITCHENS-100 ----
+
+EPIC_COLUMNS = ["narration_id", "participant_id", "video_id", "narration_timestamp",
+                "start_timestamp", "stop_timestamp", "start_frame", "stop_frame", "narration",
+                "verb", "verb_class", "noun", "noun_class", "all_nouns", "all_noun_classes"]
+
+
+def stamp(seconds, digits):
+    minutes, rest = divmod(round(seconds, digits), 60)
+    return f"{minutes // 60:02.0f}:{minutes % 60:02.0f}:{rest:0{3 + digits}.{digits}f}"
+
+
+def write_csv(path, columns, rows):
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def epic_rows(video, rng):
+    """One annotation per strike, which is about in the middle of its time span."""
+    rows, name = [], video["id"]
+    for i, (t, verb, noun) in enumerate(video["strikes"]):
+        start, stop = t - rng.uniform(0.5, 0.9), t + rng.uniform(0.5, 1.0)
+        if rng.random() < 0.06:                          # a few overlap the next one
+            stop += 1.8
+        start, stop = round(max(start, 0), 2), round(min(stop, video["seconds"]), 2)
+        if video.get("overrun") and i + 1 == len(video["strikes"]):
+            stop = round(video["seconds"] + 3.3, 2)
+        (verb_class, verbs), (noun_class, nouns) = VERBS[verb][0], NOUNS[noun][0]
+        verb, noun = rng.choice(verbs), rng.choice(nouns)
+        way = rng.choice([f"{verb} {noun}", f"{verb}, gently, {noun}"], p=[0.85, 0.15])
+        also = [["cup", 13]] if rng.random() < 0.1 else []
+        rows.append(dict(zip(EPIC_COLUMNS, [
+            f"{name}_{i}", name[:3], name, stamp(max(0, start - rng.uniform(-0.3, 0.3)), 3),
+            stamp(start, 2), stamp(stop, 2), int(start * video["fps"]), int(stop * video["fps"]),
+            str(way).replace("-", " "), str(verb), verb_class, str(noun), noun_class,
+            [str(noun)] + [a[0] for a in also], [noun_class] + [a[1] for a in also]])))
+    return rows
+
+
+def make_epic(root, seed, scale, segments):
+    """Annotations of the toy EPIC-KITCHENS-100.   -> the videos to draw"""
+    rng = np.random.default_rng((seed, crc32(b"epic")))
+    people = {"train": [f"P{i:02d}" for i in range(1, 7)],
+              "validation": ["P01", "P18", "P02", "P32", "P03", "P04", "P05", "P06"],
+              "test_timestamps": ["P04", "P27"]}
+    counts = {"train": counted(14, scale, 3), "validation": counted(8, scale, 2),
+              "test_timestamps": counted(2, scale, 1)}
+    folder, tasks, infos = root / "annotations", [], []
+    folder.mkdir(parents=True)
+    for s, (split, names) in enumerate(people.items()):
+        videos = []
+        for k in range(counts[split] + (split == "train")):
+            absent = k == counts["train"]                # listed, but its file could not be had
+            fps = {3: Fraction(50), 5: Fraction(60000, 1001)}.get(k, Fraction(30000, 1001))
+            video, own = plan_video(seed, "epic", 1000 * s + k, "normal",
+                                    12 if absent else rng.uniform(39, 48), fps,
+                                    "none" if (s, k) == (0, 2) else "on")
+            number = 10 * s + k // len(names) + 1
+            video["id"] = f"{names[k % len(names)]}_{number + 100 * (k % 2):0{2 + k % 2}d}"
+            video |= {"channels": 2, "own": own, "absent": absent, "overrun": (s, k) == (0, 1)}
+            videos.append(video)
+        deal(videos, rng)
+        rows = []
+        for video in videos:
+            rows += epic_rows(video, video.pop("own"))
+            resolution = "{1}x{0}".format(*video["size"])
+            infos.append({"video_id": video["id"], "duration": video["seconds"],
+                          "fps": float(video["fps"]), "resolution": resolution})
+            if not video["absent"]:
+                path = root / "videos" / video["id"][:3] / f"{video['id']}.MP4"
+                video["files"] = [(path, 0.0, [])]
+                video["segments"] = root / "segments" if segments else None
+                tasks.append(video)
+        write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15], rows)
+    write_csv(folder / "EPIC_100_video_info.csv", list(infos[0]), infos)
+    # Official counts: 97 verbs of which 86 in the tail, 300 nouns of which 228. In the toy the
+    # tail is the end of the list; two of its verbs and one of its nouns do occur.
+    for word, table, number, tail in (("verb", VERBS, 97, 86), ("noun", NOUNS, 300, 228)):
+        used = {row[0][0]: row[0][1] for row in table.values()}
+        used = {13: ["cup"]} | used if word == "noun" else used
+        classes = [(i, used.get(i, [f"{word}-{i}"])) for i in range(number)]
+        columns = ["id", "key", "instances", "category"]
+        write_csv(folder / f"EPIC_100_{word}_classes.csv", columns,
+                  [dict(zip(columns, (i, w[0], w, "toy"))) for i, w in classes])
+        write_csv(folder / f"EPIC_100_tail_{word}s.csv", [word],
+                  [{word: i} for i in range(number - tail, number)])
+    for split, unseen in (("validation", ["P18", "P32"]), ("test", ["P27"])):
+        write_csv(folder / f"EPIC_100_unseen_participant_ids_{split}.csv", ["participant_id"],
+                  [{"participant_id": p} for p in unseen])
+    return tasks
+
+
+# ---- Ego4D ----
+
+
+def write_json(path, split, clips):
+    head = {"version": "v1", "date": "220101", "description": "toy copy of Ego4D FHO",
+            "manifest": "toy", "split": split}
+    path.write_text(json.dumps(head | {"clips": clips}))
+
+
+def span(name, start, stop):
+    """The four keys of a span of time at Ego4D's 30 frames per second."""
+    return {f"{name}_start_sec": round(start, 3), f"{name}_end_sec": round(stop, 3),
+            f"{name}_start_frame": round(start * 30), f"{name}_end_frame": round(stop * 30)}
+
+
+def lta_entries(video, k, rng, labels):
+    """The actions of a clip: windows around the strikes, short ones and some of 8 s."""
+    entries, end = [], video["seconds"] - video["cut"]
+    strikes = [(t - video["cut"], *c) for t, *c in video["strikes"] if t > video["cut"] + 1]
+    for i, (t, verb, noun) in enumerate(strikes):
+        length = 8.0 if rng.random() < 0.15 else rng.uniform(2.4, 4.0)
+        start = max(0.0, round(t - length * rng.uniform(0.4, 0.6), 2))
+        stop = round(min(end, start + length), 2)
+        if video["overrun"] and i + 1 == len(strikes):
+            stop = round(end + 2.5, 2)
+        (verb_label, verb), (noun_label, noun) = VERBS[verb][1], NOUNS[noun][1]
+        words = {"verb": verb, "noun": noun}
+        numbers = {"verb_label": verb_label, "noun_label": noun_label}
+        entries.append({
+            "video_uid": video["video_uid"], "clip_uid": video["clip_uid"], "clip_id": k,
+            **span("clip_parent", video["cut"], video["seconds"]),
+            **span("interval", video["cut"], video["seconds"]), **(words if labels else {}),
+            **span("action_clip", start, stop), "action_idx": i, **(numbers if labels else {})})
+    return entries
+
+
+def oscc_entries(video, k, rng, labels):
+    """8 s windows, where the pauses allow it, with exactly one strike or with none."""
+    entries, times = [], [-CHANGE, *(t for t, *_ in video["strikes"]), video["seconds"] + REACH]
+    free = [(i, i + 1) for i in range(len(times) - 1)]
+    for i, j in 3 * free + 2 * [(i, i + 2) for i in range(len(times) - 2)]:
+        first, last, change = times[i] + CHANGE, times[j] - REACH, j == i + 2
+        # Both kinds are shortened alike, or the length would tell them apart.
+        length = min(8.0, last - first, rng.uniform(4, 8) if rng.random() < 0.4 else 8.0)
+        length = math.floor(length * 10) / 10
+        low, high = first, last - length
+        if change:
+            low, high = max(low, times[i + 1] - length + 0.6), min(high, times[i + 1] - 0.6)
+        start = math.ceil(rng.uniform(low, max(low, high)) * 10) / 10
+        if length < 4 or start + length > last:
+            continue
+        name, stop = f"{k}{len(entries):03d}", round(start + length, 1)
+        place = f"{start:g}-{stop:g}".replace(".", "_")
+        unique = f"{uuid_from(rng)}-{place}" if labels else f"{name}-{place}-{name}"
+        known = video["in_clip"] and start >= video["cut"] and rng.random() < 0.8
+        entry = {"clip_id": name, "unique_id": unique, "video_uid": video["video_uid"],
+                 **span("parent", start, stop)}
+        if labels and not change:
+            entry |= {"state_change": False, "pnr_frame": None}
+        else:
+            entry = {"clip_uid": video["clip_uid"] if known else None} | entry
+        if labels and change:
+            pnr, cut = round(times[i + 1] * 30), video["cut"] if known else 0
+            entry |= {**span("clip", start - cut, stop - cut), "state_change": True,
+                      "clip_pnr_frame": pnr - round(30 * cut), "parent_pnr_frame": pnr}
+        entries.append((change, entry))
+    return entries
+
+
+def uuid_from(rng):
+    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
+def make_ego4d(root, seed, scale, segments):
+    """Annotations of the toy Ego4D.   -> the videos to draw"""
+    rng = np.random.default_rng((seed, crc32(b"ego4d")))
+    kinds = {"train": ["dense", "calm", "normal", "calm", "calm", "normal", "dense", "normal",
+                       "calm", "normal", "calm", "dense", "normal", "calm", "normal", "normal"],
+             "val": ["dense", "calm", "normal", "calm", "dense", "calm"],
+             "test_unannotated": ["dense", "calm"]}
+    folder, tasks = root / "annotations", []
+    folder.mkdir(parents=True)
+    for s, (split, pattern) in enumerate(kinds.items()):
+        videos, lta, oscc = [], [], []
+        n = counted(len(pattern), scale, (4, 2, 2)[s])
+        for k in range(n + (split == "train")):
+            kind = pattern[k % len(pattern)] if k < n else "normal"
+            sound = {2: "none", 3: "silent", 5: "none"}.get(k, "on") if s == 0 else "on"
+            seconds = rng.uniform(52, 60) if kind == "calm" else rng.uniform(30, 38)
+            video, own = plan_video(seed, "ego4d", 1000 * s + k, kind, seconds, 30, sound)
+            # Where the clip is a part of its video, the video starts 8 s earlier.
+            cut = 8.0 if k == 1 else 0.0
+            video |= {"clip_uid": uuid_from(own), "video_uid": uuid_from(own), "cut": cut,
+                      "own": own, "absent": k == n, "overrun": (s, k) == (0, 2), "in_clip": True}
+            videos.append(video)
+        deal(videos, rng)
+        for k, video in enumerate(videos):
+            own, labels = video.pop("own"), split != "test_unannotated"
+            lta += lta_entries(video, 100 * s + k, own, labels)
+            if video["absent"]:                          # listed, but its file could not be had
+                continue
+            if video["kind"] != "dense":
+                oscc += oscc_entries(video, 100 * s + k, own, labels)
+            clip = root / "clips" / f"{video['clip_uid']}.mp4"
+            whole = root / "videos" / f"{video['video_uid']}.mp4"
+            pool = [root / f"{video['clip_uid']}.mp4"] if split == "train" else []
+            same = [(clip, 0.0, [whole, *pool])]
+            parts = [(whole, 0.0, []), (clip, video["cut"], pool)]
+            video["files"] = parts if video["cut"] else same
+            video["segments"] = None
+            tasks.append(video)
+        # As many positives as negatives.
+        some = {c: [e for change, e in oscc if change == c] for c in (True, False)}
+        fewest = min(map(len, some.values()))
+        keep = [e[i] for e in some.values() for i in rng.permutation(len(e))[:fewest]]
+        keep = [keep[i] for i in rng.permutation(len(keep))]
+        write_json(folder / f"fho_lta_{split}.json", split, lta)
+        write_json(folder / f"fho_oscc-pnr_{split}.json", split, keep)
+    taxonomy = {"verbs": [f"verb_{i}" for i in range(115)],
+                "nouns": [f"noun_{i}" for i in range(478)]}
+    for word, table in (("verbs", VERBS), ("nouns", NOUNS)):
+        for row in table.values():
+            taxonomy[word][row[1][0]] = row[1][1]
+    (folder / "fho_lta_taxonomy.json").write_text(json.dumps(taxonomy))
+    return tasks
+
+
+# ---- making a dataset ----
+
+
+def build(video):
+    """Draw one video and write its files.   -> (files, seconds)"""
+    sound, made = hear(video), 0
+    # Quick to write; every fourth with B-frames, whose order in the file is not that of time.
+    preset = "superfast" if video["key"][2] % 4 == 0 else "ultrafast"
+    for path, start, links in video["files"]:
+        begin = round(start * video["rate"])
+        write_video(path, draw(video, start), video["fps"],
+                    None if sound is None else sound[:, begin:], video["rate"],
+                    options={"preset": preset, "crf": "27"})
+        made += 1 + len(links)
+        for link in links:                               # the same recording under another name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, link)
+            except OSError:                              # no hard links on this file system
+                shutil.copyfile(path, link)
+    if video["segments"]:
+        made += cut_pieces(video, sound)
+    return made, video["seconds"] * len(video["files"])
+
+
+def cut_pieces(video, sound):
+    """The pieces of 10 s that RepLAI trains on: 16 pictures per second, sound at 44.1 kHz."""
+    frames = list(draw(video))
+    if sound is not None and video["rate"] == 48000:
+        sound = resample_poly(sound, 147, 160, axis=1).astype(np.float32)
+    starts = [s for s in range(0, math.ceil(video["seconds"]), 10) if video["seconds"] - s >= 1]
+    for start in starts:
+        stop = min(start + 10, video["seconds"])
+        name = f"{video['id']}_{start:06d}_{math.ceil(stop):06d}.MP4"
+        picks = [int((start + i / 16) * video["fps"]) for i in range(int((stop - start) * 16))]
+        piece = None if sound is None else sound[:, start * 44100:round(stop * 44100)]
+        write_video(video["segments"] / name, (frames[i] for i in picks), 16, piece, gop=16)
+    return len(starts)
+
+
+MAKERS = {"epic": make_epic, "ego4d": make_ego4d}
+
+
+def make(name, out, seed=0, scale=1.0, workers=2, segments=False):
+    """Make OUT/name, unless it is there already with the same settings and this file's version.
+
+    Prints one line. A folder that is not a toy is never touched.
+    """
+    began, root = time.time(), Path(out) / name
+    marker = root / ".toy.json"
+    settings = {"seed": seed, "scale": scale, "segments": bool(segments and name == "epic"),
+                "version": crc32(Path(__file__).read_bytes())}
+    if root.exists() and any(root.iterdir()):
+        try:
+            old = json.loads(marker.read_text())
+        except (OSError, ValueError):
+            raise FileExistsError(f"{root} is not a toy dataset, move it away") from None
+        if old["complete"] and old["settings"] == settings and old["files"] == census(root)[0]:
+            print(f"{name}: {root} is there, {old['files']} files")
+            return
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps({"complete": False}))
+    tasks = MAKERS[name](root, seed, scale, segments)
+    tasks.sort(key=lambda video: -video["seconds"] * video["fps"])             # longest first
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(min(workers, len(tasks))) as pool:
+            done = pool.map(build, tasks, chunksize=1)
+    else:
+        done = [build(task) for task in tasks]
+    files, size = census(root)
+    text = json.dumps({"complete": True, "settings": settings, "files": files})
+    part = root / ".toy.part"
+    part.write_text(text)
+    os.replace(part, marker)
+    print(f"{name}: {files} files, {sum(s for _, s in done):.0f} s of video, "
+          f"{size / 1e6:.1f} MB, made in {time.time() - began:.0f} s in {root}")
+
+
+def census(root):
+    """Number of files and their bytes; hidden files do not count, links count once."""
+    files = [p for p in root.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    return len(files), sum({p.stat().st_ino: p.stat().st_size for p in files}.values())
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("dataset", nargs="*", help=f"which ones: {', '.join(MAKERS)} (default: all)")
+    p.add_argument("--out", default="data/toy", metavar="DIR",
+                   help="each becomes DIR/<dataset> (default: data/toy)")
+    p.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
+    p.add_argument("--scale", type=float, default=1.0, help="times as many videos (default: 1)")
+    p.add_argument("--workers", type=int, default=os.cpu_count(),
+                   help="processes (default: one per core)")
+    p.add_argument("--segments", action="store_true", help="epic: cut the pieces of 10 s, too")
+    args = p.parse_args(argv)
+    for name in args.dataset:
+        if name not in MAKERS:
+            p.error(f"no toy of {name!r}, there are: {', '.join(MAKERS)}")
+    if args.seed < 0 or args.workers < 1 or not 0 < args.scale <= 100:
+        p.error("--seed must be at least 0, --workers at least 1, --scale above 0, up to 100")
+    try:
+        for name in args.dataset or MAKERS:
+            make(name, args.out, args.seed, args.scale, args.workers, args.segments)
+    except OSError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
