@@ -103,8 +103,8 @@ class Case:
                 table = dict(zip(*(re.split(r", ?", s.strip()) for s in names.groups())))
                 x = np.array([table[str(i)] for i in x.ravel()]).reshape(x.shape)
             return x
-        pixels = re.match(r"frame i: np\.clip\(values\(name \+ \"\.\" \+ i, \(h, w, 3\)\) \* (\d+) \+ "
-                          r"(\d+), (\d+), (\d+)\)\.astype\(uint8\)", how)
+        pixels = re.match(r"frame i: np\.clip\(values\(name \+ \"\.\" \+ i, \(h, w, 3\)\) \* (\d+) "
+                          r"\+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)", how)
         if pixels:
             gain, shift, low, high = map(int, pixels.groups())
             frames = [recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
@@ -127,7 +127,7 @@ class Case:
         return ((w + np.float32(e["dc"])) * np.float32(e["gain"])).astype(np.float32)
 
     def load(self, module, layouts, required):
-        """Fill `module` from a checkpoint laid out as the released ones, through `--init`'s code."""
+        """Fill `module` from a checkpoint like the released ones, through --init's code."""
         path = self.folder / "released.pth.tar"
         torch.save({"model": {f"module.{k}": v for k, v in self.state().items()}}, path)
         common.load_weights(module, path, layouts, required)
@@ -229,7 +229,8 @@ def compare(got, want, bound, name):
     Batch norm over two values is almost a sign, and the gradient of ReLU and max-pooling jumps:
     there float64 moves our own result by as much as the fixture allows (a quarter of it counts),
     the original's float32 is as far from float64 as ours, and no other implementation can meet it.
-    Of such a part only the order of magnitude is checked, and a warning names it.
+    Such values are held to three times the furthest that float64 moves one of the array instead,
+    such statistics to 5 %, and a warning names them.
     """
     if not isinstance(got, Twice):
         return faults(got, want, *bound, name)
@@ -242,11 +243,15 @@ def compare(got, want, bound, name):
              if any(f.startswith(f"{name}.{p}") for f in ours)}
     if loose:
         warnings.warn(f"{name}: float32 rounding alone moves {', '.join(sorted(loose))} by as "
-                      "much as the fixture allows; only the order of magnitude is compared")
+                      "much as the fixture allows; compared as loosely as that takes")
     kept = [f for f in bad if not any(f.startswith(f"{name}.{p}") for p in loose)]
+    if "first" in loose:
+        single, double = (torch.as_tensor(x).detach().double() for x in got)
+        furthest = (single - double).abs().max().item()
+        kept += faults(digest(got.single)["first"], want["first"], bound[0],
+                       bound[1] + 3 * furthest, at=f"{name}.first")
     rms = want["norm"] / math.sqrt(max(1, math.prod(want["shape"])))
-    scale = {"mean": rms, "std": rms, "norm": want["norm"]}
-    ours = digest(got.single)
+    scale, ours = {"mean": rms, "std": rms, "norm": want["norm"]}, digest(got.single)
     return kept + [f"{name}.{p}: {ours[p]!r}, the original {want[p]!r}, not even 5 % near"
                    for p in loose & set(scale) if not abs(ours[p] - want[p]) <= 0.05 * scale[p]]
 
@@ -329,8 +334,8 @@ def replai_model(case):
     """The model of a criterion's state, filled as pre-training's `--init` fills it."""
     s = shapes(case)
     deep = any(k.startswith("backbone.video.conv2x.1.") for k in s)
-    model = replai.RepLAI(width_of(s, "backbone.video."), case.config.get("depth", 18 if deep else 10),
-                          s["mlp.video_clr.2.weight"][0])
+    depth, out_dim = case.config.get("depth", 18 if deep else 10), s["mlp.video_clr.2.weight"][0]
+    model = replai.RepLAI(width_of(s, "backbone.video."), depth, out_dim)
     case.load(model, replai.PRETRAIN_LAYOUTS, "backbone.")
     return model
 
@@ -388,8 +393,9 @@ def own_avc(video_l, video_r, audio, tau):
 def avc(case):
     if case.config.get("world_size", 1) > 1:
         return avc_processes(case)
-    x = {k: torch.from_numpy(v).requires_grad_() for k, v in case.inputs().items()}
-    loss = own_avc(*(only(x, k) for k in ("video_l", "video_r", "audio")), case.config["temperature"])
+    x, tau = case.inputs(), case.config["temperature"]
+    x = {k: torch.from_numpy(v).requires_grad_() for k, v in x.items()}
+    loss = own_avc(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
     loss.backward()
     return {"loss": loss, **{f"grad:{k}": v.grad for k, v in x.items()}}
 
@@ -423,7 +429,7 @@ def avc_processes(case):
     for p in running:
         p.join(120)
     files = [case.folder / f"out{r}.pt" for r in range(world)]
-    assert all(f.exists() for f in files), f"processes left no result: {[p.exitcode for p in running]}"
+    assert all(f.exists() for f in files), f"no result, exits {[p.exitcode for p in running]}"
     return {k: v for f in files for k, v in torch.load(f).items()}
 
 
@@ -445,10 +451,10 @@ def astc(case):
 def moi(case):
     c, (x,) = case.config, case.inputs().values()
     found = replai.find_moments(x, c["sample_rate"], c["prominence"], c["distance_bins"])
-    peaks = found.times[found.peaks]
+    times, peaks = found.times, found.times[found.peaks]
     kept = replai.admissible(peaks, c["segment_seconds"], c["delta_non_overlap"], c["clip_seconds"])
     return {"zscore_mean_over_frequency": found.curve, "number_of_bins": len(found.curve),
-            "first_bin_seconds": found.times[0], "bin_step_seconds": found.times[1] - found.times[0],
+            "first_bin_seconds": times[0], "bin_step_seconds": times[1] - times[0],
             "all_peak_bins": found.peaks, "all_peak_prominences": found.prominences,
             "kept_peak_seconds": peaks[kept]}
 
@@ -474,7 +480,8 @@ def spectrogram(case):
 def mel_filterbank(case):
     c, bins = case.config, re.search(r"\[(\d+) bins", case.what)
     assert (c["scale"], c["norm"]) == ("htk", None), "only the HTK scale without area norm exists"
-    fbank = replai.mel_filterbank(c.get("bins") or int(bins[1]), c["n_mels"], c["f_min"], c["f_max"])
+    bins = c.get("bins") or int(bins[1])
+    fbank = replai.mel_filterbank(bins, c["n_mels"], c["f_min"], c["f_max"])
     return {"fbank": fbank, "column_sums": fbank.sum(0),
             **{f"row_{i}": row for i, row in enumerate(fbank)}}
 
@@ -602,7 +609,8 @@ def test_matches_the_original(stem, file, case, tmp_path):
         bound = bounds(case["tolerance"], k, state)
         bad += compare(got[k], value, bound, k) if k in got else [
             f"{k}: the adapter does not produce it"]
-    assert not bad, f"{len(bad)} differences, tolerance {case['tolerance']!r}:\n" + "\n".join(bad[:20])
+    text = "\n".join([f"{len(bad)} differences, tolerance {case['tolerance']!r}:", *bad[:20]])
+    assert not bad, text
 
 
 def test_there_are_cases():
