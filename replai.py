@@ -10,7 +10,7 @@ the change from before to after, not the reversed change, agrees with the sound.
     v_l, v_r, a   clips [t-d-0.5, t-d] and [t+d, t+d+0.5], sound [t-1, t+1], d = 0.1 s
     z, y          = n(h(f_V(v))), n(h'(f_A(a)))      n(x) = x / |x|; h two-layer heads
     L_AVC         = ½ mean -log softmax_m(z·Y_m / τ)_own + ½ mean -log softmax_m(y·Z_m / τ)_own
-    p_fwd, p_bwd  = n(g(s_r - s_l))·q / κ, n(g(s_l - s_r))·q / κ      state heads s, q; g two-layer
+    p_fwd, p_bwd  = n(g(s_r - s_l))·n(q) / κ, n(g(s_l - s_r))·n(q) / κ      heads s, q; g two-layer
     L_AStC        = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]
     L             = ½ L_AVC + ½ L_AStC
 
@@ -766,12 +766,12 @@ def avc_loss(z, y, z_all, y_all, own, tau):
 def astc_loss(forth, back, q, kappa):
     """Audible state change.      forth, back: (B, D) g(s_r - s_l), g(s_l - s_r);  q: (B, D) sound
 
-        L_AStC = ½ mean_i [ -log σ(p_fwd,i) - log(1 - σ(p_bwd,i)) ],     p = n(g)·q / κ
+        L_AStC = ½ mean_i [ -log σ(p_fwd,i) - log(1 - σ(p_bwd,i)) ],     p = n(g)·n(q) / κ
 
-    Only n(g) has unit length, q is as it comes. No other sample takes part, hence no gather.
+    All three are L2-normalised here, in float32. No other sample takes part, hence no gather.
     NOTE: the paper writes two log terms; the code averages 2B numbers, which halves their sum.
     """
-    forth, back, q = F.normalize(forth.float(), dim=-1), F.normalize(back.float(), dim=-1), q.float()
+    forth, back, q = (F.normalize(x.float(), dim=-1) for x in (forth, back, q))
     p_fwd, p_bwd = (forth * q).sum(-1) / kappa, (back * q).sum(-1) / kappa            # (B,) each
     return (F.softplus(-p_fwd).mean() + F.softplus(p_bwd).mean()) / 2
 
