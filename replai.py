@@ -147,7 +147,8 @@ def recipe(chosen):
               "weight_decay": 1e-4}
     if chosen.tiny:
         r |= {"crop": 56, "width": 16, "depth": 10, "batch_size": 16, "workers": 2, "log_every": 4,
-              "save_every": 20, "init": "none", "epochs": 20, "lr": 0.05}
+              "save_every": 20, "init": "none", "epochs": 60, "lr": 0.01}
+        r |= {"epochs": 20, "lr": 0.05} if chosen.stage == "linear" else {}
     return r
 
 

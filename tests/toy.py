@@ -16,14 +16,15 @@ objects may slide in. What tells the classes apart is only how the state changes
     spin     turns, either way             vibrato
 
     noun     course of the change          the ring after the click
-    rigid    at once, in 0.1 s             short and pure
-    viscous  steadily over 0.8 s           noisy
-    elastic  overshoots and swings         beats 5 times a second, dying down
+    rigid    ever faster, over 0.5 s       short and pure
+    viscous  steadily, over 0.8 s          noisy
+    elastic  overshoots and swings, 0.8 s  beats 5 times a second, dying down
     brittle  three steps, 0.25 s apart     three clicks and three short rings
 
-Look, place, size, background and camera are random and the same for all classes: an object that
-moves up has started low, but objects rest low and high, small and large in every class, and the
-hand leaves as it came. So no single frame says what happens; a test measures that.
+Look, place, size, background, light and camera are random and the same for all classes: an object
+that moves up has started low, but objects rest low and high, small and large in every class, and
+the hand leaves as it came. So no single frame says what happens; a test measures that. Objects are
+brighter than the ground everywhere, so that small networks see motion after minutes of training.
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
 """
@@ -48,10 +49,13 @@ from scipy.signal import lfilter, resample_poly
 
 # ---- the classes: what to tune ----
 
-TRAVEL = 0.32        # up, down: distance in picture heights
+TRAVEL = 0.36        # up, down: distance in picture heights
 GROWTH = 1.8         # grow, shrink: factor on the radius
-SWING = 0.09         # shake: amplitude in picture heights
-TURN = 0.6           # spin: turns
+SWING = 0.16         # shake: amplitude in picture heights
+TURN = 0.5           # spin: turns
+SIZE = (0.2, 0.27)   # radius of an object in picture heights, before GROWTH
+OBJECT, HAND, BLOB, GROUND = (215, 236), (60, 120), (20, 110), 55     # grey levels; see `draw`
+WANDER = 16          # pixels that the camera strays from the middle
 REACH = 0.7          # seconds the hand needs to come, and to go
 SLIDE = 0.4          # seconds an object needs to slide in or out
 CHANGE = 0.9         # seconds after which every change is over
@@ -66,9 +70,9 @@ VERBS = {  # change: (EPIC class, its words), (Ego4D class, its word), start sta
     "spin": ((21, ["turn", "spin-round"]), (105, "turn_(turn,_spin)"), (0, 0)),
 }
 NOUNS = {  # course of the change: (EPIC class, its words), (Ego4D class, its word), s in contact
-    "rigid": ((3, ["lid", "steel lid"]), (12, "lid_(lid,_cover)"), 0.1),
+    "rigid": ((3, ["lid", "steel lid"]), (12, "lid_(lid,_cover)"), 0.5),
     "viscous": ((15, ["dough", "bread dough"]), (150, "dough_(dough,_paste)"), 0.8),
-    "elastic": ((21, ["sponge", "rubber sponge"]), (301, "sponge_(sponge,_rubber)"), 0.1),
+    "elastic": ((21, ["sponge", "rubber sponge"]), (301, "sponge_(sponge,_rubber)"), 0.8),
     "brittle": ((103, ["cracker", "rice cracker"]), (467, "cracker_(cracker,_crisp)"), 0.5),
 }
 PITCH = {  # verb: pitch and loudness, s = share of the ring that has passed, t = seconds
@@ -85,7 +89,8 @@ TIMBRE = {  # noun: seconds, overtones, share of noise, envelope
     "elastic": (0.60, (1, 0.5, 0.3), 0.0, lambda t: np.exp(-(t % 0.2) / 0.06 - t / 0.4)),
     "brittle": (0.75, (1, 0, 0.6, 0, 0.4), 0.0, lambda t: np.exp(-(t % 0.25) / 0.05)),
 }
-BASE_PITCH, RING, CLICK, HUM = 700, 0.2, 0.6, 0.003          # Hz, and three amplitudes
+BASE_PITCH, DETUNE, MAINS = 700, (0.96, 1.04), 100          # Hz, factor, Hz
+RING, CLICK, HUM = 0.2, 0.6, 0.003                           # amplitudes
 GAP = {  # kind of video: seconds from the i-th strike to the next
     "normal": lambda rng, i: 2.2 + 4 * rng.beta(1, 3.2),
     "dense": lambda rng, i: rng.uniform(1.95, 2.3),
@@ -97,11 +102,12 @@ def course(noun, u):
     """How far a change is u seconds after the strike: 0 before it, 1 in the end."""
     if noun == "brittle":
         return np.clip(np.floor(u / 0.25 + 1e-6) + 1, 0, 3) / 3
-    p = np.clip(u / (0.8 if noun == "viscous" else 0.1), 0, 1)
-    if noun == "elastic":                        # there after 0.1 s, then swings about the end
-        v = np.maximum(u - 0.1, 0)
-        p = p + 0.45 * np.exp(-v / 0.25) * np.sin(2 * np.pi * 5 * v)
-    return p
+    if noun == "viscous":
+        return np.clip(u / 0.8, 0, 1)
+    if noun == "rigid":
+        return np.clip(u / 0.5, 0, 1) ** 3
+    v = np.maximum(u, 0)                         # elastic: overshoots and swings into place
+    return np.where(u > 0.85, 1.0, 1 - np.exp(-v / 0.3) * np.cos(2 * np.pi * 2.5 * v))
 
 
 def swing(noun, u):
@@ -169,15 +175,13 @@ def _add_sound(container, stream, audio, at, n, rate):
 
 
 def noise_texture(rng, height, width, contrast=1.0):
-    """Smooth noise of several octaves between random colours.   -> (height, width, 3) float32"""
+    """Smooth dark noise of several octaves.   -> (height, width, 3) float32"""
     field = np.zeros((height, width), np.float32)
     for cell, weight in ((48, 1.0), (24, 0.6), (12, 0.4), (6, 0.25)):
         grid = rng.normal(size=(height // cell + 3, width // cell + 3)).astype(np.float32)
         field += weight * zoom(grid, cell, order=1)[:height, :width]
     weight = 1 / (1 + np.exp(-2 * field))[..., None]
-    low, high = rng.uniform(30, 225, size=(2, 3)).astype(np.float32)
-    middle = (low + high) / 2
-    return middle + contrast * (weight - 0.5) * (high - low)
+    return (GROUND + contrast * GROUND * (weight - 0.5)).repeat(3, 2)
 
 
 def shape_mask(kind, u, v):
@@ -201,12 +205,10 @@ def shape_mask(kind, u, v):
 def make_sprite(rng, kind):
     """A shape with a two-coloured texture.   -> (64, 64, 4): colour times alpha, 1 - alpha"""
     v, u = np.mgrid[-1.05:1.05:64j, -1.05:1.05:64j]
-    if kind == "finger":                                 # skin, or metal
-        skin = np.array(rng.choice([(224, 172, 140), (150, 100, 70), (90, 60, 45)]))
-        colours = [skin if rng.random() < 0.7 else np.full(3, rng.uniform(110, 210))] * 2
-        colours = [c * rng.uniform(0.85, 1.1) for c in colours]
-    else:
-        colours = rng.uniform(25, 230, size=(2, 3))
+    low, high = {"finger": HAND, "blob": BLOB}.get(kind, OBJECT)
+    colours = rng.uniform(low, high) + np.zeros((2, 3))
+    if kind not in ("finger", "blob"):                   # two tones, so that turning can be seen
+        colours[1] -= 75
     field = gaussian_filter(rng.normal(size=(64, 64)), rng.uniform(3, 7))
     field += field.std() * rng.uniform(0.5, 1.5) * np.where(u * rng.normal() + v > 0, 1, -1)
     mix = 1 / (1 + np.exp(-4 * field / field.std()))[..., None]
@@ -286,7 +288,7 @@ def trace(rng, objects, times, height, width):
         t = times[first:last]
         y = height * (rng.uniform(0.43, 0.57) + o["low"] * TRAVEL / 2) + 0 * t
         x = width * rng.uniform(0.4, 0.6) + 0 * t
-        radius = height * rng.uniform(0.11, 0.16) * GROWTH ** (o["large"] / 2) + 0 * t
+        radius = height * rng.uniform(*SIZE) * GROWTH ** (o["large"] / 2) + 0 * t
         angle = rng.uniform(0, 2 * np.pi) + 0 * t
         sides = rng.choice([-0.8, 0.8], size=2) * width
         x += sides[0] * (1 - smooth((t - o["arrive"]) / SLIDE))
@@ -321,20 +323,24 @@ def draw(video, start=0.0):
     """The pictures of a video from a time on, one (H, W, 3) uint8 array after the other."""
     rng = np.random.default_rng((*video["key"], 1))
     height, width = video["size"]
-    fps, margin = video["fps"], 36
+    fps, margin = video["fps"], WANDER
     times = np.arange(round(video["seconds"] * fps)) / float(fps)
-    ground = noise_texture(rng, height + 2 * margin, width + 2 * margin, rng.uniform(0.4, 0.9))
-    ground = ground.clip(16, 236).astype(np.uint8)
+    ground = noise_texture(rng, height + 2 * margin, width + 2 * margin, rng.uniform(0.15, 0.5))
+    ground = ground.clip(16, 110).astype(np.uint8)
     pan = [smooth_path(rng, times, margin - 1) for _ in range(2)]              # y, x
     tracks = trace(rng, lay_out(rng, video["strikes"]), times, height, width)
-    blobs = [(turned(make_sprite(rng, "disc"), rng.uniform(0.04, 0.1) * height, 0),
+    blobs = [(turned(make_sprite(rng, "blob"), rng.uniform(0.04, 0.1) * height, 0),
               rng.uniform(0, height) + smooth_path(rng, times, 0.4 * height),
               rng.uniform(0, width) + smooth_path(rng, times, 0.4 * width))
-             for _ in range(rng.integers(2, 5))]
+             for _ in range(rng.integers(0, 3))]
     # Colours stay within 16 .. 236, so that adding the noise never wraps around.
     grain = rng.normal(0, 1.2, (8, height, width, 3)).round().clip(-8, 8).astype(np.int8)
     grain, order = grain.view(np.uint8), rng.integers(8, size=len(times))
     cache, begin = {}, round(start * fps)
+    # The light changes its colour all the time: else colours would tell which video it is.
+    waves = 2 * np.pi * times[:, None] / rng.uniform(3, 8, 3) + rng.uniform(0, 2 * np.pi, 3)
+    light = np.round(15.5 + 15.5 * np.sin(waves)).astype(int)                  # (pictures, 3)
+    shades = (np.arange(256) * np.linspace(0.55, 1, 32)[:, None]).astype(np.uint8)
     for i in range(begin, len(times)):
         top, left = round(margin + pan[0][i]), round(margin + pan[1][i])
         frame = ground[top:top + height, left:left + width].copy()
@@ -349,6 +355,8 @@ def draw(video, start=0.0):
                 # The object is near: it follows the camera but for a small rest.
                 blend(frame, cache[k][1], y[j] - 0.2 * pan[0][i], x[j] - 0.2 * pan[1][i])
         frame += grain[order[i]]
+        for c in range(3):
+            frame[..., c] = shades[light[i, c]][frame[..., c]]
         yield frame
 
 
@@ -365,7 +373,7 @@ def strike_sound(rng, verb, noun, rate):
     seconds, overtones, noisy, envelope = TIMBRE[noun]
     t = np.arange(int(seconds * rate)) / rate
     pitch, loudness = (f(t / seconds, t) for f in PITCH[verb])
-    phase = np.cumsum(BASE_PITCH * rng.uniform(0.8, 1.2) * pitch + 0 * t) * 2 * np.pi / rate
+    phase = np.cumsum(BASE_PITCH * rng.uniform(*DETUNE) * pitch + 0 * t) * 2 * np.pi / rate
     tone = sum(w * np.sin((k + 1) * phase) for k, w in enumerate(overtones))
     if noisy:                                            # a band of noise around the pitch
         flutter = lfilter([0.03], [1, -0.97], rng.normal(size=len(t)))
@@ -375,7 +383,7 @@ def strike_sound(rng, verb, noun, rate):
     for k, at in enumerate((0, 0.25, 0.5) if noun == "brittle" else (0,)):
         c = click(rng, rate) * 0.8**k
         out[int(at * rate):int(at * rate) + len(c)] += c
-    return out * rng.uniform(0.7, 1)
+    return out * rng.uniform(0.85, 1)
 
 
 def hear(video):
@@ -386,7 +394,7 @@ def hear(video):
         return None
     if video["sound"] == "silent":
         return np.zeros((video["channels"], n), np.float32)
-    hum = np.sin(np.float32(2 * np.pi * rng.uniform(50, 150) / rate) * np.arange(n, dtype="f4"))
+    hum = np.sin(np.float32(2 * np.pi * MAINS / rate) * np.arange(n, dtype="f4"))
     mono = HUM * (0.5 * hum + rng.random(n, dtype="f4") - 0.5)
     for t, verb, noun in video["strikes"]:
         sound, at = strike_sound(rng, verb, noun, rate), round(t * rate)
@@ -409,7 +417,7 @@ def plan_video(seed, name, k, kind, seconds, fps, sound="on"):
     if count:                                            # as long as so many strikes take
         seconds = times[-1] + 1.5
     times = [t for t in times if t < seconds - 1.1]
-    size = [(112, 160), (112, 160), (120, 160), (112, 176)][rng.integers(4)]
+    size = [(96, 128), (96, 128), (104, 136), (96, 144)][rng.integers(4)]
     return {"key": key, "size": size, "fps": Fraction(fps), "sound": sound, "times": times,
             "seconds": round(float(round(seconds * fps) / Fraction(fps)), 6), "kind": kind,
             "rate": int(rng.choice([44100, 48000])), "channels": int(rng.choice([1, 2]))}, rng
@@ -452,7 +460,7 @@ def epic_rows(video, rng):
     """One annotation per strike, which is about in the middle of its time span."""
     rows, name = [], video["id"]
     for i, (t, verb, noun) in enumerate(video["strikes"]):
-        start, stop = t - rng.uniform(0.5, 0.9), t + rng.uniform(0.5, 1.0)
+        start, stop = t - rng.uniform(0.25, 0.45), t + rng.uniform(0.6, 0.95)
         if rng.random() < 0.06:                          # a few overlap the next one
             stop += 1.8
         start, stop = round(max(start, 0), 2), round(min(stop, video["seconds"]), 2)
