@@ -561,7 +561,7 @@ def pad(have: int, want: int) -> np.ndarray:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[av.container.InputContainer]:
     """An open container; whatever goes wrong while it is open becomes a VideoError."""
-    try:                           # latin-1 tags would otherwise raise; `file:` keeps colons literal
+    try:                              # latin-1 tags would else raise; `file:` keeps colons literal
         with av.open(f"file:{path}", metadata_errors="replace") as container:
             yield container
     except VideoError:
@@ -574,7 +574,7 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
 def probe(path: Path) -> Media:
     """Duration, rate, size and sound of a file with pictures, from its header. VideoError."""
     with _open(path) as c:
-        v, a = _video_stream(c, path), next(iter(c.streams.audio), None)
+        v, a = _video_stream(c, path), next((a for a in c.streams.audio if a.codec_context), None)
         if v.duration:
             duration = float(v.duration * v.time_base)
         elif c.duration:
@@ -588,8 +588,8 @@ def probe(path: Path) -> Media:
 
 
 def _video_stream(c, path):
-    if not c.streams.video:
-        raise VideoError(f"{path}: has no pictures")
+    if not c.streams.video or c.streams.video[0].codec_context is None:
+        raise VideoError(f"{path}: has no pictures" + " of a known codec" * bool(c.streams.video))
     return c.streams.video[0]
 
 
@@ -619,19 +619,20 @@ def read_clip(path: Path, windows: Sequence[Window | Sequence[float]],
     with _open(path) as c:
         v = _video_stream(c, path)
         v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
+        heard = None if sound is None else _read_sound(c, path, *sound)
         clips = [None] * len(windows)
         for group in _groups(windows, apart=c.format.name != "avi"):
             pictures = _read_group(c, v, path, [windows[i] for i in group], short_side)
             for i, clip in zip(group, pictures):
                 clips[i] = clip
-        return clips if sound is None else (clips, _read_sound(c, path, *sound))
+        return clips if sound is None else (clips, heard)
 
 
 def _span(window) -> tuple[float, float]:
     """First and last second of interest of a window."""
     if isinstance(window, Window):
-        return window.start, window.start + window.span
-    return float(window[0]), float(window[-1])
+        return max(0.0, window.start), max(0.0, window.start) + window.span
+    return max(0.0, window[0]), max(0.0, window[-1])
 
 
 def _groups(windows, apart: bool, gap: float = 2.0) -> list[list[int]]:
@@ -649,115 +650,145 @@ def _groups(windows, apart: bool, gap: float = 2.0) -> list[list[int]]:
 def _read_group(c, v, path, windows, short_side):
     """Decode the pictures of neighbouring windows in one pass."""
     origin, tick, rate = _origin(v), float(v.time_base), float(_rate(v))
-    low = max(0.0, min(_span(w)[0] for w in windows))
-    high = max(_span(w)[1] for w in windows) + 1.5 / rate
-    if c.format.name == "avi":            # packed B-frames have useless time stamps: count pictures
-        origin, tick = 0, 1 / rate
-        packets, ended = _packets_counted(c, v, int(high * rate) + 2)
-        ticks = np.arange(len(packets))
-    else:
-        packets, ended = _packets_between(c, v, origin + int(low / tick + 1e-3),
-                                          origin + int(high / tick))
-        ticks = np.array(sorted(p.pts for p in packets if p.pts is not None and not p.is_discard))
+    counted = c.format.name == "avi"      # packed B-frames have useless time stamps: count pictures
+    low = min(_span(w)[0] for w in windows)
+    high = origin + int((max(_span(w)[1] for w in windows) + 1.5 / rate) / tick)
+    packets, ticks, ended = _packets(c, v, origin + int(low / tick + 1e-3), high, counted)
     if not len(ticks):
         raise VideoError(f"{path}: no pictures at {low:.2f} s")
-    promised = float(v.duration * v.time_base) if v.duration else 0.0
     last = (ticks[-1] - origin) * tick
-    if ended and min(high, promised) > last + 0.5 + 1.5 / rate:
-        raise VideoError(f"{path}: ends at {last:.2f} s, its header promises {promised:.2f} s")
-    picks = [_choose(w, (ticks - origin) * tick, rate, tick, ended) for w in windows]
+    if ended:
+        _check_end(c, v, path, last, min((high - origin) * tick, _promise(c, v)) - 1.5 / rate)
+    over = [w for w in windows if isinstance(w, Window) and last < _span(w)[1] + 0.5 / rate]
+    for back in (2, math.inf):            # windows that overrun the end move back: begin earlier
+        if low > 0 and len(ticks) < max((_count(w, rate) for w in over), default=0):
+            low = max(0.0, last - back * max(w.span for w in over))
+            packets, ticks, _ = _packets(c, v, origin + int(low / tick), high, counted)
+    picks = [_choose(w, (ticks - origin) * tick, rate, tick) for w in windows]
     wanted = sorted({int(ticks[i]) for pick in picks for i in pick})
-    images = _decode(v, path, packets, wanted, short_side, int(1 / tick) + 1,
-                     counted=c.format.name == "avi")
+    images = _decode(v, path, packets, wanted, short_side,
+                     [p.dts or 0 for p in packets] if counted else None)
     return [np.stack([images[int(ticks[i])] for i in pick]) for pick in picks]
 
 
-def _choose(window, starts, rate, tick, ended) -> np.ndarray:
+def _count(window, rate) -> int:
+    """Number of pictures that a Window is about."""
+    return max(1, int(window.span * rate + 1e-6))
+
+
+def _promise(c, v) -> float:
+    """Seconds that the header promises, 0 if it does not say."""
+    if c.format.name == "avi":                                # FFmpeg cuts its duration
+        return float(v.frames / _rate(v))
+    return float(v.duration * v.time_base) if v.duration else (c.duration or 0) / av.time_base
+
+
+def _check_end(c, v, path, last, wanted):
+    """Raise if the file breaks off: pictures end at `last`, more than 0.5 s before `wanted`."""
+    if wanted > last + 0.5 and not v.duration:                # mkv: sound may be what lasts longer
+        c.seek(int(last * av.time_base) + (c.start_time or 0))
+        ends = [(p.pts + (p.duration or 0)) * p.time_base for p in c.demux() if p.pts is not None]
+        last = float(max(ends, default=last) - _origin(v) * v.time_base)
+    if wanted > last + 0.5:
+        raise VideoError(f"{path}: ends at {last:.2f} s, its header promises "
+                         f"{_promise(c, v):.2f} s")
+
+
+def _choose(window, starts, rate, tick) -> np.ndarray:
     """Indices into `starts` (ascending seconds) of the pictures that a window asks for."""
     slack = 1e-3 * tick                                       # times that are ticks, in floats
     if not isinstance(window, Window):
         times = np.asarray(window, dtype=np.float64) + slack
         return np.maximum(0, np.searchsorted(starts, times, "right") - 1)
-    count = max(1, int(window.span * rate + 1e-6))
-    begun = window.start - (0.999 * tick if tick <= 1e-3 else 1e-6)       # a begun tick counts
-    first = int(np.searchsorted(starts, begun))
-    if ended:
-        first = min(first, max(0, len(starts) - count))
-    first = min(first, len(starts) - 1)
-    stop = np.searchsorted(starts, window.start + window.span + 0.5 / rate)
-    have = min(max(1, int(stop) - first), len(starts) - first)
-    return first + pad(have, count)[subsample(count, window.num_frames)]
+    (start, stop), count = _span(window), _count(window, rate)
+    start -= 0.999 * tick if tick <= 1e-3 else 1e-6           # a begun tick counts
+    first, stop = np.searchsorted(starts, (start, stop + 0.5 / rate))
+    if stop == len(starts):
+        first = min(first, max(0, stop - count))
+    return first + pad(max(1, stop - first), count)[subsample(count, window.num_frames)]
 
 
-def _packets_counted(c, v, count):
-    """The first `count` packets of a file and whether that is all of it."""
-    packets = []
-    for p in c.demux(v):
-        if p.size:
-            packets.append(p)
-        if len(packets) > count:
-            return packets, False
-    return packets, True
+def _seek(c, stream, tick) -> bool:
+    """Go to the key frame at or before a stream's tick, None: to the start; could it be done?"""
+    start = c.start_time or 0                                 # a cut mp4 has no key frame there
+    early = [start] if c.format.name == "avi" else [start - 10 * av.time_base, start]
+    for goal in early if tick is None else [tick]:
+        with contextlib.suppress(av.FFmpegError):
+            c.seek(goal, stream=None if tick is None else stream)
+            return True
+    return tick is None                                       # not seekable: read on from here
 
 
-def _packets_between(c, v, low, high):
-    """Packets from the key frame at or before tick `low` until past `high`; was it the end?
+def _packets(c, v, low, high, counted):
+    """(packets, ticks of their pictures, was it the end?): from the key frame at or before tick
+    `low`, or from the first where pictures are `counted`, until past `high`.
 
     Some containers seek to a later key frame than asked for: then ask for an earlier one.
     """
-    for back in (0, 2, 10, None):
-        with contextlib.suppress(av.FFmpegError):
-            if back is None:
-                c.seek(c.start_time or 0)
-            else:
-                c.seek(low - int(back / v.time_base), stream=v)
-        packets, ended = [], True
+    stamp = "dts" if counted else "pts"
+    spare = 4 * (counted and v.codec_context.has_b_frames)    # B-frames shown before a key frame
+    start = counted and (v.codec.name != "mpeg4" or len(v.index_entries) != v.frames
+                         or low - spare <= _origin(v))
+    for back in (None,) if start else (0, 2, 10, None):
+        if not _seek(c, v, None if back is None else low - spare - int(back / v.time_base)):
+            continue
+        packets, ended, key = [], True, back is not None
         for p in c.demux(v):
             if p.size == 0:
                 break
             packets.append(p)
-            if p.dts is not None and p.dts > high:            # pts >= dts: nothing later is wanted
+            key = key or p.is_keyframe                        # a cut file may begin without one
+            if key and p.dts is not None and p.dts > high:    # pts >= dts: nothing later is wanted
                 ended = False
                 break
-        keys = [k for k, p in enumerate(packets)
-                if p.is_keyframe and p.pts is not None and p.pts <= low]
+        stamps = [getattr(p, stamp) for p in packets]
+        keys = [k for k, (p, t) in enumerate(zip(packets, stamps))
+                if back is not None and p.is_keyframe and t is not None and t <= low - spare
+                and k + spare < len(packets)]
         if keys:
-            return packets[keys[-1]:], ended
-    return packets, ended
+            packets, stamps = packets[keys[-1]:], stamps[keys[-1]:]
+            break
+    begin = stamps[0] + spare if keys else -math.inf          # an open GOP has earlier ones
+    return packets, np.array(sorted(t for p, t in zip(packets, stamps) if t is not None
+                                    and t >= begin and not p.is_discard)), ended
 
 
-def _decode(v, path, packets, wanted, short_side, second, counted):
+def _decode(v, path, packets, wanted, short_side, counted):
     """{tick: picture} for the `wanted` ticks; B-frames that nobody wants are not reconstructed.
 
-    A picture lost to damage is replaced by the one before it, at most a second (in ticks) away.
+    counted: None, or the ticks of the pictures in their order, where time stamps are of no use.
+    A picture lost to damage is replaced by the one before it, before the first picture by that
+    one, at most a second away.
     """
     cc, got, need, size = v.codec_context, {}, list(wanted), None
-    wanted_set, number, before = set(wanted), -1, None
+    wanted_set, number, before, second = set(wanted), -1, None, 1 / v.time_base
 
     def take(tick, frame):
         nonlocal size
         size = size or _scaled(frame, short_side)
         got[tick] = _to_rgb(frame, *size)
 
-    for p in itertools.chain(packets, [None]):
-        cc.skip_frame = "DEFAULT" if counted or p is None or p.pts in wanted_set else "NONREF"
+    for k, p in enumerate(itertools.chain(packets, [None])):
+        plain = counted is not None or p is None or p.pts in wanted_set
+        cc.skip_frame = "DEFAULT" if plain else "NONREF"
         try:
             frames = p.decode() if p is not None else cc.decode(None)
         except (av.InvalidDataError, av.EOFError):            # drop the packet and go on
             continue
         for f in frames:
-            number += 1
-            now = number if counted else f.pts
+            if counted is not None:       # mpeg4 holds one picture back at most: damage loses count
+                number = max(number + 1, k - cc.has_b_frames if cc.name == "mpeg4" else 0)
+            now = f.pts if counted is None else counted[min(number, len(counted) - 1)]
             if now is None:
                 continue
-            while need and need[0] < now and before and need[0] - before[0] < second:
-                take(need.pop(0), before[1])
+            while need and need[0] < now and abs(need[0] - (before or (now,))[0]) <= second:
+                take(need.pop(0), before[1] if before else f)
             if need and need[0] == now:
                 take(need.pop(0), f)
             before = (now, f)
         if not need:
             break
-    while need and before and 0 <= need[0] - before[0] < second:
+    while need and before and 0 <= need[0] - before[0] <= second:
         take(need.pop(0), before[1])
     if need:
         raise VideoError(f"{path}: {len(need)} of {len(wanted)} wanted pictures are damaged")
@@ -776,14 +807,17 @@ _scale, _colour = VideoReformatter(), VideoReformatter()      # kept: each holds
 
 
 def _to_rgb(frame, w: int, h: int) -> np.ndarray:
-    """(h, w, 3) uint8, scaled in YUV, then converted: closer to a float resize, and faster."""
+    """(h, w, 3) uint8, scaled in YUV, then converted: closer to a float resize, and faster.
+
+    A view into the frame's padded rows; `np.stack` makes the copy.
+    """
     turns = (frame.rotation // 90) % 4
     if (frame.width, frame.height) != (w, h):
         frame = _scale.reformat(frame, w, h, "yuv422p", interpolation="BILINEAR", threads=1)
     frame = _colour.reformat(frame, w, h, "rgb24", threads=1)
     plane = frame.planes[0]                                   # rows are padded to line_size
     image = np.frombuffer(plane, np.uint8).reshape(h, plane.line_size)[:, :3 * w].reshape(h, w, 3)
-    return np.rot90(image, turns).copy() if turns else image.copy()
+    return np.rot90(image, turns)
 
 
 # ---- sound -----------------------------------------------------------------------------------
@@ -808,22 +842,31 @@ def read_audio(path: Path, start: float = 0.0, stop: float = math.inf):
 
 
 def _read_sound(c, path, start, stop):
-    if not c.streams.audio:
-        raise VideoError(f"{path}: has no sound")
+    if not c.streams.audio or c.streams.audio[0].codec_context is None:
+        raise VideoError(f"{path}: has no sound" + " of a known codec" * bool(c.streams.audio))
     a, rate = c.streams.audio[0], c.streams.audio[0].rate
     if not rate:
         raise VideoError(f"{path}: its sound has no sample rate")
-    for v in c.streams.video:
-        v.discard = av.stream.Discard.all
     clock = c.streams.video[0] if c.streams.video else a
     origin = _origin(clock) * clock.time_base                 # exact: Fraction seconds
     first, last = audio_window(start, min(stop, 1e7), rate)
-    for back in (0.1, 2.0, None):                             # codecs need a little run-up
-        pieces = _sound_pieces(c, a, origin, rate, first, last, start - back if back else None)
-        if back is None or start <= back or (pieces and pieces[0][0] <= first):
+    begin = round(((a.start_time or 0) * a.time_base - origin) * rate)
+    fresh = True                                              # just opened, not yet read from
+    for back in (0.3, 2.0, None):                             # codecs need a little run-up
+        seek = start - back if back and start > back else None
+        if seek is not None:
+            there = _seek(c, a, int((origin + Fraction(seek)) / a.time_base))
+        else:                                                 # after a seek, Opus lacks its first
+            there = fresh or _seek(c, a, None)
+        fresh = False
+        pieces = _sound_pieces(c, a, origin, rate, begin, first, last) if there else []
+        if seek is None or (pieces and pieces[0][0] <= max(first, begin)):
             break
     end = min(last, max((b + x.shape[1] for b, x in pieces), default=first))
-    out = np.zeros((pieces[0][1].shape[0] if pieces else 1, max(0, end - first)), np.float32)
+    if end - first > sum(x.shape[1] for _, x in pieces) + 3600 * rate:
+        raise VideoError(f"{path}: damaged, its sound has a gap of hours")
+    channels = pieces[0][1].shape[0] if pieces else a.channels or 1
+    out = np.zeros((channels, max(0, end - first)), np.float32)
     for b, x in pieces:
         low, high = max(b, first), min(b + x.shape[1], end)
         if high > low:
@@ -831,13 +874,8 @@ def _read_sound(c, path, start, stop):
     return out, rate
 
 
-def _sound_pieces(c, a, origin, rate, first, last, seek):
-    """Decoded frames as (first sample, (channels, n)) from a seek on, until past `last`."""
-    with contextlib.suppress(av.FFmpegError):
-        if seek is None or seek <= 0:
-            c.seek(c.start_time or 0)
-        else:
-            c.seek(int((origin + Fraction(seek)) / a.time_base), stream=a)
+def _sound_pieces(c, a, origin, rate, begin, first, last):
+    """Decoded frames as (first sample, (channels, n)) from here on, until past `last`."""
     pieces, at, slack = [], None, max(1, math.ceil(rate * a.time_base))
     for p in c.demux(a):
         try:
@@ -847,12 +885,15 @@ def _sound_pieces(c, a, origin, rate, first, last, seek):
         for f in frames:
             if f.pts is not None:
                 b = round((f.pts * f.time_base - origin) * rate)
+                n = f.samples if a.codec.name[:3] == "pcm" else a.codec_context.frame_size or rate
+                even = begin + round((b - begin) / n) * n     # stamps of a millisecond
+                b = even if f.samples == n and abs(b - even) <= slack else b
                 at = b if at is None or abs(b - at) > slack else at   # coarse stamps: keep the flow
             x, at = _samples(f), at or 0
-            if at >= last:
-                return pieces
             if at + x.shape[1] > first - rate // 10:
                 pieces.append((at, x))
+            if at >= last:                                    # kept: silence reaches up to it
+                return pieces
             at += x.shape[1]
     return pieces
 
