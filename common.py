@@ -226,7 +226,8 @@ class StepSampler(Sampler):
         if n < batch_size:
             raise UserError(f"{n} training samples do not fill one batch: lower --batch_size "
                             f"{batch_size}")
-        self.n, self.batch_size, self.seed, self.start, self.steps = n, batch_size, seed, start, steps
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.start, self.steps = start, steps
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start)
@@ -286,7 +287,7 @@ def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]
         os.replace(temporary, path)
     except BaseException as e:
         temporary.unlink(missing_ok=True)
-        if isinstance(e, (OSError, RuntimeError)):            # torch.save turns ENOSPC into the latter
+        if isinstance(e, (OSError, RuntimeError)):            # the latter: torch.save, disk full
             raise UserError(f"{path}: could not be written ({e})") from e
         raise
     with contextlib.suppress(OSError):                        # some file systems cannot
@@ -329,10 +330,9 @@ def start_run(args: argparse.Namespace) -> torch.device:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"{args.out}: cannot be made ({e.strerror})") from e
-        write_json(args.out / "args.json", {**{k: str(v) if isinstance(v, Path) else v
-                                               for k, v in vars(args).items()},
-                                            "processes": world_size(), "device": str(device),
-                                            "versions": versions()})
+        if not (args.out / "last.pt").exists():               # a run that goes on keeps its own
+            write_json(args.out / "args.json", {**vars(args), "processes": world_size(),
+                                                "device": device, "versions": versions()})
     barrier()
     return device
 
@@ -488,16 +488,18 @@ class Log:
         """Raise before the update if a part of the loss is NaN or Inf."""
         for name, value in parts.items():
             if not math.isfinite(float(value.detach())):
-                raise UserError(f"step {step}: {name} is {float(value)}; stopped before the update, "
-                                f"the last checkpoint in {self.args.out} is from before")
+                raise UserError(f"step {step}: {name} is {value.item()}; stopped before the "
+                                f"update, the last checkpoint in {self.args.out} is from before")
 
     def __call__(self, step: int, **values: Any) -> None:
         """Every `--log_every` steps and at the last: means over the processes, rate, wait, ETA."""
         if (step + 1) % self.args.log_every and step + 1 != self.total:
             return
-        means = torch.tensor([float(torch.as_tensor(v).detach()) for v in values.values()], dtype=torch.float64)
+        numbers = [float(v.detach() if torch.is_tensor(v) else v) for v in values.values()]
+        means = torch.tensor(numbers, dtype=torch.float64)
         if world_size() > 1:
-            means = means.to(next((v.device for v in values.values() if torch.is_tensor(v)), "cpu"))
+            cuda = dist.get_backend() == "nccl"
+            means = means.cuda() if cuda else means
             dist.all_reduce(means)
             means = means.cpu() / world_size()
         now = time.perf_counter()
@@ -514,8 +516,9 @@ class Log:
             numbers = "  ".join(f"{k} {row[k]:.4g}" for k in values)
             eta = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"] % 86400))
             days = f"{row['eta_s'] // 86400} d " if row["eta_s"] >= 86400 else ""
-            say(f"{row['stage']} {step + 1}/{self.total}  {numbers}  {row['clips_per_s']:.1f} clips/s"
-                f"  data wait {100 * row['data_wait']:.0f}%  ETA {days}{eta}")
+            say(f"{row['stage']} {step + 1}/{self.total}  {numbers}  "
+                f"{row['clips_per_s']:.1f} clips/s  data wait {100 * row['data_wait']:.0f}%  "
+                f"ETA {days}{eta}")
 
 
 def _step_of(line: str) -> int:

@@ -10,7 +10,7 @@ the change from before to after, not the reversed change, agrees with the sound.
     v_l, v_r, a   clips [t-d-0.5, t-d] and [t+d, t+d+0.5], sound [t-1, t+1], d = 0.1 s
     z, y          = n(h(f_V(v))), n(h'(f_A(a)))      n(x) = x / |x|; h two-layer heads
     L_AVC         = ½ mean -log softmax_m(z·Y_m / τ)_own + ½ mean -log softmax_m(y·Z_m / τ)_own
-    p_fwd, p_bwd  = n(g(s_r - s_l))·n(q) / κ, n(g(s_l - s_r))·n(q) / κ      heads s, q; g two-layer
+    p_fwd, p_bwd  = n(g(s_r - s_l))·n(q) / κ,  n(g(s_l - s_r))·n(q) / κ     two-layer heads s, q, g
     L_AStC        = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]
     L             = ½ L_AVC + ½ L_AStC
 
@@ -138,6 +138,8 @@ def recipe(chosen):
     """Defaults of the published run that --stage and --dataset name; smaller ones for --tiny."""
     r = {"data": Path("data") / chosen.dataset,
          "moments": Path("runs") / f"replai_{chosen.dataset}_moments"}
+    if chosen.stage in ("segments", "moments"):
+        return r
     if chosen.stage == "linear":
         r |= {"epochs": 30, "batch_size": 128, "lr": 0.005, "weight_decay": 0.0,
               "init": f"runs/replai_{chosen.dataset}_pretrain/last.pt"}
@@ -169,7 +171,7 @@ def find_moments(x, rate, prominence, distance=10):
     so peaks are at least `distance` · 5 ms apart. The floor of 1e-5 makes the result depend on
     loudness: the waveform must stay in [-1, 1] as decoded.
     """
-    from scipy import signal                                  # slow to import: --help can wait less
+    from scipy import signal  # slow to import: --help can wait less
     x = x.mean(0)                                                       # (n,)
     if len(x) < 256:
         return Moments(*(np.zeros(0),) * 2, np.zeros(0, int), np.zeros(0))
@@ -187,25 +189,26 @@ def admissible(times, duration, delta, clip_seconds=CLIP_SECONDS):
     return (margin <= times) & (times <= duration - margin)
 
 
-def list_media(args):
+def list_media(args, pieces=True):
     """Paths, relative to --data, of the files to pre-train on: 10 s pieces if any, else videos."""
     if not args.data.is_dir():
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
-    if (args.data / "segments" / ".cutting").exists():
+    if pieces and (args.data / "segments" / ".cutting").exists():
         raise UserError(f"{args.data}/segments: not all videos are cut yet; let "
                         "`--stage segments` finish")
-    files = mp4_files(args.data, "segments/*")
-    if args.dataset == "epic":
-        files = files or list(epic_videos(args.data).values())
-        train = set(read_actions(args.data, "train").video)
-        files = [f for f in files if "_".join(f.stem.split("_")[:2]) in train]
-        present = {"_".join(f.stem.split("_")[:2]) for f in files}
-        if train - present:
-            common.say(f"{len(train - present)} of {len(train)} training videos are absent from "
-                       f"{args.data}, the first is {min(train - present)}")
-    else:
+    files = mp4_files(args.data, "segments/*") if pieces else []
+    if args.dataset == "ego4d":
         files = files or mp4_files(args.data, "*")
+    else:                                                     # EPIC: only videos of its train split
+        train = set(read_actions(args.data, "train").video)
+        named = {f: "_".join(f.stem.split("_")[:2])
+                 for f in files or epic_videos(args.data).values()}
+        files = [f for f in named if named[f] in train]
+        absent = train - set(named.values())
+        if absent:
+            common.say(f"{len(absent)} of {len(train)} training videos are absent from "
+                       f"{args.data}, the first is {min(absent)}")
     if not files:
         raise UserError(f"{args.data}: no training videos (*.mp4) in it; see README for the layout")
     return files
@@ -213,9 +216,8 @@ def list_media(args):
 
 def mp4_files(root, *patterns):
     """Sorted paths, relative to `root`, of the .mp4 and .MP4 files that the patterns name."""
-    found = {f.relative_to(root) for p in patterns for f in root.glob(p)
-             if f.suffix.lower() == ".mp4" and f.is_file()}
-    return sorted(found)
+    return sorted({f.relative_to(root) for p in patterns for f in root.glob(p)
+                   if f.suffix.lower() == ".mp4" and f.is_file()})
 
 
 class ScanFiles(Dataset):
@@ -273,7 +275,8 @@ def scan(args):
     """
     files, records = list_media(args), read_records(args)
     keys = [(str(f), (args.data / f).stat().st_size, args.prominence) for f in files]
-    missing = [f for f, key in zip(files, keys) if key not in records][common.rank()::common.world_size()]
+    missing = [f for f, key in zip(files, keys) if key not in records]
+    missing = missing[common.rank()::common.world_size()]
     if missing:
         part = args.moments / f"moments.part{common.rank()}of{common.world_size()}.jsonl"
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -287,13 +290,14 @@ def scan(args):
                 if time.perf_counter() - shown > 10:
                     shown = time.perf_counter()
                     left = (shown - began) / n * (len(missing) - n)
-                    common.say(f"moments {n}/{len(missing)} files of this process, ETA {left:.0f} s")
+                    common.say(f"moments {n}/{len(missing)} files of process 0, ETA {left:.0f} s")
     common.barrier()
     records = read_records(args)
-    if common.rank() == 0 and len(list(args.moments.glob("moments.part*.jsonl"))):
+    parts = list(args.moments.glob("moments.part*.jsonl"))
+    if common.rank() == 0 and parts:
         lines = (json.dumps(records[k]) + "\n" for k in sorted(records))
         common.write(args.moments / "moments.jsonl", "".join(lines))
-        for part in args.moments.glob("moments.part*.jsonl"):
+        for part in parts:
             part.unlink()
     common.barrier()
     return [records[key] for key in keys]
@@ -320,7 +324,8 @@ class SegmentIndex:
         self.peaks = np.concatenate(kept + [np.zeros(0)])
         self.count = np.diff(self.offset)
         roomy = self.stop - self.start >= 2 * (args.delta_non_overlap + CLIP_SECONDS)
-        self.usable = np.flatnonzero(self.count if args.moi == "peaks" else self.sound & roomy)
+        self.has_moment = self.count > 0 if args.moi == "peaks" else self.sound & roomy
+        self.usable = np.flatnonzero(self.has_moment)
         broken = [r["error"] for r in records if "error" in r]
         common.say(f"{len(rows)} segments of {len(records) - len(broken)} files, {len(self.peaks)} "
                    f"moments; {len(rows) - len(self.usable)} segments have none "
@@ -363,7 +368,7 @@ def resample(x, old, new):
 
 @lru_cache
 def mel_filterbank(bins, n_mels, low, high):
-    """Triangles on the HTK scale m = 2595 log10(1 + f/700), not normalised by area: (bins, n_mels)"""
+    """(bins, n_mels) triangles on the HTK scale m = 2595 log10(1 + f/700), of height 1."""
     f = torch.linspace(0, high, bins, dtype=torch.float64)[:, None]     # (bins, 1)
     m = torch.linspace(*(2595 * math.log10(1 + f / 700) for f in (low, high)), n_mels + 2,
                        dtype=torch.float64)
@@ -396,7 +401,7 @@ def log_mel(x, rate, num_frames=125, mean=-7.03, std=4.66, floor=1e-10, new_rate
 # ---- data: pictures (official file: data/video_transforms.py) ----------------------------------
 
 def resize_crop_flip(frames, size, x, y, crop, flip, nearest=False):
-    """Resize to `size` (width, height), crop at (x, y), mirror.    (T, H, W, 3) -> (3, T, crop, crop)
+    """Resize to `size` (width, height), crop, mirror.      (T, H, W, 3) -> (3, T, crop, crop)
 
     uint8 in and out, antialiased bilinear as PIL's BILINEAR, or as PIL's NEAREST.
     """
@@ -460,7 +465,7 @@ class AudibleClips(Dataset):
     def moment(self, rng, i):
         """Segment and time: those of segment i, or of a substitute if it has no moment."""
         ix, margin = self.index, self.args.delta_non_overlap + CLIP_SECONDS
-        if i not in ix.usable[np.searchsorted(ix.usable, i):][:1]:
+        if not ix.has_moment[i]:
             i = int(rng.choice(ix.usable))
         if self.args.moi == "random":
             return i, rng.uniform(ix.start[i] + margin, ix.stop[i] - margin)
@@ -538,9 +543,9 @@ def read_actions(root, split):
         if times[1] <= times[0]:
             raise fault("stop_timestamp", "is not after the start")
         classes = [-1, -1]
-        for k, column in enumerate(labels):
-            if not re.fullmatch(r"\d{1,3}", r[column], re.ASCII) or int(r[column]) >= (VERBS, NOUNS)[k]:
-                raise fault(column, f"is no class number below {(VERBS, NOUNS)[k]}")
+        for k, (column, n) in enumerate(zip(labels, (VERBS, NOUNS))):
+            if not re.fullmatch(r"\d{1,3}", r[column], re.ASCII) or int(r[column]) >= n:
+                raise fault(column, f"is no class number below {n}")
             classes[k] = int(r[column])
         kept.append((r["narration_id"], r["participant_id"], r["video_id"],
                      (r["start_timestamp"], r["stop_timestamp"]), times, *classes))
@@ -680,7 +685,8 @@ class RepLAI(nn.Module):
 class LinearProbe(nn.Module):
     """Verb and noun classifiers on the frozen f_V; names as in the released checkpoints."""
 
-    def __init__(self, width=64, depth=18, num_classes=(("verb_class", VERBS), ("noun_class", NOUNS))):
+    def __init__(self, width=64, depth=18,
+                 num_classes=(("verb_class", VERBS), ("noun_class", NOUNS))):
         super().__init__()
         self.backbone = common.R2Plus1D(width, depth)
         self.fc = nn.ModuleDict({k: nn.Linear(self.backbone.out_dim, n)
@@ -711,7 +717,8 @@ class LinearProbe(nn.Module):
 
 
 # Naming schemes of checkpoints: ours and RepLAI's, AVID's, linear probes', forecasting's, bare.
-PRETRAIN_LAYOUTS = [{"": ""}, {"video_model.": "backbone.video.", "audio_model.": "backbone.audio."}]
+PRETRAIN_LAYOUTS = [{"": ""},
+                    {"video_model.": "backbone.video.", "audio_model.": "backbone.audio."}]
 PROBE_LAYOUTS = [{"backbone.video.": "backbone."}, {"video_model.": "backbone."}, {"": ""},
                  {"model.backbone.": "backbone."}, {"model.": ""}, {"": "backbone."}]
 
@@ -997,7 +1004,9 @@ def evaluate(args, model, device):
         try:
             rows, verb, noun = score(args, model, device, test, "test")
             submit["submission.zip"] = (test.id[rows], verb, noun)
-        except UserError as e:
+        except VideoError:
+            raise
+        except UserError as e:                                # none of the test videos is there
             common.say(f"no submission.zip: {e}")
     if common.rank() == 0:
         for name, (ids, verb, noun) in submit.items():
@@ -1053,8 +1062,8 @@ def epic_metrics(verb, noun, verb_class, noun_class, participant, tail_verbs, ta
     for name, of in (("head", ~either), ("tail", either), ("unseen", new)):
         for kind, scores, label in (("verb", verb, verb_class), ("noun", noun, noun_class)):
             m |= {f"{name} {kind}@{k}": top_k(scores[of], label[of], k) for k in (1, 5)}
-    m |= {f"{kind}@{k}": m[f"all_{kind}_accuracy_at_{k}"] for kind in ("verb", "noun") for k in (1, 5)}
-    return m
+    return m | {f"{kind}@{k}": m[f"all_{kind}_accuracy_at_{k}"]
+                for kind in ("verb", "noun") for k in (1, 5)}
 
 
 def write_submission(path, ids, verb, noun):
@@ -1100,15 +1109,10 @@ def segments(args, device, fps=16, short_side=240, rate=44100):
     The official script was not released; size, rates and key frames are those that the released
     comments name. Pieces that exist are kept, so this can be killed and spread over machines.
     """
-    folder = args.data / "segments"
-    if folder.is_dir() and not (folder / ".cutting").exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is there already and complete; remove it to cut anew")
-    if common.rank() == 0 and args.data.is_dir():
+    folder, files = args.data / "segments", list_media(args, pieces=False)[:args.limit]
+    if common.rank() == 0:
         folder.mkdir(exist_ok=True)
-    common.barrier()
-    (folder / ".cutting").unlink(missing_ok=True)
-    files = list_media(args)[:args.limit]
-    (folder / ".cutting").touch()
+        (folder / ".cutting").touch()                         # pre-training waits until it is gone
     common.barrier()
     made = kept = broken = 0
     for n, name in enumerate(files[common.rank()::common.world_size()]):
@@ -1170,8 +1174,8 @@ def draw_moments(args, index, path):
 
     image = Image.new("RGB", (900, 640), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((70, 8), f"{media.name}, {start:.0f}-{stop:.0f} s: {len(kept)} moments of interaction",
-              "black", common.font(15))
+    title = f"{media.name}, {start:.0f}-{stop:.0f} s: {len(kept)} moments of interaction"
+    draw.text((70, 8), title, "black", common.font(15))
     level = mel_power(resample(torch.from_numpy(x).mean(0), rate, 16000)).clamp(min=1e-10).log()
     level = (level - level.min()) / (level.max() - level.min() + 1e-9)
     grey = Image.fromarray((255 * (1 - level.flip(0))).byte().numpy())
@@ -1184,15 +1188,13 @@ def draw_moments(args, index, path):
     d = args.delta_non_overlap
     sides = common.read_clip(media, [Window(t - d - CLIP_SECONDS, CLIP_SECONDS, 4),
                                      Window(t + d, CLIP_SECONDS, 4)], 128)
-    for k, (name, frames) in enumerate(zip((f"before: {d + CLIP_SECONDS:.1f}-{d:.1f} s",
-                                            f"after: {d:.1f}-{d + CLIP_SECONDS:.1f} s"), sides)):
-        strip = np.concatenate(list(frames), 1)
-        strip = Image.fromarray(strip).resize((810, max(1, round(810 * strip.shape[0] / strip.shape[1]))))
-        top = 430 + 0 * k if k == 0 else 430
-        half = strip.resize((400, max(1, round(400 * strip.height / strip.width))))
-        image.paste(half, (70 + 410 * k, top))
-        draw.text((70 + 410 * k, 410), f"{name} of {t - start:.2f} s", "#333333", common.font())
-    common.save_picture(image.crop((0, 0, 900, 440 + half.height)), path)
+    for k, (side, frames) in enumerate(zip((f"{d + CLIP_SECONDS:.1f}-{d:.1f} s before",
+                                            f"{d:.1f}-{d + CLIP_SECONDS:.1f} s after"), sides)):
+        strip = Image.fromarray(np.concatenate(list(frames), 1))
+        strip = strip.resize((400, max(1, round(400 * strip.height / strip.width))))
+        image.paste(strip, (70 + 410 * k, 430))
+        draw.text((70 + 410 * k, 410), f"{side} {t - start:.2f} s", "#333333", common.font())
+    common.save_picture(image.crop((0, 0, 900, 440 + strip.height)), path)
 
 
 def main(args):

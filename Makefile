@@ -1,0 +1,36 @@
+PYTHON ?= python3
+NPROC ?= 1
+.DEFAULT_GOAL := help
+.PHONY: help install toy demo test bench claims lint clean
+
+help:      ## this list
+	@grep -hE '^[a-z]+: .*##' Makefile | sed 's/:.*##/ \t/' | expand -t 12
+
+install: .venv/installed  ## make .venv and install the six packages of requirements.txt into it
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+toy: install  ## write the small toy datasets to data/toy (about a minute)
+	.venv/bin/python tests/toy.py --out data/toy
+
+test: install  ## every test, within 15 minutes on two cores
+	OMP_NUM_THREADS=$(NPROC) .venv/bin/python -m pytest -q tests
+
+demo: install  ## not there yet: all four papers on toy data, within ten minutes
+	@echo "make demo: not there yet; README has RepLAI's commands on toy data"; exit 1
+
+bench: install  ## not there yet: speed beside the alternatives
+	@echo "make bench: not there yet"; exit 1
+
+claims: install  ## not there yet: each paper's main comparison at toy size, 3 seeds
+	@echo "make claims: not there yet; README has RepLAI's figures so far"; exit 1
+
+lint: install  ## style check; installs ruff into .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check ruff
+	.venv/bin/python -m ruff check --line-length 100 --select E,F,W,B,I --ignore B905 --exclude tests/parity .
+
+clean:     ## remove .venv, caches and the toy datasets; runs/ and other data stay
+	rm -rf .venv .pytest_cache .ruff_cache data/toy __pycache__ tests/__pycache__ tests/parity/__pycache__
