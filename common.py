@@ -81,9 +81,11 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     chosen, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     parser.set_defaults(**recipe(chosen))
     args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "save_every", "log_every"):
-        if getattr(args, name, 1) is not None and getattr(args, name, 1) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "workers") or isinstance(value, float) else 1
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if number and not least <= value < math.inf:          # NaN fails both
+            parser.error(f"--{name} {value}: must be at least {least}")
     if args.batch_size and args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         parser.error(f"--batch_size {args.batch_size} is the number of samples per step over all "
                      f"processes: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
@@ -142,10 +144,9 @@ def init_distributed() -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, device_id=device if cuda else None,
+                            **({} if "RANK" in os.environ else alone))
     return device
 
 
@@ -330,6 +331,8 @@ def start_run(args: argparse.Namespace) -> torch.device:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"{args.out}: cannot be made ({e.strerror})") from e
+        for stale in args.out.glob("*.tmp*"):                 # of a process killed while writing
+            stale.unlink()
         if not (args.out / "last.pt").exists():               # a run that goes on keeps its own
             write_json(args.out / "args.json", {**vars(args), "processes": world_size(),
                                                 "device": device, "versions": versions()})
@@ -462,7 +465,7 @@ class Log:
     """
 
     def __init__(self, args: argparse.Namespace, start: int, steps: int, steps_per_epoch: int):
-        self.args, self.first, self.total, self.per_epoch = args, start, steps, steps_per_epoch
+        self.args, self.first, self.end, self.per_epoch = args, start, steps, steps_per_epoch
         self.path, self.broken, self.named = args.out / "log.jsonl", 0, set()
         self.waited, self.since, self.last = 0.0, time.perf_counter(), start - 1
         if rank() == 0:                                       # drop lines of steps to be redone
@@ -473,7 +476,7 @@ class Log:
     def steps(self, loader: Iterable[dict]) -> Iterator[tuple[int, dict]]:
         """Enumerate batches from the first step on, measuring how long each was waited for."""
         batches = iter(loader)
-        for step in range(self.first, self.total):
+        for step in range(self.first, self.end):
             t = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - t
@@ -491,34 +494,38 @@ class Log:
                 raise UserError(f"step {step}: {name} is {value.item()}; stopped before the "
                                 f"update, the last checkpoint in {self.args.out} is from before")
 
-    def __call__(self, step: int, **values: Any) -> None:
-        """Every `--log_every` steps and at the last: means over the processes, rate, wait, ETA."""
-        if (step + 1) % self.args.log_every and step + 1 != self.total:
+    def __call__(self, step: int, now: bool = False, **values: Any) -> None:
+        """A row every `--log_every` steps, at the last, and `now`: before a checkpoint, so that a
+        resumed run misses none. Values are means over the processes, of this step alone.
+        """
+        if not now and (step + 1) % self.args.log_every and step + 1 != self.end:
             return
         numbers = [float(v.detach() if torch.is_tensor(v) else v) for v in values.values()]
-        means = torch.tensor(numbers, dtype=torch.float64)
+        sums = torch.tensor([*numbers, self.broken], dtype=torch.float64)
         if world_size() > 1:
-            cuda = dist.get_backend() == "nccl"
-            means = means.cuda() if cuda else means
-            dist.all_reduce(means)
-            means = means.cpu() / world_size()
-        now = time.perf_counter()
-        seconds, done = max(1e-9, now - self.since), step - self.last
+            sums = sums.cuda() if dist.get_backend() == "nccl" else sums
+            dist.all_reduce(sums)
+        *means, broken = (sums.cpu() / torch.tensor([world_size()] * len(values) + [1])).tolist()
+        clock = time.perf_counter()
+        seconds, done = max(1e-9, clock - self.since), step - self.last
         row = {"stage": self.args.stage, "epoch": step // self.per_epoch, "step": step,
-               **{k: float(f"{v:.6g}") for k, v in zip(values, means.tolist())},
+               **{k: float(f"{v:.6g}") for k, v in zip(values, means)}, "broken": int(broken),
                "clips_per_s": round(done * self.args.batch_size / seconds, 2),
                "data_wait": round(self.waited / seconds, 4),
-               "eta_s": round((self.total - step - 1) * seconds / done)}
-        self.waited, self.since, self.last = 0.0, now, step
+               "eta_s": round((self.end - step - 1) * seconds / done)}
+        self.waited, self.since, self.last, self.broken = 0.0, clock, step, 0
         if rank() == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
-            numbers = "  ".join(f"{k} {row[k]:.4g}" for k in values)
-            eta = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"] % 86400))
-            days = f"{row['eta_s'] // 86400} d " if row["eta_s"] >= 86400 else ""
-            say(f"{row['stage']} {step + 1}/{self.total}  {numbers}  "
-                f"{row['clips_per_s']:.1f} clips/s  data wait {100 * row['data_wait']:.0f}%  "
-                f"ETA {days}{eta}")
+            left = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"] % 86400))
+            say(f"{row['stage']} {step + 1}/{self.end}  "
+                + "  ".join(f"{k} {row[k]:.4g}" for k in values)
+                + f"  {row['clips_per_s']:.1f} clips/s  data wait {100 * row['data_wait']:.0f}%"
+                + "  ETA " + f"{row['eta_s'] // 86400} d " * (row["eta_s"] >= 86400) + left)
+
+    def total(self, key: str) -> float:
+        """Sum of a key over all rows of the log, those before a restart included."""
+        return sum(json.loads(line)[key] for line in self.path.read_text().splitlines())
 
 
 def _step_of(line: str) -> int:

@@ -6,7 +6,7 @@ RepLAI finds these moments of interaction in the sound, takes a short clip befor
 and trains a video and an audio network to tell (a) which clip goes with which sound and (b) that
 the change from before to after, not the reversed change, agrees with the sound.
 
-    t             a peak of the z-scored log spectrogram's mean over frequencies       (Sec. MoI)
+    t             a peak of the z-scored log spectrogram's mean over frequencies
     v_l, v_r, a   clips [t-d-0.5, t-d] and [t+d, t+d+0.5], sound [t-1, t+1], d = 0.1 s
     z, y          = n(h(f_V(v))), n(h'(f_A(a)))      n(x) = x / |x|; h two-layer heads
     L_AVC         = ½ mean -log softmax_m(z·Y_m / τ)_own + ½ mean -log softmax_m(y·Z_m / τ)_own
@@ -21,8 +21,8 @@ Prepare      python replai.py --stage segments --dataset epic      cut 10 s piec
              python replai.py --stage moments --dataset ego4d      detect moments (else at start)
 Try it       python replai.py --dataset ego4d --data data/toy/ego4d --tiny  (CPU; `make toy` first)
 
-The paper's body could not be opened while this was written: what follows the released code says
-so, and where paper, official code and this file differ, grep NOTE in this file.
+The paper's body could not be opened while this was written: files named here are those of the
+official code. Where paper, official code and this file differ, grep NOTE in this file.
 """
 
 import csv
@@ -78,22 +78,28 @@ def parse_args(argv=None):
                    help="weights to start from: avid (AudioSet, fetched once; the paper's), none "
                         "(the paper's scratch row), or a RepLAI, AVID, linear-probe or bare file")
     g.add_argument("--moi", choices=["peaks", "random"], default="peaks",
-                   help="moments from sound, or at random (the paper's row w/o MoI)")
+                   help="moments from peaks in the sound, or at random (the paper's row w/o MoI)")
     g.add_argument("--prominence", type=float, default=1.0,
-                   help="of a peak over its surroundings (audio_event_prominence)")
+                   help="least height of a peak over its surroundings (audio_event_prominence)")
     g.add_argument("--delta_non_overlap", type=float, default=0.1, metavar="D",
-                   help="seconds between the moment and either clip, d")
-    g.add_argument("--clr_coeff", type=float, default=0.5, help="weight of L_AVC; 0: row w/o AVC")
-    g.add_argument("--aot_coeff", type=float, default=0.5, help="weight of L_AStC; 0: w/o AStC")
-    g.add_argument("--tau", type=float, default=0.07, help="temperature of L_AVC")
-    g.add_argument("--num_frames", type=int, default=8, help="pictures per clip, T (at 16 fps)")
-    g.add_argument("--crop", type=int, default=112, help="pixels, H and W")
-    g.add_argument("--width", type=int, default=64, help="channels of the networks' first stage")
-    g.add_argument("--depth", type=int, choices=[10, 18], default=18, help="of the R(2+1)D")
+                   help="seconds between the moment and either clip, d (commands/*.sh)")
+    g.add_argument("--clr_coeff", type=float, default=0.5,
+                   help="weight of L_AVC (commands/*.sh); 0: the row w/o AVC")
+    g.add_argument("--aot_coeff", type=float, default=0.5,
+                   help="weight of L_AStC (commands/*.sh); 0: the row w/o AStC")
+    g.add_argument("--tau", type=float, default=0.07,
+                   help="temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)")
+    g.add_argument("--num_frames", type=int, default=8,
+                   help="pictures per clip, T: half a second at 16 fps (configs/data_augm)")
+    g.add_argument("--crop", type=int, default=112, help="pixels, H and W (configs/data_augm)")
+    g.add_argument("--width", type=int, default=64,
+                   help="channels of both networks' first stage (AVID, models/)")
+    g.add_argument("--depth", type=int, choices=[10, 18], default=18,
+                   help="layers of the R(2+1)D (AVID, models/video)")
 
     g = p.add_argument_group("linear evaluation")
     g.add_argument("--clips", type=int, default=1, metavar="N",
-                   help="evenly spaced clips per action whose softmax is averaged; 1: the centre")
+                   help="evenly spaced clips per action, softmax averaged; 1: the centre (ours)")
     g.add_argument("--clip", choices=["even", "random"], default="even",
                    help="random: at random places fixed by --seed (released protocol, with N 1)")
     g.add_argument("--eval_resize", choices=["nearest", "bilinear"], default="nearest",
@@ -107,12 +113,14 @@ def parse_args(argv=None):
     g.add_argument("--legacy_bn", action="store_true",
                    help="batch statistics in the frozen backbone, as released")
 
-    g = p.add_argument_group("optimization (official scripts; SGD with momentum)")
+    g = p.add_argument_group("optimization (SGD with momentum; published values: commands/*.sh)")
     g.add_argument("--epochs", type=int, help="passes over the segments, or over the action rows")
     g.add_argument("--batch_size", type=int,
                    help="samples per step over all GPUs; batch norm sees one GPU's share")
-    g.add_argument("--lr", type=float, help="OneCycle's peak, or the linear probe's first")
-    g.add_argument("--weight_decay", type=float, help="on every parameter, norms and biases too")
+    g.add_argument("--lr", type=float,
+                   help="peak of OneCycle; linear: first value, x0.1 at 3/5 and 4/5 of the epochs")
+    g.add_argument("--weight_decay", type=float,
+                   help="on every parameter, norms and biases too (configs/optim/sgd.yaml)")
 
     g = p.add_argument_group("run")
     g.add_argument("--out", type=Path, metavar="DIR",
@@ -148,13 +156,13 @@ def recipe(chosen):
         r |= {"epochs": 100, "batch_size": 512 if ego4d else 128, "lr": 0.05 if ego4d else 0.005,
               "weight_decay": 1e-4}
     if chosen.tiny:
-        r |= {"crop": 56, "width": 16, "depth": 10, "batch_size": 16, "workers": 2, "log_every": 4,
+        r |= {"crop": 56, "width": 16, "depth": 10, "batch_size": 16, "workers": 2, "log_every": 5,
               "save_every": 20, "init": "none", "epochs": 60, "lr": 0.01}
         r |= {"epochs": 20, "lr": 0.05} if chosen.stage == "linear" else {}
     return r
 
 
-# ---- moments of interaction (Sec. MoI) ---------------------------------------------------------
+# ---- moments of interaction (official file: data/video_audiopeak_dataset.py) -------------------
 
 class Moments(NamedTuple):
     """`times` (K,) s and z-scored `curve` (K,) of a sound; `peaks` are indices into both."""
@@ -167,9 +175,10 @@ class Moments(NamedTuple):
 def find_moments(x, rate, prominence, distance=10):
     """Moments of interaction: sharp rises over all frequencies at once.    x: (channels, n)
 
-    Official file: data/video_audiopeak_dataset.py. Bins are 224 samples apart (5 ms at 44.1 kHz),
-    so peaks are at least `distance` · 5 ms apart. The floor of 1e-5 makes the result depend on
-    loudness: the waveform must stay in [-1, 1] as decoded.
+        c_k = mean_f [ (L_fk - mean_k L_f) / (std_k L_f + 1e-5) ],   L = log10(spectrogram + 1e-5)
+
+    Bins k are 224 samples apart (5 ms at 44.1 kHz), so peaks of c are 50 ms apart or more. The
+    floor of 1e-5 makes the result depend on loudness: x must stay in [-1, 1] as decoded.
     """
     from scipy import signal  # slow to import: --help can wait less
     x = x.mean(0)                                                       # (n,)
@@ -864,14 +873,15 @@ def pretrain(args, device):
         loss.backward()
         optimizer.step()
 
-        log(step, loss=loss, avc=avc, astc=astc, lr=schedule[epoch][0])
+        ended = k + 1 == per_epoch
+        saving = ended or (step + 1) % args.save_every == 0
+        log(step, saving, loss=loss, avc=avc, astc=astc, lr=schedule[epoch][0])
         parts = {"loss": loss.item(), "avc": avc.item(), "astc": astc.item()}
         means = {n: v + (means.get(n, 0.0) if k else 0.0) for n, v in parts.items()}
-        ended = k + 1 == per_epoch
         if ended and means["loss"] < best:                    # best: lowest loss over an epoch
             best = means["loss"]
             common.save(args.out / "best.pt", step + 1, args, model=model)
-        if ended or (step + 1) % args.save_every == 0:
+        if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
                         means=means, best=best)
     common.barrier()
@@ -880,7 +890,7 @@ def pretrain(args, device):
             **{n: v / per_epoch for n, v in means.items()}, "steps": steps,
             "segments": len(index), "moments": len(index.peaks),
             "segments_without_moment": len(index) - len(index.usable),
-            "samples_replaced": log.broken})
+            "samples_replaced": log.total("broken")})
         common.draw_curve(args.out, f"RepLAI on {args.dataset}", ["loss", "avc", "astc", "lr"])
         draw_moments(args, index, args.out / "moments.png")
     common.say(f"done: {args.out}/last.pt, metrics.json, curve.png, moments.png")
@@ -952,8 +962,9 @@ def linear(args, device):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        log(step, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
-        if (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0:
+        saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0
+        log(step, saving, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
+        if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer)
     common.barrier()
     evaluate(args, model, device)

@@ -243,7 +243,7 @@ def compare(got, want, bound, name):
              if any(f.startswith(f"{name}.{p}") for f in ours)}
     if loose:
         warnings.warn(f"{name}: float32 rounding alone moves {', '.join(sorted(loose))} by as "
-                      "much as the fixture allows; compared as loosely as that takes")
+                      "much as the fixture allows; compared as loosely as that takes", stacklevel=1)
     kept = [f for f in bad if not any(f.startswith(f"{name}.{p}") for p in loose)]
     if "first" in loose:
         single, double = (torch.as_tensor(x).detach().double() for x in got)
