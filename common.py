@@ -404,6 +404,13 @@ def resume(path: Path, args: argparse.Namespace, **parts: Any) -> dict:
     return state
 
 
+def same_samples(saved: dict, samples: int, out: Path) -> None:
+    """Refuse to continue with another number of training samples: steps would mean others."""
+    if saved.get("samples", samples) != samples:
+        raise UserError(f"{out}: was begun with {saved['samples']} training samples, now there "
+                        f"are {samples}; restore the data, or choose another --out")
+
+
 def find_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of any checkpoint: under `model`, `model_av`, `state_dict`, `model_state` or
     bare, without DDP's `module.`.

@@ -834,11 +834,6 @@ def one_cycle(max_lr, epochs):
 
 def pretrain(args, device):
     """Self-supervised training of both networks on audible moments."""
-    index = SegmentIndex(args, scan(args))
-    dataset = common.SkipBroken(AudibleClips(args, index), args.seed)
-    per_epoch = len(dataset) // args.batch_size
-    steps, schedule = args.epochs * per_epoch, one_cycle(args.lr, args.epochs)
-
     torch.manual_seed(args.seed)                              # the same weights on every process
     model = RepLAI(args.width, args.depth).to(device)
     if not (args.out / "last.pt").exists():
@@ -854,6 +849,11 @@ def pretrain(args, device):
     saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
     start, means, best = saved["step"], saved.get("means", {}), saved.get("best", math.inf)
 
+    index = SegmentIndex(args, scan(args))
+    dataset = common.SkipBroken(AudibleClips(args, index), args.seed)
+    per_epoch = len(dataset) // args.batch_size
+    steps, schedule = args.epochs * per_epoch, one_cycle(args.lr, args.epochs)
+    common.same_samples(saved, len(dataset), args.out)
     sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
                         pin_memory=device.type == "cuda", generator=torch.Generator())
@@ -883,7 +883,7 @@ def pretrain(args, device):
             common.save(args.out / "best.pt", step + 1, args, model=model)
         if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
-                        means=means, best=best)
+                        means=means, best=best, samples=len(dataset))
     common.barrier()
     if common.rank() == 0:
         common.write_json(args.out / "metrics.json", {
@@ -923,11 +923,6 @@ def linear(args, device):
     number of processes. NOTE: the release leaves the frozen backbone's batch norm in training
     mode, so that it adapts to EPIC; ours is in evaluation mode, --legacy_bn reproduces it.
     """
-    actions = read_actions(args.data, "train")
-    dataset = ActionClips(args, actions, locate(args.data, actions, "train", args.limit))
-    per_epoch = len(dataset) // args.batch_size
-    steps, milestones = args.epochs * per_epoch, (int(0.6 * args.epochs), int(0.8 * args.epochs))
-
     torch.manual_seed(args.seed)
     model = LinearProbe(args.width, args.depth).to(device)
     if not (args.out / "last.pt").exists():
@@ -936,7 +931,14 @@ def linear(args, device):
         model.backbone.compile()
     optimizer = torch.optim.SGD(model.fc.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
-    start = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)["step"]
+    saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
+    start = saved["step"]
+
+    actions = read_actions(args.data, "train")
+    dataset = ActionClips(args, actions, locate(args.data, actions, "train", args.limit))
+    per_epoch = len(dataset) // args.batch_size
+    steps, milestones = args.epochs * per_epoch, (int(0.6 * args.epochs), int(0.8 * args.epochs))
+    common.same_samples(saved, len(dataset), args.out)
     sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
     loader = DataLoader(common.SkipBroken(dataset, args.seed), batch_sampler=sampler,
                         num_workers=args.workers, pin_memory=device.type == "cuda",
@@ -965,7 +967,8 @@ def linear(args, device):
         saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0
         log(step, saving, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
         if saving:
-            common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer)
+            common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
+                        samples=len(dataset))
     common.barrier()
     evaluate(args, model, device)
     if common.rank() == 0:
