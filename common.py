@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -204,11 +205,6 @@ def settle(model: nn.Module, *inputs: torch.Tensor) -> None:
     model.load_state_dict(state)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Make dropout and its like a function of (seed, step, process), so restarts repeat them."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0]))
-
-
 def autocast(device: torch.device, precision: str):
     """The context for a forward pass: bfloat16 where `precision` says so, else nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -313,12 +309,16 @@ def recipe_of(args: argparse.Namespace) -> dict:
             for k, v in sorted(vars(args).items()) if k not in FREE_FLAGS}
 
 
+@lru_cache
 def versions() -> dict[str, str]:
     """Of Python and the packages, with this repository's git commit ("" outside of git)."""
-    git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"],
-                         capture_output=True, text=True, check=False)
+    commit = ""
+    with contextlib.suppress(OSError):                        # no git on this machine
+        here = str(Path(__file__).resolve().parent)
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True,
+                                text=True, check=False).stdout.strip()
     return {"python": sys.version.split()[0], "torch": str(torch.__version__),
-            "av": av.__version__, "numpy": np.__version__, "commit": git.stdout.strip()}
+            "av": av.__version__, "numpy": np.__version__, "commit": commit}
 
 
 def start_run(args: argparse.Namespace) -> torch.device:
@@ -935,14 +935,13 @@ def font(size: int = 13):
 
 
 def draw_panel(draw, box: tuple[int, int, int, int], x: np.ndarray, lines: dict[str, np.ndarray],
-               xlabel: str, marks: Sequence[float] = (), log_scale: bool = False) -> None:
+               xlabel: str, marks: Sequence[float] = ()) -> None:
     """Curves over x inside `box` (left, top, right, bottom in pixels): frame, ticks, legend.
 
     Curves differ by dash as well as by colour; `marks` are vertical lines at x values.
     """
     left, top, right, bottom = box
-    shown = {k: np.log10(np.maximum(y, 1e-12)) if log_scale else y for k, y in lines.items()}
-    values = np.concatenate([y[np.isfinite(y)] for y in shown.values()] or [np.zeros(1)])
+    values = np.concatenate([y[np.isfinite(y)] for y in lines.values()])
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     high = high if high > low else low + 1
     x0, x1 = (float(x[0]), float(x[-1])) if len(x) and x[-1] > x[0] else (0.0, 1.0)
@@ -957,11 +956,10 @@ def draw_panel(draw, box: tuple[int, int, int, int], x: np.ndarray, lines: dict[
     for k in range(5):
         a, b = x0 + (x1 - x0) * k / 4, low + (high - low) * k / 4
         draw.text((place(a, low)[0], bottom + 4), f"{a:.4g}", "#333333", font(), anchor="ma")
-        draw.text((left - 5, place(x0, b)[1]), f"{10 ** b if log_scale else b:.3g}", "#333333",
-                  font(), anchor="rm")
+        draw.text((left - 5, place(x0, b)[1]), f"{b:.3g}", "#333333", font(), anchor="rm")
     draw.text(((left + right) / 2, bottom + 20), xlabel, "#333333", font(), anchor="ma")
     colours = ["#1f4e9c", "#c65a11", "#2c7d3f", "#7a3f98", "#555555"]
-    for n, (name, y) in enumerate(shown.items()):
+    for n, (name, y) in enumerate(lines.items()):
         points = [place(a, b) for a, b in zip(x, y) if np.isfinite(b)]
         for k in range(len(points) - 1):
             if n == 0 or k % (2 * n + 2) < n + 1:             # first solid, the others dashed
