@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -323,6 +324,8 @@ def start_run(args: argparse.Namespace) -> torch.device:
     """Join the processes and write `args.json` (flags, versions, commit); returns the device."""
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: --out must be a folder, this is a file")
+    if (args.out / "last.pt").exists():                       # before args.json is written anew
+        same_recipe(args.out / "last.pt", load_file(args.out / "last.pt"), args)
     device = init_distributed()
     if rank() == 0:
         try:
@@ -369,11 +372,24 @@ def load_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                   # of pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                    # pickle, zip and torch errors alike
-        refused = re.search(r"Unsupported (?:global|operand|class)[^\n.]*", str(e))
+        refused = re.search(r"(?i)unsupported (global|operand|class)([^\n.]|\.\w)*", str(e))
         why = f"holds more than tensors: {refused[0]}" if refused else "damaged or no checkpoint"
         raise UserError(f"{path}: {why}; nothing was loaded") from e
+
+
+def same_recipe(path: Path, state: Any, args: argparse.Namespace, *parts: str) -> None:
+    """UserError unless a checkpoint's content has these parts and was made with these flags."""
+    if not isinstance(state, dict) or not {"step", "args", *parts} <= state.keys():
+        raise UserError(f"{path}: not a checkpoint of this stage; choose another --out")
+    now = recipe_of(args)
+    for k in sorted(now.keys() | state["args"].keys()):
+        if state["args"].get(k) != now.get(k):
+            raise UserError(f"{path}: was made with --{k} {state['args'].get(k)}, now it is "
+                            f"{now.get(k)}; use the same flags to continue, or another --out")
 
 
 def resume(path: Path, args: argparse.Namespace, **parts: Any) -> dict:
@@ -385,13 +401,7 @@ def resume(path: Path, args: argparse.Namespace, **parts: Any) -> dict:
     if not path.exists():
         return {"step": 0}
     state = load_file(path)
-    if not isinstance(state, dict) or not {"step", "args", *parts} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of this stage; choose another --out")
-    now = recipe_of(args)
-    for k in sorted(now.keys() | state["args"].keys()):
-        if state["args"].get(k) != now.get(k):
-            raise UserError(f"{path}: was made with --{k} {state['args'].get(k)}, now it is "
-                            f"{now.get(k)}; use the same flags to continue, or another --out")
+    same_recipe(path, state, args, *parts)
     for k, part in parts.items():
         try:
             part.load_state_dict(state.pop(k))
@@ -455,6 +465,17 @@ def _heads(keys: Iterable[str]) -> str:
     return f" ({', '.join(groups[:6])}{', ...' if len(groups) > 6 else ''})" if groups else ""
 
 
+def mean(values: dict[str, Any]) -> dict[str, float]:
+    """Means of numbers over the processes."""
+    x = torch.tensor([float(torch.as_tensor(v).detach()) for v in values.values()],
+                     dtype=torch.float64)
+    if world_size() > 1:
+        x = x.to(next((v.device for v in values.values() if torch.is_tensor(v)), "cpu"))
+        dist.all_reduce(x)
+        x = x.cpu() / world_size()
+    return dict(zip(values, x.tolist()))
+
+
 class Log:
     """Console line and `log.jsonl` object per log step; guard against NaN; count of broken files.
 
@@ -477,8 +498,9 @@ class Log:
             t = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - t
-            for fault in filter(None, "\n".join(batch.pop("broken", [])).split("\n")):
-                self.broken += 1
+            faults = [b.split("\n") for b in batch.pop("broken", []) if b]
+            self.broken += len(faults)
+            for fault in dict.fromkeys(itertools.chain.from_iterable(faults)):
                 if fault not in self.named:
                     self.named.add(fault)
                     print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
@@ -495,15 +517,11 @@ class Log:
         """Every `--log_every` steps and at the last: means over the processes, rate, wait, ETA."""
         if (step + 1) % self.args.log_every and step + 1 != self.total:
             return
-        means = torch.tensor([float(torch.as_tensor(v).detach()) for v in values.values()], dtype=torch.float64)
-        if world_size() > 1:
-            means = means.to(next((v.device for v in values.values() if torch.is_tensor(v)), "cpu"))
-            dist.all_reduce(means)
-            means = means.cpu() / world_size()
+        means = mean(values)
         now = time.perf_counter()
         seconds, done = max(1e-9, now - self.since), step - self.last
         row = {"stage": self.args.stage, "epoch": step // self.per_epoch, "step": step,
-               **{k: float(f"{v:.6g}") for k, v in zip(values, means.tolist())},
+               **{k: float(f"{v:.6g}") for k, v in means.items()},
                "clips_per_s": round(done * self.args.batch_size / seconds, 2),
                "data_wait": round(self.waited / seconds, 4),
                "eta_s": round((self.total - step - 1) * seconds / done)}
