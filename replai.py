@@ -187,15 +187,18 @@ def admissible(times, duration, delta, clip_seconds=CLIP_SECONDS):
     return (margin <= times) & (times <= duration - margin)
 
 
-def list_media(args):
-    """Paths, relative to --data, of the files to pre-train on: 10 s pieces if any, else videos."""
+def list_media(args, pieces=True):
+    """Paths, relative to --data, of the files to pre-train on: 10 s pieces if any, else videos.
+
+    pieces=False: the videos in any case.
+    """
     if not args.data.is_dir():
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
-    if (args.data / "segments" / ".cutting").exists():
+    if pieces and (args.data / "segments" / ".cutting").exists():
         raise UserError(f"{args.data}/segments: not all videos are cut yet; let "
                         "`--stage segments` finish")
-    files = mp4_files(args.data, "segments/*")
+    files = mp4_files(args.data, "segments/*") if pieces else []
     if args.dataset == "epic":
         files = files or list(epic_videos(args.data).values())
         train = set(read_actions(args.data, "train").video)
@@ -868,7 +871,7 @@ def pretrain(args, device):
         optimizer.step()
 
         log(step, loss=loss, avc=avc, astc=astc, lr=schedule[epoch][0])
-        parts = {"loss": loss.item(), "avc": avc.item(), "astc": astc.item()}
+        parts = common.mean({"loss": loss, "avc": avc, "astc": astc})
         means = {n: v + (means.get(n, 0.0) if k else 0.0) for n, v in parts.items()}
         ended = k + 1 == per_epoch
         if ended and means["loss"] < best:                    # best: lowest loss over an epoch
@@ -1113,12 +1116,11 @@ def segments(args, device, fps=16, short_side=240, rate=44100):
     folder = args.data / "segments"
     if folder.is_dir() and not (folder / ".cutting").exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is there already and complete; remove it to cut anew")
-    if common.rank() == 0 and args.data.is_dir():
+    files = list_media(args, pieces=False)[:args.limit]
+    common.barrier()                                          # all have looked at the folder
+    if common.rank() == 0:
         folder.mkdir(exist_ok=True)
-    common.barrier()
-    (folder / ".cutting").unlink(missing_ok=True)
-    files = list_media(args)[:args.limit]
-    (folder / ".cutting").touch()
+        (folder / ".cutting").touch()
     common.barrier()
     made = kept = broken = 0
     for n, name in enumerate(files[common.rank()::common.world_size()]):
