@@ -32,6 +32,10 @@ def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+PRETRAIN = [*SMALL, "--limit", 6]                             # 3 steps an epoch, 6 in all
+LINEAR = [*SMALL, "--stage", "linear", "--dataset", "epic", "--init", "none"]
+
+
 # ---- loss --------------------------------------------------------------------------------------
 
 def unit(v):
@@ -767,3 +771,629 @@ def test_an_empty_subset_has_no_accuracy():
     m = replai.epic_metrics(verb, noun, y, z, np.array(["P01"] * 3), set(), set(), {"P18"})
     assert m["tail_verb_accuracy_at_1"] is None and m["unseen noun@5"] is None
     json.dumps(m, allow_nan=False)
+
+
+# ---- command line ------------------------------------------------------------------------------
+
+def test_every_flag_is_explained(monkeypatch):
+    plain, seen = common.parse, []
+
+    def parse(parser, *rest):
+        seen.extend(parser._actions)
+        return plain(parser, *rest)
+    monkeypatch.setattr(common, "parse", parse)
+    replai.parse_args([])
+    assert len(seen) > 35
+    for action in seen:
+        assert action.help and len(action.help.split()) >= 2, action.dest
+
+
+def test_help_answers_with_the_method_and_all_flags():
+    began = time.monotonic()
+    r = command("--help")
+    assert r.code == 0 and r.err == "" and time.monotonic() - began < 15
+    for words in ("L_AVC", "L_AStC", "arXiv:2209.13583", "torchrun", "--delta_non_overlap",
+                  "(default: 512)", "--normalize_feats"):
+        assert words in r.out
+    assert all(len(line) <= 100 for line in r.out.splitlines())
+
+
+@pytest.mark.parametrize("flags, want", [
+    ("", {"dataset": "ego4d", "stage": "pretrain", "epochs": 100, "batch_size": 512, "lr": 0.05,
+          "weight_decay": 1e-4, "init": "avid", "crop": 112, "num_frames": 8, "width": 64,
+          "depth": 18, "tau": 0.07, "clr_coeff": 0.5, "aot_coeff": 0.5, "delta_non_overlap": 0.1,
+          "prominence": 1.0, "data": Path("data/ego4d"), "moi": "peaks", "workers": 8,
+          "out": Path("runs/replai_ego4d_pretrain")}),
+    ("--dataset epic", {"epochs": 100, "batch_size": 128, "lr": 0.005, "weight_decay": 1e-4,
+                        "data": Path("data/epic"), "init": "avid",
+                        "out": Path("runs/replai_epic_pretrain")}),
+    ("--dataset epic --stage linear", {
+        "epochs": 30, "batch_size": 128, "lr": 0.005, "weight_decay": 0.0, "clips": 1,
+        "init": "runs/replai_epic_pretrain/last.pt", "eval_resize": "nearest",
+        "normalize_feats": "off", "legacy_aspect": False, "legacy_bn": False}),
+    ("--dataset epic --stage linear --compat released", {"legacy_aspect": True, "legacy_bn": True}),
+    ("--dataset epic --lr 0.7 --batch_size 6", {"lr": 0.7, "batch_size": 6, "epochs": 100}),
+    ("--tiny", {"crop": 56, "width": 16, "depth": 10, "init": "none", "workers": 2}),
+    ("--tiny --crop 40 --init x.pt", {"crop": 40, "init": "x.pt", "width": 16})])
+def test_defaults_are_those_of_the_published_recipe(flags, want, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["replai.py"])
+    args = vars(replai.parse_args(flags.split()))
+    assert {k: args[k] for k in want} == want
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--epoch 3", "--epoch 3"), ("--stage train", "--stage"), ("--dataset kinetics", "--dataset"),
+    ("--epochs 0", "--epochs 0"), ("--epochs x", "--epochs"), ("--batch_size 7", "--batch_size 7"),
+    ("--stage linear --dataset ego4d", "--dataset epic"), ("--moi loud", "--moi")])
+def test_a_wrong_flag_is_one_line_and_status_2(flags, words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as e:
+        replai.parse_args(flags.split())
+    text = capsys.readouterr().err
+    assert e.value.code == 2
+    assert text.count("\n") == 1 and text.startswith("error: ") and words in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA has bf16")
+def test_bf16_on_the_cpu_is_refused_with_the_reason():
+    assert "uninitialised" in one_error(command("--precision", "bf16"), code=2)
+
+
+class Trap:
+    """Its pickle makes a folder when it is loaded as code."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def state_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """State of a small RepLAI as --tiny --width 8 makes it."""
+    torch.manual_seed(3)
+    model = replai.RepLAI(8, 10)
+    for k, v in model.state_dict().items():
+        if k.endswith("running_mean"):
+            v.copy_(random(*v.shape))
+    return state_of(model)
+
+
+@pytest.mark.parametrize("case", ["absent folder", "empty folder", "absent file", "other network",
+                                  "damaged", "empty file", "code", "out is a file",
+                                  "out below a file", "few segments"])
+def test_what_the_user_can_mend_is_one_line_and_status_1(case, tmp_path, ego4d, cache, weights):
+    data, init, out, more = ego4d, tmp_path / "init.pt", tmp_path / "run", []
+    words = str(init)
+    if case == "absent folder":
+        data = words = tmp_path / "nowhere"
+    elif case == "empty folder":
+        data = words = tmp_path / "empty"
+        data.mkdir()
+    elif case == "other network":
+        torch.save({"state_dict": {"layer1.0.weight": torch.zeros(3)}}, init)
+    elif case == "damaged":
+        torch.save({"model": weights}, init)
+        init.write_bytes(init.read_bytes()[:-5000])
+    elif case == "empty file":
+        init.touch()
+    elif case == "code":
+        init.write_bytes(pickle.dumps({"model": Trap(tmp_path / "trapped")}))
+    elif case == "out is a file":
+        out = words = tmp_path / "file"
+        out.touch()
+    elif case == "out below a file":
+        (tmp_path / "file").touch()
+        out = words = tmp_path / "file" / "run"
+    elif case == "few segments":
+        more, words = ["--limit", 3, "--batch_size", 4, "--init", "none"], "3 training samples"
+    text = one_error(quick(tmp_path / "q", *SMALL, "--data", data, "--moments", cache, "--init", init,
+                           "--out", out, *more))
+    assert str(words) in text
+    assert not (tmp_path / "trapped").exists()
+    assert not list(tmp_path.rglob("last.pt"))
+
+
+def test_code_in_a_zip_checkpoint_is_not_run_either(tmp_path):
+    torch.save({"model": Trap(tmp_path / "trapped")}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="more than tensors"):
+        common.load_file(tmp_path / "c.pt")
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, ego4d, cache):
+    tmp_path.chmod(0o500)
+    text = one_error(quick(tmp_path / "q", *SMALL, "--data", ego4d, "--out", tmp_path / "run"))
+    assert str(tmp_path / "run") in text
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("change", [["--lr", "0.5"], ["--width", "4"], ["--seed", "1"]])
+def test_a_run_made_with_other_flags_is_left_as_it_was(change, runs, ego4d, cache, tmp_path):
+    before = contents(runs[1])
+    r = quick(tmp_path, *PRETRAIN, *change, "--data", ego4d, "--moments", cache, "--out", runs[1])
+    assert change[0] in one_error(r) and str(runs[1]) in r.err
+    assert contents(runs[1]) == before
+
+
+def test_a_damaged_checkpoint_in_the_run_folder_stops_and_stays(runs, ego4d, cache, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "run")
+    path = tmp_path / "run" / "last.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    before = contents(tmp_path / "run")
+    r = quick(tmp_path, *PRETRAIN, "--data", ego4d, "--moments", cache, "--out", tmp_path / "run")
+    assert "damaged" in one_error(r) and contents(tmp_path / "run") == before
+
+
+# ---- checkpoints of others ---------------------------------------------------------------------
+
+def renamed(state, table):
+    return {new + k[len(old):]: v for k, v in state.items()
+            for old, new in table.items() if k.startswith(old)}
+
+
+LAYOUTS = {  # the file's content, from RepLAI's own state
+    "ours": lambda s: {"model": s, "step": 7, "args": {"lr": 0.1}},
+    "RepLAI": lambda s: {"model": renamed(s, {"": "module."}), "optimizer": {"state": {}},
+                         "sampler": {"num_batches_seen": 9, "epoch": 3}, "epoch": 3},
+    "AVID": lambda s: {"epoch": 5, "optimizer": {}, "train_criterion": {}, "model": {
+        **renamed(s, {"backbone.video.": "module.video_model.",
+                      "backbone.audio.": "module.audio_model."}),
+        "module.video_proj.projection.0.weight": torch.zeros(4, 4),
+        "module.audio_proj.projection.4.bias": torch.zeros(4)}},
+    "bare": lambda s: s,
+    "state_dict": lambda s: {"state_dict": s},
+    "model_av": lambda s: {"model_av": renamed(s, {"": "module."})},
+    "model_state": lambda s: {"model_state": s},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_fills_replai(name, weights, tmp_path, capsys):
+    torch.save(LAYOUTS[name](weights), tmp_path / "c.pt")
+    model = replai.RepLAI(8, 10)
+    fresh = state_of(model)
+    common.load_weights(model, tmp_path / "c.pt", replai.PRETRAIN_LAYOUTS, "backbone.")
+    for k, v in model.state_dict().items():
+        heads_stay = name == "AVID" and k.startswith("mlp.")
+        assert torch.equal(v, (fresh if heads_stay else weights)[k]), k
+    n = len([k for k in weights if name != "AVID" or k.startswith("backbone.")])
+    text = capsys.readouterr().out
+    assert f"{n} tensors loaded, {2 * (name == 'AVID')} of the file not used" in text
+    assert ("video_proj.projection" in text) == (name == "AVID")
+
+
+PROBES = {
+    **LAYOUTS,
+    "linear probe": lambda s: {"model": {**renamed(s, {"backbone.video.": "module.backbone."}),
+                                         "module.fc.verb_class.weight": torch.ones(97, 64),
+                                         "module.fc.verb_class.bias": torch.ones(97),
+                                         "module.fc.noun_class.weight": torch.ones(300, 64),
+                                         "module.fc.noun_class.bias": torch.ones(300)}},
+    "model.backbone": lambda s: {"state_dict": renamed(s, {"backbone.video.": "model.backbone."})},
+    "video alone": lambda s: {"state_dict": renamed(s, {"backbone.video.": ""})},
+}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_layout_fills_the_linear_probe(name, weights, tmp_path):
+    torch.save(PROBES[name](weights), tmp_path / "c.pt")
+    probe = replai.LinearProbe(8, 10)
+    common.load_weights(probe, tmp_path / "c.pt", replai.PROBE_LAYOUTS, "backbone.")
+    for k, v in probe.backbone.state_dict().items():
+        assert torch.equal(v, weights[f"backbone.video.{k}"]), k
+    assert (probe.fc["verb_class"].bias == (name == "linear probe")).all()
+
+
+@pytest.mark.parametrize("lost", ["backbone.video.conv3x.0.out_bn.running_var",
+                                  "backbone.audio.block4.conv2.weight"])
+def test_a_missing_backbone_tensor_is_an_error_and_changes_nothing(lost, weights, tmp_path):
+    torch.save({"model": {k: v for k, v in weights.items() if k != lost}}, tmp_path / "c.pt")
+    model = replai.RepLAI(8, 10)
+    before = state_of(model)
+    with pytest.raises(UserError, match=f"1 of the network's tensors are missing.*{lost}"):
+        common.load_weights(model, tmp_path / "c.pt", replai.PRETRAIN_LAYOUTS, "backbone.")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_another_width_is_an_error_that_names_both_shapes(weights, tmp_path):
+    torch.save({"model": weights}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"conv1.0.weight is \(8, .*needs \(4, "):
+        common.load_weights(replai.RepLAI(4, 10), tmp_path / "c.pt", replai.PRETRAIN_LAYOUTS)
+
+
+def test_tensors_that_are_not_used_are_reported(weights, tmp_path, capsys):
+    torch.save({"model": {**weights, "module.queue.keys": torch.zeros(2)}}, tmp_path / "c.pt")
+    common.load_weights(replai.RepLAI(8, 10), tmp_path / "c.pt", replai.PRETRAIN_LAYOUTS)
+    assert "1 of the file not used (queue.keys), 0 of the network left fresh" in capsys.readouterr().out
+
+
+# ---- pre-training, end to end ------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def runs(ego4d, cache, tmp_path_factory):
+    """{processes: run folder}: by `python replai.py`, and by torchrun with two."""
+    folders = {}
+    for n in (1, 2):
+        folders[n] = tmp_path_factory.mktemp(f"run{n}") / "out"
+        r = command(*PRETRAIN, "--data", ego4d, "--moments", cache, "--out", folders[n], n=n)
+        assert (folders[n] / "moments.png").exists(), r       # gloo may abort at exit, work done
+    return folders
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_pretraining_leaves_what_is_promised(runs, n):
+    out = runs[n]
+    assert set(contents(out)) == {"args.json", "log.jsonl", "last.pt", "best.pt", "metrics.json",
+                                  "curve.png", "moments.png"}
+    args = json.loads((out / "args.json").read_text())
+    assert args["processes"] == n and args["batch_size"] == 2 and args["versions"]["torch"]
+    rows = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(6)) and [r["epoch"] for r in rows] == [0] * 3 + [1] * 3
+    for r in rows:
+        assert set(r) == {"stage", "epoch", "step", "loss", "avc", "astc", "lr", "clips_per_s",
+                          "data_wait", "eta_s"}
+        assert r["stage"] == "pretrain" and 0 <= r["data_wait"] <= 1 and r["clips_per_s"] > 0
+        assert r["loss"] == pytest.approx((r["avc"] + r["astc"]) / 2, rel=1e-4)
+    last, best = (torch.load(out / f, weights_only=True) for f in ("last.pt", "best.pt"))
+    assert last["step"] == 6 and set(best) == {"model", "step", "args", "versions"}
+    assert set(last["model"]) == set(replai.RepLAI(8, 10).state_dict())
+    m = json.loads((out / "metrics.json").read_text())
+    assert (m["steps"], m["segments"], m["samples_replaced"]) == (6, 6, 0) and m["moments"] > 5
+    epoch = {k: sum(r[k] for r in rows[3:]) / 3 for k in ("loss", "avc", "astc")}
+    assert {k: m[k] for k in epoch} == pytest.approx(epoch, rel=1e-4), "mean over all processes"
+    for name in ("curve.png", "moments.png"):
+        from PIL import Image
+        with Image.open(out / name) as image:
+            image.load()
+            assert min(image.size) > 300 and np.asarray(image).std() > 10
+
+
+def test_a_finished_run_starts_again_without_changing_its_weights(runs, ego4d, cache, tmp_path):
+    before = contents(runs[1])
+    r = quick(tmp_path, *PRETRAIN, "--data", ego4d, "--moments", cache, "--out", runs[1])
+    after = contents(runs[1])
+    assert r.code == 0 and "after step 6" in r.out
+    for name in ("last.pt", "best.pt", "log.jsonl"):
+        assert after[name] == before[name], name
+
+
+def test_a_pretrained_network_starts_another_run_and_a_linear_probe(runs, epic, ego4d, cache, tmp_path):
+    init = runs[1] / "best.pt"
+    r = quick(tmp_path, *PRETRAIN, "--data", ego4d, "--moments", cache, "--init", init, "--out",
+              tmp_path / "a", "--epochs", 1)
+    assert r.code == 0 and "left fresh" in r.out and ", 0 of the file not used" in r.out
+    r = quick(tmp_path, *LINEAR, "--data", epic, "--init", init, "--out", tmp_path / "b", "--limit", 4)
+    assert r.code == 0, r
+    own = torch.load(tmp_path / "b" / "last.pt", weights_only=True)["model"]
+    for k, v in torch.load(init, weights_only=True)["model"].items():
+        if k.startswith("backbone.video."):
+            assert torch.equal(own[k.replace(".video", "")], v), k
+
+
+@pytest.mark.parametrize("flags", ["--moi random", "--clr_coeff 0", "--aot_coeff 0", "--legacy_aspect",
+                                   "--depth 18 --epochs 1", "--delta_non_overlap 0.3"])
+def test_every_switch_trains(flags, ego4d, cache, tmp_path):
+    r = quick(tmp_path, *SMALL, "--limit", 2, "--epochs", 1, "--data", ego4d, "--moments", cache,
+              "--out", tmp_path / "out", *flags.split())
+    assert r.code == 0 and (tmp_path / "out" / "last.pt").exists(), r
+
+
+def linked(source, target):
+    shutil.copytree(source, target, copy_function=os.link)
+    return target
+
+
+def test_a_broken_file_is_named_and_counted_and_training_goes_on(ego4d, tmp_path):
+    data = linked(ego4d, tmp_path / "data")
+    whole = sorted(data.glob("*.mp4"))[0].read_bytes()
+    (data / "torn.mp4").write_bytes(whole[:len(whole) // 3])
+    (data / "empty.mp4").touch()
+    r = quick(tmp_path, *SMALL, "--data", data, "--moments", tmp_path / "m", "--out",
+              tmp_path / "out", "--epochs", 1, "--limit", 8)
+    assert r.code == 0 and "warning: 2 files cannot be read" in r.out
+    assert f"{data}/torn.mp4" in r.out and f"{data}/empty.mp4" in r.out
+
+
+def test_a_file_that_breaks_after_the_scan_is_replaced_and_counted(painted, tmp_path):
+    data = painted.data
+    shutil.copy(data / "one.mp4", data / "two.mp4")
+    flags = [*SMALL, "--data", data, "--moments", tmp_path / "m"]
+    assert quick(tmp_path, *flags, "--stage", "moments", "--out", tmp_path / "moments").code == 0
+    size = (data / "two.mp4").stat().st_size
+    (data / "two.mp4").write_bytes(bytes(size))               # as long as before: the cache holds
+    r = quick(tmp_path, *flags, "--out", tmp_path / "out", "--epochs", 3)
+    assert r.code == 0, r
+    assert len(r.err.splitlines()) == 1
+    assert re.match(rf"warning: {data}/two.mp4: .*; sample replaced", r.err)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["samples_replaced"] == 3
+
+
+def test_files_without_sound_are_counted(ego4d, cache, tmp_path):
+    r = quick(tmp_path, *SMALL, "--stage", "moments", "--data", ego4d, "--moments", cache,
+              "--out", tmp_path / "out")
+    m = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert r.code == 0 and m["files"] == 4
+    assert 0 < m["segments_without_sound"] <= m["segments_without_moment"] < m["segments"]
+    assert f"({m['segments_without_sound']} of them no sound)" in r.out
+    assert (tmp_path / "out" / "moments.png").exists()
+
+
+# ---- kill and resume ---------------------------------------------------------------------------
+
+KILLS = [("step", 1), ("torn", 1), ("line", 1), ("renamed", 1), ("torn", 2)]
+
+
+def run_and_kill(tmp_path, flags, n, kills, plain):
+    """Run to the end in two folders, one of them with kills; compare every byte that counts."""
+    assert quick(tmp_path / "q", *flags, "--out", tmp_path / "whole", *plain, n=n).code == 0
+    out, killed = tmp_path / "killed", 0
+    for kill in kills:
+        how = {"die": kill} if isinstance(kill, tuple) else {"kill": kill}
+        r = quick(tmp_path / "q", *flags, "--out", out, n=n, **how)
+        killed += r.code == -9
+    r = quick(tmp_path / "q", *flags, "--out", out, n=n)
+    assert r.code == 0 and "continuing" in r.out, r
+    assert killed >= 4, "too few runs were killed for this to be a test"
+    whole, own = contents(tmp_path / "whole"), contents(out)
+    names = {"last.pt", "best.pt", "metrics.json", "validation.zip"} & set(whole)
+    for name in names:
+        assert own[name] == whole[name], f"{name} differs"
+    rows = [[json.loads(x) for x in f["log.jsonl"].decode().splitlines()] for f in (whole, own)]
+    assert [r["step"] for r in rows[1]] == [r["step"] for r in rows[0]] == list(range(len(rows[0])))
+    for a, b in zip(*rows):
+        assert {k: a[k] for k in ("loss", "lr", "epoch")} == {k: b[k] for k in ("loss", "lr", "epoch")}
+    assert "last.pt" in names
+    return own
+
+
+@pytest.mark.parametrize("n, workers", [(1, 0), (1, 2), (2, 0)])
+def test_a_killed_pretraining_ends_in_the_same_bytes(n, workers, ego4d, cache, tmp_path):
+    flags = [*PRETRAIN, "--data", ego4d, "--moments", cache, "--epochs", 3, "--workers", workers]
+    run_and_kill(tmp_path, flags, n, KILLS, ["--workers", "0"])
+
+
+def test_a_pretraining_killed_at_any_time_ends_in_the_same_bytes(ego4d, cache, tmp_path):
+    flags = [*PRETRAIN, "--data", ego4d, "--moments", cache, "--epochs", 3]
+    run_and_kill(tmp_path, flags, 1, [0.05, 0.6, 0.75, 0.9, 1.0, 1.2], [])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_killed_linear_evaluation_ends_in_the_same_bytes(n, epic, tmp_path):
+    flags = [*LINEAR, "--data", epic, "--limit", 6, "--batch_size", 2]
+    run_and_kill(tmp_path, flags, n, KILLS[:4] + [("torn:metrics.json", 1)], [])
+
+
+def test_torn_checkpoints_leave_no_litter_that_counts(ego4d, cache, tmp_path):
+    flags = [*PRETRAIN, "--data", ego4d, "--moments", cache, "--out", tmp_path / "out"]
+    assert quick(tmp_path, *flags, die=("torn", 2)).code == -9
+    left = {p.name for p in (tmp_path / "out").iterdir()}
+    assert any(name.startswith("last.pt.tmp") for name in left) and "last.pt" in left
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2
+
+
+# ---- linear evaluation -------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def linears(epic, tmp_path_factory):
+    """{processes: folder} of a linear evaluation, by `python replai.py` and by torchrun."""
+    folders = {}
+    for n in (1, 2):
+        folders[n] = tmp_path_factory.mktemp(f"linear{n}") / "out"
+        r = command(*LINEAR, "--epochs", 1, "--batch_size", 4, "--data", epic, "--out", folders[n], n=n)
+        assert (folders[n] / "metrics.json").exists(), r
+    return folders
+
+
+def test_linear_evaluation_does_not_depend_on_the_number_of_processes(linears):
+    one, two = (contents(f) for f in linears.values())
+    assert set(one) == {"args.json", "log.jsonl", "last.pt", "metrics.json", "validation.zip",
+                        "submission.zip", "curve.png"}
+    for name in ("metrics.json", "validation.zip", "submission.zip"):
+        assert one[name] == two[name], name
+
+
+def test_the_submission_has_the_official_form_and_each_row_once(linears, epic):
+    for name, split in (("validation", "validation"), ("submission", "test")):
+        with zipfile.ZipFile(linears[1] / f"{name}.zip") as z:
+            assert z.namelist() == ["test.json"]
+            sent = json.loads(z.read("test.json"))
+        assert {k: v for k, v in sent.items() if k != "results"} == {
+            "version": "0.2", "challenge": "action_recognition", "sls_pt": 4, "sls_tl": 3, "sls_td": 3}
+        rows = replai.read_actions(epic, split)
+        assert list(sent["results"]) == rows.id.tolist()
+        for r in sent["results"].values():
+            assert set(r) == {"verb", "noun"}
+            assert list(r["verb"]) == [str(i) for i in range(97)]
+            assert list(r["noun"]) == [str(i) for i in range(300)]
+            assert all(isinstance(s, float) for k in r for s in r[k].values())
+
+
+def test_the_metrics_follow_from_the_submitted_scores(linears, epic):
+    with zipfile.ZipFile(linears[1] / "validation.zip") as z:
+        results = list(json.loads(z.read("test.json"))["results"].values())
+    verb, noun = (np.array([list(r[k].values()) for r in results]) for k in ("verb", "noun"))
+    a = replai.read_actions(epic, "validation")
+    m = json.loads((linears[1] / "metrics.json").read_text())
+    assert m["rows"] == len(a.id) and m["rows_absent"] == 0
+    assert m["verb@1"] == pytest.approx(slow_top_k(verb.tolist(), a.verb.tolist(), 1))
+    assert m["noun@5"] == pytest.approx(slow_top_k(noun.tolist(), a.noun.tolist(), 5))
+    np.testing.assert_allclose(verb.sum(1), 1, atol=1e-4)
+    np.testing.assert_allclose(noun.sum(1), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("flags", ["--clips 2", "--clip random", "--legacy_bn", "--compat released",
+                                   "--normalize_feats l2", "--normalize_feats sign",
+                                   "--eval_resize bilinear"])
+def test_every_switch_of_the_linear_evaluation_runs(flags, epic, tmp_path):
+    r = quick(tmp_path, *LINEAR, "--data", epic, "--limit", 4, "--epochs", 1, "--out",
+              tmp_path / "out", *flags.split())
+    assert r.code == 0 and r.err == "", r
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"] == 4
+
+
+def test_the_frozen_network_stays_and_legacy_batch_norm_moves(epic, tmp_path):
+    for flags in ([], ["--legacy_bn"]):
+        out = tmp_path / f"out{len(flags)}"
+        for name, epochs in (("a", 1), ("b", 2)):
+            r = quick(tmp_path, *LINEAR, "--data", epic, "--limit", 4, "--epochs", epochs, "--out",
+                      out / name, *flags)
+            assert r.code == 0, r
+        a, b = (torch.load(out / x / "last.pt", weights_only=True)["model"] for x in "ab")
+        for k in a:
+            still = k.startswith("backbone.") and not (
+                flags and k.endswith(("running_mean", "running_var", "num_batches_tracked")))
+            assert torch.equal(a[k], b[k]) == (still or ".tmp_bn2." in k), k
+
+
+def test_a_broken_validation_video_stops_the_evaluation(epic, tmp_path):
+    data = linked(epic, tmp_path / "data")
+    path = next(p for p in data.glob("videos/*/*.MP4")
+                if p.stem in set(replai.read_actions(epic, "validation").video))
+    whole = path.read_bytes()
+    path.unlink()                                             # the link, not the toy
+    path.write_bytes(whole[:len(whole) // 2])
+    r = quick(tmp_path, *LINEAR, "--data", data, "--epochs", 1, "--out", tmp_path / "out")
+    assert one_error(r).startswith(str(path))
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_absent_videos_are_counted(epic, tmp_path):
+    data = linked(epic, tmp_path / "data")
+    a = replai.read_actions(epic, "validation")
+    gone = a.video[0]
+    next(data.glob(f"videos/*/{gone}.MP4")).unlink()
+    r = quick(tmp_path, *LINEAR, "--data", data, "--epochs", 1, "--batch_size", 8, "--out",
+              tmp_path / "out")
+    n = int((a.video != gone).sum())
+    m = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (m["rows"], m["rows_absent"]) == (n, len(a.id) - n)
+    assert f"validation: {n} of {len(a.id)} rows; 1 videos are absent ({gone})" in r.out
+
+
+# ---- segments and moments ----------------------------------------------------------------------
+
+@pytest.fixture
+def one_epic_video(epic, tmp_path):
+    """A toy EPIC with one training video, which has sound."""
+    data = tmp_path / "data"
+    rows = replai.read_actions(epic, "train")
+    name = rows.video[0]
+    shutil.copytree(epic / "annotations", data / "annotations")
+    (data / "videos").mkdir()
+    shutil.copy(next(epic.glob(f"videos/*/{name}.MP4")), data / "videos" / f"{name}.MP4")
+    return data, data / "videos" / f"{name}.MP4"
+
+
+def segments_of(data, tmp_path, **how):
+    return quick(tmp_path / "q", *SMALL, "--stage", "segments", "--dataset", "epic", "--data", data,
+                 "--moments", tmp_path / "m", "--out", tmp_path / "cut", **how)
+
+
+def test_segments_are_cut_as_the_official_ones_and_used(one_epic_video, tmp_path):
+    data, video = one_epic_video
+    r = segments_of(data, tmp_path)
+    assert r.code == 0, r
+    whole, pieces = common.probe(video), sorted((data / "segments").iterdir())
+    times = replai.cut_times(whole.duration)
+    assert [p.name for p in pieces] == [
+        f"{video.stem}_{int(a):06d}_{math.ceil(b):06d}.MP4" for a, b in times]
+    for piece, (start, stop) in zip(pieces, times):
+        made = common.probe(piece)
+        assert made.fps == 16 and made.sample_rate == 44100 and made.channels == whole.channels
+        assert abs(made.duration - (stop - start)) <= 1 / 16 + 1e-6
+        assert abs(made.width - whole.width) <= 1 and abs(made.height - whole.height) <= 1
+        at = np.arange(0, stop - start - 0.1, 1.25)           # multiples of 1/16
+        new = common.read_clip(piece, [at])[0].astype(float)
+        old = common.read_clip(video, [start + at])[0].astype(float)
+        old = old[:, :new.shape[1], :new.shape[2]]
+        assert np.abs(new - old).mean((1, 2, 3)).max() < 4, piece.name
+        x, rate = common.read_audio(piece)
+        y, old_rate = common.read_audio(video, start, stop)
+        y = replai.resample(torch.from_numpy(y).mean(0), old_rate, rate).numpy()
+        n = min(len(y), x.shape[1])
+        assert abs(n - rate * (stop - start)) < 0.06 * rate
+        assert np.corrcoef(x.mean(0)[:n], y[:n])[0, 1] > 0.9, piece.name
+    m = json.loads((tmp_path / "cut" / "metrics.json").read_text())
+    assert m == {"videos": 1, "pieces_written": len(times), "pieces_kept": 0, "videos_unreadable": 0}
+
+    before = contents(data / "segments")
+    assert "complete" in one_error(segments_of(data, tmp_path))
+    assert contents(data / "segments") == before
+    r = quick(tmp_path / "q", *SMALL, "--dataset", "epic", "--data", data, "--moments",
+              tmp_path / "m", "--out", tmp_path / "out", "--epochs", 1)
+    assert r.code == 0 and f"{len(times)} segments of {len(times)} files" in r.out, r
+
+
+def test_cutting_that_was_killed_goes_on_and_is_not_trained_on(one_epic_video, tmp_path):
+    data, _ = one_epic_video
+    assert segments_of(data, tmp_path, die=("torn:.MP4", 3)).code == -9
+    assert (data / "segments" / ".cutting").exists()
+    done = {p.name: p.read_bytes() for p in (data / "segments").glob("*.MP4")}
+    assert len(done) == 2
+    r = quick(tmp_path / "q", *SMALL, "--dataset", "epic", "--data", data, "--moments",
+              tmp_path / "m", "--out", tmp_path / "out")
+    assert "not all videos are cut yet" in one_error(r)
+    r = segments_of(data, tmp_path)
+    m = json.loads((tmp_path / "cut" / "metrics.json").read_text())
+    assert r.code == 0 and m["pieces_kept"] == 2 and m["pieces_written"] >= 2, r
+    assert not (data / "segments" / ".cutting").exists()
+    assert all((data / "segments" / k).read_bytes() == v for k, v in done.items())
+
+
+def moments_of(data, tmp_path, cache, n=1):
+    return quick(tmp_path / "q", *SMALL, "--stage", "moments", "--data", data, "--moments", cache,
+                 "--out", tmp_path / "out", n=n)
+
+
+def test_moments_are_detected_once_and_again_only_where_a_file_changed(painted, tmp_path):
+    data, m = painted.data, tmp_path / "cache"
+    shutil.copy(data / "one.mp4", data / "two.mp4")
+    assert moments_of(data, tmp_path, m).code == 0
+    path = m / "moments.jsonl"
+    assert [p.name for p in m.iterdir()] == ["moments.jsonl"]
+    first, stat = path.read_text(), path.stat()
+    records = [json.loads(line) for line in first.splitlines()]
+    assert [r["file"] for r in records] == ["one.mp4", "two.mp4"]
+    assert all(set(r) == {"file", "bytes", "prominence", "segments"} for r in records)
+    ((start, stop, peaks),) = records[0]["segments"]
+    assert (start, stop) == (0, 6.4) and len(peaks) == 1 and abs(peaks[0] - 3.21) < 0.01
+    assert moments_of(data, tmp_path, m).code == 0
+    assert (path.stat().st_mtime_ns, path.read_text()) == (stat.st_mtime_ns, first)
+
+    frames = (test_media.paint(k, 128, 96) for k in range(160))
+    toy.write_video(data / "two.mp4", frames, 25, clicks([1.5, 4.5], seconds=6.4, seed=1))
+    assert moments_of(data, tmp_path, m).code == 0
+    lines = path.read_text().splitlines()
+    assert lines[0] == first.splitlines()[0]                  # not detected anew
+    size = (data / "two.mp4").stat().st_size
+    new = next(r for r in map(json.loads, lines) if (r["file"], r["bytes"]) == ("two.mp4", size))
+    assert new["segments"][0][2] == pytest.approx([1.5, 4.5], abs=0.01)
+    args = arguments("--data", data, "--moments", m)
+    assert len(replai.SegmentIndex(args, replai.scan(args)).peaks) == 3
+
+
+def test_a_cut_off_line_of_the_cache_is_done_again(painted, tmp_path):
+    data, m = painted.data, tmp_path / "cache"
+    shutil.copy(data / "one.mp4", data / "two.mp4")
+    assert moments_of(data, tmp_path, m).code == 0
+    whole = (m / "moments.jsonl").read_text()
+    (m / "moments.jsonl").unlink()                            # as a killed process leaves it
+    (m / "moments.part0of1.jsonl").write_text(whole[:-20])
+    assert moments_of(data, tmp_path, m).code == 0
+    assert (m / "moments.jsonl").read_text() == whole
+    assert [p.name for p in m.iterdir()] == ["moments.jsonl"]
+
+
+def test_two_processes_write_the_same_cache_as_one(ego4d, cache, tmp_path):
+    assert moments_of(ego4d, tmp_path, tmp_path / "cache", n=2).code == 0
+    assert contents(tmp_path / "cache") == contents(cache)
