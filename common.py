@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -372,9 +373,11 @@ def load_file(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                   # of pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                    # pickle, zip and torch errors alike
-        refused = re.search(r"Unsupported (?:global|operand|class)[^\n.]*", str(e))
+        refused = re.search(r"(?i)unsupported (global|operand|class)([^\n.]|\.\w)*", str(e))
         why = f"holds more than tensors: {refused[0]}" if refused else "damaged or no checkpoint"
         raise UserError(f"{path}: {why}; nothing was loaded") from e
 
@@ -465,6 +468,17 @@ def _heads(keys: Iterable[str]) -> str:
     return f" ({', '.join(groups[:6])}{', ...' if len(groups) > 6 else ''})" if groups else ""
 
 
+def mean(values: dict[str, Any]) -> dict[str, float]:
+    """Means of numbers over the processes."""
+    numbers = [float(v.detach() if torch.is_tensor(v) else v) for v in values.values()]
+    x = torch.tensor(numbers, dtype=torch.float64)
+    if world_size() > 1:
+        x = x.cuda() if dist.get_backend() == "nccl" else x
+        dist.all_reduce(x)
+        x = x.cpu() / world_size()
+    return dict(zip(values, x.tolist()))
+
+
 class Log:
     """Console line and `log.jsonl` object per log step; guard against NaN; count of broken files.
 
@@ -487,8 +501,9 @@ class Log:
             t = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - t
-            for fault in filter(None, "\n".join(batch.pop("broken", [])).split("\n")):
-                self.broken += 1
+            faults = [b.split("\n") for b in batch.pop("broken", []) if b]
+            self.broken += len(faults)
+            for fault in dict.fromkeys(itertools.chain.from_iterable(faults)):
                 if fault not in self.named:
                     self.named.add(fault)
                     print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
@@ -507,16 +522,12 @@ class Log:
         """
         if not now and (step + 1) % self.args.log_every and step + 1 != self.end:
             return
-        numbers = [float(v.detach() if torch.is_tensor(v) else v) for v in values.values()]
-        sums = torch.tensor([*numbers, self.broken], dtype=torch.float64)
-        if world_size() > 1:
-            sums = sums.cuda() if dist.get_backend() == "nccl" else sums
-            dist.all_reduce(sums)
-        *means, broken = (sums.cpu() / torch.tensor([world_size()] * len(values) + [1])).tolist()
+        means = mean({**values, "broken": self.broken})
         clock = time.perf_counter()
         seconds, done = max(1e-9, clock - self.since), step - self.last
         row = {"stage": self.args.stage, "epoch": step // self.per_epoch, "step": step,
-               **{k: float(f"{v:.6g}") for k, v in zip(values, means)}, "broken": int(broken),
+               **{k: float(f"{v:.6g}") for k, v in means.items()},
+               "broken": round(means["broken"] * world_size()),
                "clips_per_s": round(done * self.args.batch_size / seconds, 2),
                "data_wait": round(self.waited / seconds, 4),
                "eta_s": round((self.end - step - 1) * seconds / done)}

@@ -199,7 +199,10 @@ def admissible(times, duration, delta, clip_seconds=CLIP_SECONDS):
 
 
 def list_media(args, pieces=True):
-    """Paths, relative to --data, of the files to pre-train on: 10 s pieces if any, else videos."""
+    """Paths, relative to --data, of the files to pre-train on: 10 s pieces if any, else videos.
+
+    pieces=False: the videos in any case.
+    """
     if not args.data.is_dir():
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
@@ -510,22 +513,30 @@ class Actions(NamedTuple):
 def read_table(path, columns):
     """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, strict=True)
-            lacking = [c for c in columns if c not in (reader.fieldnames or [])]
-            if lacking:
-                raise UserError(f"{path}:1: column {lacking[0]} is missing")
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
-                                    f"the {len(reader.fieldnames)} columns")
-                rows.append({**row, "_line": reader.line_num})
-            return rows
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official annotations") from None
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({e})") from e
+    except UnicodeDecodeError as e:
+        line = data[:e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not in UTF-8") from e
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        raise UserError(f"{path}:{line}: holds a NUL byte")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lacking = [c for c in columns if c not in (reader.fieldnames or [])]
+        if lacking:
+            raise UserError(f"{path}:1: column {lacking[0]} is missing")
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
+                                f"the {len(reader.fieldnames)} columns")
+            rows.append({**row, "_line": reader.line_num})
+        return rows
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.reader.line_num}: not in CSV form ({e})") from e
 
 
 def read_actions(root, split):
@@ -566,11 +577,13 @@ def read_actions(root, split):
 def read_subsets(root):
     """(tail verb classes, tail noun classes, unseen participants) of the validation split."""
     def column(name, key, kind):
-        path = root / "annotations" / f"EPIC_100_{name}.csv"
-        try:
-            return {kind(r[key]) for r in read_table(path, [key])}
-        except ValueError as e:
-            raise UserError(f"{path}: {e}") from e
+        path, values = root / "annotations" / f"EPIC_100_{name}.csv", set()
+        for r in read_table(path, [key]):
+            try:
+                values.add(kind(r[key]))
+            except ValueError:
+                raise UserError(f"{path}:{r['_line']}: {key} {r[key]!r} is no number") from None
+        return values
     return (column("tail_verbs", "verb", int), column("tail_nouns", "noun", int),
             column("unseen_participant_ids_validation", "participant_id", str))
 
@@ -876,7 +889,7 @@ def pretrain(args, device):
         ended = k + 1 == per_epoch
         saving = ended or (step + 1) % args.save_every == 0
         log(step, saving, loss=loss, avc=avc, astc=astc, lr=schedule[epoch][0])
-        parts = {"loss": loss.item(), "avc": avc.item(), "astc": astc.item()}
+        parts = common.mean({"loss": loss, "avc": avc, "astc": astc})
         means = {n: v + (means.get(n, 0.0) if k else 0.0) for n, v in parts.items()}
         if ended and means["loss"] < best:                    # best: lowest loss over an epoch
             best = means["loss"]

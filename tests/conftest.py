@@ -1,6 +1,39 @@
-"""Puts the repository root on the path, so that tests import the scripts by name."""
+"""Puts the repository root on the path, so that tests import the scripts by name; toy data."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture(scope="session")
+def epic(tmp_path_factory):
+    """The smallest toy EPIC-KITCHENS-100: 3 + 2 + 1 videos."""
+    import toy
+    folder = tmp_path_factory.mktemp("toy_epic")
+    toy.make("epic", folder, scale=0.01, workers=2)
+    return folder / "epic"
+
+
+@pytest.fixture(scope="session")
+def ego4d(tmp_path_factory):
+    """The four training clips of the smallest toy Ego4D: one has no sound, one is silent."""
+    import toy
+    folder = tmp_path_factory.mktemp("toy_ego4d")
+
+    def maker(root, *rest):
+        def pooled(path):
+            return path.parent == root
+        for task in plain(root, *rest):
+            parts = [(path, start, [x for x in links if pooled(x)])
+                     for path, start, links in task["files"] if any(map(pooled, links))]
+            if parts:
+                yield {**task, "files": parts}
+
+    plain = toy.MAKERS["ego4d"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(toy.MAKERS, "ego4d", lambda *a: list(maker(*a)))
+        toy.make("ego4d", folder, scale=0.01, workers=2)
+    return folder / "ego4d"
