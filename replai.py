@@ -203,9 +203,6 @@ def list_media(args, pieces=True):
 
     pieces=False: the videos in any case.
     """
-    if not args.data.is_dir():
-        raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
-                        "README lays it out (`make toy` writes a small one, data/toy)")
     if pieces and (args.data / "segments" / ".cutting").exists():
         raise UserError(f"{args.data}/segments: not all videos are cut yet; let "
                         "`--stage segments` finish")
@@ -1225,6 +1222,9 @@ def draw_moments(args, index, path):
 
 
 def main(args):
+    if not args.data.is_dir():
+        raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
+                        "README lays it out (`make toy` writes a small one, data/toy)")
     device = common.start_run(args)
     {"pretrain": pretrain, "linear": linear, "segments": segments,
      "moments": moments}[args.stage](args, device)

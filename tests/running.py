@@ -136,14 +136,14 @@ def arm(event, k):
     if event in ("step", "line"):
         plain = common.Log.__call__
 
-        def call(self, step, **values):
+        def call(self, step, *now, **values):
             nonlocal seen
             seen += 1
             if event == "line" and seen == k:
                 with open(self.path, "a") as f:
                     f.write(json.dumps({"stage": "pretrain", "step": step})[:20])
                 suicide()
-            plain(self, step, **values)
+            plain(self, step, *now, **values)
             if seen == k:
                 suicide()
         common.Log.__call__ = call
