@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -86,8 +87,8 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     for name, value in vars(args).items():
         least = 0 if name in ("seed", "workers") or isinstance(value, float) else 1
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if number and not least <= value < math.inf:          # NaN fails both
-            parser.error(f"--{name} {value}: must be at least {least}")
+        if number and not least <= value < 2 ** 32:           # NaN fails both
+            parser.error(f"--{name} {value}: must be at least {least}, and below 2^32")
     if args.batch_size and args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         parser.error(f"--batch_size {args.batch_size} is the number of samples per step over all "
                      f"processes: {os.environ['WORLD_SIZE']} processes cannot share it evenly")
@@ -112,9 +113,10 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         status = 0
     except KeyboardInterrupt:
         status = 130
+        say("stopped; the same command continues from the last checkpoint, if there is one")
     except (UserError, OSError, dist.DistError) as e:
         time.sleep(0 if rank() == 0 else 3)
-        text = str(e).strip().splitlines()[-1]                # workers prepend their traceback
+        text = (str(e).strip().splitlines() or [type(e).__name__])[-1]    # workers prepend theirs
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
         if isinstance(e, OSError) and e.filename:
             text = f"{e.filename}: {e.strerror}"
@@ -130,12 +132,13 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 # ---- processes -------------------------------------------------------------------------------
 
-def init_distributed() -> torch.device:
+def init_distributed(gpu: bool = True) -> torch.device:
     """Join torchrun's process group, or make one of a single process; returns this one's device.
 
-    With a group in any case, DDP and `gather` need no branch for one process.
+    With a group in any case, DDP and `gather` need no branch for one process. Processes may wait
+    a day for one another (cutting is uneven); torchrun ends all when one has failed.
     """
-    cuda = torch.cuda.is_available()
+    cuda = gpu and torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local >= torch.cuda.device_count():
         raise UserError(f"process {local} of this machine has no GPU: it has "
@@ -147,14 +150,14 @@ def init_distributed() -> torch.device:
         return device
     backend = "nccl" if cuda else "gloo"
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, device_id=device if cuda else None,
+    dist.init_process_group(backend, device_id=device if cuda else None, timeout=timedelta(days=1),
                             **({} if "RANK" in os.environ else alone))
     return device
 
 
 def rank() -> int:
-    """This process's number in the group, 0 without one."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number in the group; without one, what torchrun says, else 0."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK") or 0)
 
 
 def world_size() -> int:
@@ -294,13 +297,21 @@ def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]
         os.close(folder)
 
 
+def remove_stale(folder: Path) -> None:
+    """Remove what a process that was killed inside `write` has left in a folder."""
+    for f in folder.glob("*.tmp*"):
+        if re.fullmatch(r".+\.(json|jsonl|pt|png|zip|mp4|MP4)\.tmp\d+", f.name) and f.is_file():
+            f.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write` as indented JSON; NaN and Inf are refused, since other readers refuse them."""
     write(path, json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
 
 
 # Flags that change neither the network nor its training: free to differ when a run goes on.
-FREE_FLAGS = {"out", "data", "workers", "save_every", "log_every", "moments"}
+# Scripts add their own.
+FREE_FLAGS = {"out", "data", "workers", "save_every", "log_every"}
 
 
 def recipe_of(args: argparse.Namespace) -> dict:
@@ -322,18 +333,17 @@ def versions() -> dict[str, str]:
             "av": av.__version__, "numpy": np.__version__, "commit": commit}
 
 
-def start_run(args: argparse.Namespace) -> torch.device:
+def start_run(args: argparse.Namespace, gpu: bool = True) -> torch.device:
     """Join the processes and write `args.json` (flags, versions, commit); returns the device."""
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: --out must be a folder, this is a file")
-    device = init_distributed()
+    device = init_distributed(gpu)
     if rank() == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UserError(f"{args.out}: cannot be made ({e.strerror})") from e
-        for stale in args.out.glob("*.tmp*"):                 # of a process killed while writing
-            stale.unlink()
+        remove_stale(args.out)
         if not (args.out / "last.pt").exists():               # a run that goes on keeps its own
             write_json(args.out / "args.json", {**vars(args), "processes": world_size(),
                                                 "device": device, "versions": versions()})

@@ -29,7 +29,9 @@ import csv
 import io
 import json
 import math
+import os
 import re
+import socket
 import time
 import zipfile
 from functools import lru_cache
@@ -55,6 +57,7 @@ KAPPA = 0.2                     # temperature of AStC, hard-coded in the officia
 SCALES = (128 / 112, 180 / 112)                # range of the short side, in crops
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VERBS, NOUNS = 97, 300          # classes of EPIC-KITCHENS-100
+common.FREE_FLAGS |= {"moments", "clips", "clip", "eval_resize"}
 AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
         "AVID_Audioset_Cross-N1024_checkpoint.pth.tar")
 
@@ -114,7 +117,8 @@ def parse_args(argv=None):
                    help="batch statistics in the frozen backbone, as released")
 
     g = p.add_argument_group("optimization (SGD with momentum; published values: commands/*.sh)")
-    g.add_argument("--epochs", type=int, help="passes over the segments, or over the action rows")
+    g.add_argument("--epochs", type=int,
+                   help="passes over the segments or action rows; OneCycle needs ten or more")
     g.add_argument("--batch_size", type=int,
                    help="samples per step over all GPUs; batch norm sees one GPU's share")
     g.add_argument("--lr", type=float,
@@ -137,6 +141,8 @@ def parse_args(argv=None):
     args = common.parse(p, recipe, argv)
     if args.stage == "linear" and args.dataset != "epic":
         p.error("--stage linear is EPIC-KITCHENS-100's verb and noun evaluation: --dataset epic")
+    if not args.tau:
+        p.error("--tau 0: a temperature must be above 0")
     if args.compat == "released":
         args.legacy_aspect = args.legacy_bn = True
     return args
@@ -251,7 +257,8 @@ class ScanFiles(Dataset):
                 found = find_moments(x, rate, self.prominence) if x.any() else None
                 peaks = None if found is None else found.times[found.peaks].round(6).tolist()
                 record["segments"].append([round(start, 6), round(stop, 6), peaks])
-        except VideoError as e:
+        except VideoError as e:                               # not cached: it is tried again
+            del record["segments"]
             record["error"] = str(e)
         return record
 
@@ -282,33 +289,35 @@ def scan(args):
     A line of `moments.jsonl` per file; killed at any time, a new start goes on with the rest.
     Returns the records in the order of `list_media`.
     """
-    files, records = list_media(args), read_records(args)
+    files, records = list_media(args)[:args.limit], read_records(args)
     keys = [(str(f), (args.data / f).stat().st_size, args.prominence) for f in files]
-    missing = [f for f, key in zip(files, keys) if key not in records]
-    missing = missing[common.rank()::common.world_size()]
-    if missing:
-        part = args.moments / f"moments.part{common.rank()}of{common.world_size()}.jsonl"
+    missing = [f for f, key in zip(files, keys) if "segments" not in records.get(key, {})]
+    job = [f"{socket.gethostname()}-{os.getpid()}"]           # other jobs may share the folder
+    if common.world_size() > 1:
+        dist.broadcast_object_list(job)
+    part = args.moments / f"moments.part-{job[0]}-{common.rank()}.jsonl"
+    mine = missing[common.rank()::common.world_size()]
+    if mine:
         part.parent.mkdir(parents=True, exist_ok=True)
-        loader = DataLoader(ScanFiles(args, missing), batch_size=None, num_workers=args.workers)
+        loader = DataLoader(ScanFiles(args, mine), batch_size=None, num_workers=args.workers)
         began = shown = time.perf_counter()
-        with open(part, "a") as out:
-            out.write("\n")                                   # ends a line that was cut off
+        with open(part, "w") as out:
             for n, record in enumerate(loader, 1):
                 out.write(json.dumps(record) + "\n")
                 out.flush()
                 if time.perf_counter() - shown > 10:
                     shown = time.perf_counter()
-                    left = (shown - began) / n * (len(missing) - n)
-                    common.say(f"moments {n}/{len(missing)} files of process 0, ETA {left:.0f} s")
+                    left = (shown - began) / n * (len(mine) - n)
+                    common.say(f"moments {n}/{len(mine)} files of process 0, ETA {left:.0f} s")
     common.barrier()
-    records = read_records(args)
-    parts = list(args.moments.glob("moments.part*.jsonl"))
-    if common.rank() == 0 and parts:
-        lines = (json.dumps(records[k]) + "\n" for k in sorted(records))
+    records = read_records(args) if missing else records
+    common.barrier()
+    if common.rank() == 0 and missing:
+        lines = (json.dumps(r) + "\n" for _, r in sorted(records.items()) if "segments" in r)
         common.write(args.moments / "moments.jsonl", "".join(lines))
-        for part in parts:
-            part.unlink()
-    common.barrier()
+        for f in args.moments.glob("moments.part-*.jsonl"):   # ours, and those of dead jobs
+            if job[0] in f.name or time.time() - f.stat().st_mtime > 3600:
+                f.unlink(missing_ok=True)
     return [records[key] for key in keys]
 
 
@@ -319,9 +328,9 @@ class SegmentIndex:
     """
 
     def __init__(self, args, records):
-        rows = [(n, *s) for n, r in enumerate(records) for s in r["segments"] if "error" not in r]
+        rows = [(n, *s) for n, r in enumerate(records) for s in r.get("segments", ())]
         rows = rows[:args.limit]
-        self.files = np.array([r["file"].encode() for r in records])
+        self.files = np.array([os.fsencode(r["file"]) for r in records])
         self.file = np.array([r[0] for r in rows], np.int32)
         self.start = np.array([r[1] for r in rows], np.float64)
         self.stop = np.array([r[2] for r in rows], np.float64)
@@ -335,7 +344,7 @@ class SegmentIndex:
         roomy = self.stop - self.start >= 2 * (args.delta_non_overlap + CLIP_SECONDS)
         self.has_moment = self.count > 0 if args.moi == "peaks" else self.sound & roomy
         self.usable = np.flatnonzero(self.has_moment)
-        broken = [r["error"] for r in records if "error" in r]
+        broken = [r["error"] for r in records if "segments" not in r]
         common.say(f"{len(rows)} segments of {len(records) - len(broken)} files, {len(self.peaks)} "
                    f"moments; {len(rows) - len(self.usable)} segments have none "
                    f"({int((~self.sound).sum())} of them no sound) and are replaced")
@@ -358,6 +367,8 @@ def sinc_kernel(o, n, width=6, rolloff=0.99):
     """
     base = rolloff * min(o, n)
     w = math.ceil(width * o / base)
+    if n * (o + 2 * w) > 5e7:                                 # 0.4 GB; 44.1 -> 16 kHz: 8e4
+        raise VideoError(f"sound at {o}/{n} of the wanted sample rate is not supported")
     i = torch.arange(-w, w + o, dtype=torch.float64) / o
     j = torch.arange(n, dtype=torch.float64)[:, None] / n
     u = ((i - j) * base).clamp(-width, width)                           # (n, taps)
@@ -454,7 +465,11 @@ def normalize(clip):
 
 
 def decode_side(crop):
-    """Larger pictures are scaled to this short side while decoding (256 for crops of 112)."""
+    """Larger pictures are scaled to this short side while decoding (256 for crops of 112).
+
+    NOTE: the release resizes what it decodes, files of 240 in its recipe, and so do we; only for
+    larger files this comes first, so that pixels that nobody sees are not converted.
+    """
     return math.ceil(256 / 112 * crop)
 
 
@@ -488,7 +503,7 @@ class AudibleClips(Dataset):
         before = Window(t - d - CLIP_SECONDS, CLIP_SECONDS, a.num_frames)
         after = Window(t + d, CLIP_SECONDS, a.num_frames)
         clips, (x, rate) = common.read_clip(
-            a.data / ix.files[ix.file[i]].decode(), [before, after], decode_side(a.crop),
+            a.data / os.fsdecode(ix.files[ix.file[i]]), [before, after], decode_side(a.crop),
             sound=(max(ix.start[i], t - half), min(ix.stop[i], t + half)))
         v_l, v_r = (augment(c, rng, a.crop, a.legacy_aspect) for c in clips)
         return {"before": v_l, "after": v_r, "sound": log_mel(x, rate), "t": t, "segment": i}
@@ -607,7 +622,7 @@ def locate(root, actions, split, limit):
             found = whole.get(str(actions.video[i]))
         if found is not None:
             rows.append(i)
-            paths.append(str(found).encode())
+            paths.append(os.fsencode(found))
             spans.append((start, stop))
     absent = sorted({str(actions.video[i]) for i in set(range(len(actions.id))) - set(rows)})
     common.say(f"{split}: {len(rows)} of {len(actions.id)} rows" + (
@@ -629,7 +644,7 @@ class ActionClips(Dataset):
 
     def read(self, i, starts):
         windows = [Window(t, CLIP_SECONDS, self.args.num_frames) for t in starts]
-        return common.read_clip(self.args.data / self.paths[i].decode(), windows,
+        return common.read_clip(self.args.data / os.fsdecode(self.paths[i]), windows,
                                 decode_side(self.args.crop))
 
     def __getitem__(self, key):
@@ -751,23 +766,23 @@ def initialise(model, args, layouts):
 
 
 def fetch_avid():
-    """Path of AVID's AudioSet checkpoint, downloaded once by process 0."""
+    """Path of AVID's AudioSet checkpoint, downloaded once per machine."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / AVID.rsplit("/", 1)[1]
-    failed = [None]
-    if common.rank() == 0 and not path.exists():
-        try:
+    failed = [None] * common.world_size()
+    try:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
             common.say(f"fetching {AVID}")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(AVID, str(path), progress=False)
             import hashlib
             common.say(f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
-        except OSError as e:
-            failed = [f"{AVID} could not be fetched ({e}); put the file at {path}, or start from "
-                      "scratch with --init none"]
-    if common.world_size() > 1:
-        dist.broadcast_object_list(failed)
-    if failed[0]:
-        raise UserError(failed[0])
+        why = None
+    except OSError as e:
+        why = (f"{AVID} could not be fetched ({e}); put the file at {path}, or start from "
+               "scratch with --init none")
+    dist.all_gather_object(failed, why)
+    if any(failed):
+        raise UserError(next(filter(None, failed)))
     return path
 
 
@@ -900,7 +915,7 @@ def pretrain(args, device):
             **{n: v / per_epoch for n, v in means.items()}, "steps": steps,
             "segments": len(index), "moments": len(index.peaks),
             "segments_without_moment": len(index) - len(index.usable),
-            "samples_replaced": log.total("broken")})
+            "samples_broken": log.total("broken")})
         common.draw_curve(args.out, f"RepLAI on {args.dataset}", ["loss", "avc", "astc", "lr"])
         draw_moments(args, index, args.out / "moments.png")
     common.say(f"done: {args.out}/last.pt, metrics.json, curve.png, moments.png")
@@ -944,7 +959,7 @@ def linear(args, device):
     saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
     start = saved["step"]
 
-    actions = read_actions(args.data, "train")
+    actions, held_out = read_actions(args.data, "train"), read_test_splits(args)
     dataset = ActionClips(args, actions, locate(args.data, actions, "train", args.limit))
     per_epoch = len(dataset) // args.batch_size
     steps, milestones = args.epochs * per_epoch, (int(0.6 * args.epochs), int(0.8 * args.epochs))
@@ -980,17 +995,18 @@ def linear(args, device):
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
                         samples=len(dataset))
     common.barrier()
-    evaluate(args, model, device)
     if common.rank() == 0:
         common.draw_curve(args.out, "linear evaluation on epic", ["loss", "verb", "noun", "lr"])
+    evaluate(args, model, device, *held_out)
 
 
 @torch.inference_mode()
 def score(args, model, device, actions, split):
-    """(row numbers, verb probabilities (R, 97), noun probabilities (R, 300)): each row once.
+    """(row numbers, verb scores (R, 97), noun scores (R, 300)): each row once.
 
-    Rows go through the network in fixed groups of 8, dealt out among the processes, so the
-    numbers do not depend on how many there are.
+    A score is the log of the mean over clips of the softmax, so its softmax is that mean. Rows go
+    through the network in fixed groups of 8, dealt out among the processes, so the numbers do not
+    depend on how many there are.
     """
     located = locate(args.data, actions, split, args.limit)
     dataset, scores, group = TestClips(args, actions, located), {}, 8
@@ -1004,8 +1020,8 @@ def score(args, model, device, actions, split):
         with common.autocast(device, args.precision):
             x = model.features(clips.to(device).flatten(0, 1), chunk=group)
         logits = model.classify(x, args.normalize_feats)
-        prob = [v.float().softmax(-1).unflatten(0, (len(rows), -1)).mean(1).cpu().numpy()
-                for v in logits.values()]                     # (8, 97), (8, 300)
+        prob = [v.float().softmax(-1).unflatten(0, (len(rows), -1)).mean(1).clamp_min(1e-30)
+                .log().cpu().numpy() for v in logits.values()]            # (8, 97), (8, 300)
         scores |= {i: (verb, noun) for i, verb, noun in zip(rows, *prob)}
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
@@ -1015,30 +1031,30 @@ def score(args, model, device, actions, split):
     return (located[0], *(np.stack([s[k] for s in scores.values()]) for k in (0, 1)))
 
 
-def evaluate(args, model, device):
+def read_test_splits(args):
+    """Validation rows and subsets, and the challenge's test rows (None without their file)."""
+    test = (args.data / "annotations" / "EPIC_100_test_timestamps.csv").exists()
+    return (read_actions(args.data, "validation"), read_subsets(args.data),
+            read_actions(args.data, "test") if test else None)
+
+
+def evaluate(args, model, device, actions, subsets, test):
     """Validation metrics, and submission files for validation and, if its videos exist, test."""
-    actions = read_actions(args.data, "validation")
-    tails = read_subsets(args.data)
+    for buffer in model.backbone.buffers():                   # of --legacy_bn: process 0's
+        dist.broadcast(buffer, 0)
     rows, verb, noun = score(args, model, device, actions, "validation")
     metrics = {"rows": len(rows), "rows_absent": len(actions.id) - len(rows), **epic_metrics(
-        verb, noun, actions.verb[rows], actions.noun[rows], actions.participant[rows], *tails)}
-    submit = {"validation.zip": (actions.id[rows], verb, noun)}
-    if (args.data / "annotations" / "EPIC_100_test_timestamps.csv").exists():
-        test = read_actions(args.data, "test")
-        try:
-            rows, verb, noun = score(args, model, device, test, "test")
-            submit["submission.zip"] = (test.id[rows], verb, noun)
-        except VideoError:
-            raise
-        except UserError as e:                                # none of the test videos is there
-            common.say(f"no submission.zip: {e}")
+        verb, noun, actions.verb[rows], actions.noun[rows], actions.participant[rows], *subsets)}
     if common.rank() == 0:
-        for name, (ids, verb, noun) in submit.items():
-            write_submission(args.out / name, ids, verb, noun)
+        write_submission(args.out / "validation.zip", actions.id[rows], verb, noun)
         common.write_json(args.out / "metrics.json", metrics)
     protocol = f"{args.clips} {args.clip} clip{'s' * (args.clips > 1)} per action"
     common.say(f"validation, {metrics['rows']} rows, {protocol}: " + "  ".join(
         f"{k} {metrics[k]:.2f}" for k in ("verb@1", "noun@1", "verb@5", "noun@5")))
+    if test and set(test.video) & set(epic_videos(args.data)):
+        rows, verb, noun = score(args, model, device, test, "test")
+        if common.rank() == 0:
+            write_submission(args.out / "submission.zip", test.id[rows], verb, noun)
 
 
 def top_k(scores, labels, k):
@@ -1136,6 +1152,7 @@ def segments(args, device, fps=16, short_side=240, rate=44100):
     folder, files = args.data / "segments", list_media(args, pieces=False)[:args.limit]
     if common.rank() == 0:
         folder.mkdir(exist_ok=True)
+        common.remove_stale(folder)
         (folder / ".cutting").touch()                         # pre-training waits until it is gone
     common.barrier()
     made = kept = broken = 0
@@ -1163,7 +1180,7 @@ def segments(args, device, fps=16, short_side=240, rate=44100):
     totals = torch.tensor([made, kept, broken], device=device)
     dist.all_reduce(totals)
     if common.rank() == 0:
-        (folder / ".cutting").unlink()
+        (folder / ".cutting").unlink(missing_ok=True)
         made, kept, broken = totals.tolist()
         common.write_json(args.out / "metrics.json", {
             "videos": len(files), "pieces_written": made, "pieces_kept": kept,
@@ -1185,12 +1202,17 @@ def moments(args, device):
 
 def draw_moments(args, index, path):
     """Spectrogram, score curve and moments of one segment; pictures before and after one."""
+    best = np.argsort(np.abs(index.count - 4), kind="stable")[:20]      # about four moments
+    for i in best[index.count[best] > 0]:
+        try:
+            return draw_segment(args, index, int(i), path)
+        except VideoError:                                    # training has named it already
+            continue
+
+
+def draw_segment(args, index, i, path):
     from PIL import Image, ImageDraw
-    several = np.flatnonzero((index.count >= 2) & (index.count <= 6))
-    if not len(several) and not index.count.any():
-        return
-    i = int(several[0] if len(several) else index.count.argmax())
-    media = args.data / index.files[index.file[i]].decode()
+    media = args.data / os.fsdecode(index.files[index.file[i]])
     start, stop = index.start[i], index.stop[i]
     x, rate = common.read_audio(media, start, stop)
     found = find_moments(x, rate, args.prominence)
@@ -1225,7 +1247,7 @@ def main(args):
     if not args.data.is_dir():
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
-    device = common.start_run(args)
+    device = common.start_run(args, gpu=args.stage in ("pretrain", "linear"))
     {"pretrain": pretrain, "linear": linear, "segments": segments,
      "moments": moments}[args.stage](args, device)
 

@@ -1049,7 +1049,7 @@ def test_pretraining_leaves_what_is_promised(runs, n):
     assert last["step"] == 6 and set(best) == {"model", "step", "args", "versions"}
     assert set(last["model"]) == set(replai.RepLAI(8, 10).state_dict())
     m = json.loads((out / "metrics.json").read_text())
-    assert (m["steps"], m["segments"], m["samples_replaced"]) == (6, 6, 0) and m["moments"] > 5
+    assert (m["steps"], m["segments"], m["samples_broken"]) == (6, 6, 0) and m["moments"] > 5
     epoch = {k: sum(r[k] for r in rows[3:]) / 3 for k in ("loss", "avc", "astc")}
     assert {k: m[k] for k in epoch} == pytest.approx(epoch, rel=1e-4), "mean over all processes"
     for name in ("curve.png", "moments.png"):
@@ -1116,7 +1116,7 @@ def test_a_file_that_breaks_after_the_scan_is_replaced_and_counted(painted, tmp_
     assert r.code == 0, r
     assert len(r.err.splitlines()) == 1
     assert re.match(rf"warning: {data}/two.mp4: .*; sample replaced", r.err)
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["samples_replaced"] == 3
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["samples_broken"] == 3
 
 
 def test_files_without_sound_are_counted(ego4d, cache, tmp_path):
