@@ -208,7 +208,8 @@ def released_keys():
             p, c = f"{s}.{b}", o if b else i
             v |= {f"{p}.spt_conv1.weight": (o, c, 1, 3, 3),
                   f"{p}.spt_conv2.weight": (o, o, 1, 3, 3),
-                  f"{p}.tmp_conv1.weight": (o, o, 3, 1, 1), f"{p}.tmp_conv2.weight": (o, o, 3, 1, 1)}
+                  f"{p}.tmp_conv1.weight": (o, o, 3, 1, 1),
+                  f"{p}.tmp_conv2.weight": (o, o, 3, 1, 1)}
             for n in ("spt_bn1", "tmp_bn1", "spt_bn2", "out_bn"):
                 v |= norm(f"{p}.{n}", o)
         if s != "conv2x":
