@@ -24,11 +24,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-import torch
-import torch.distributed as dist
+import torch                                                  # noqa: E402
+import torch.distributed as dist                              # noqa: E402
 
-import common
-import replai
+import common                                                 # noqa: E402
+import replai                                                 # noqa: E402
 
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules
@@ -72,7 +72,8 @@ def quick(folder, *args, n=1, die=None, kill=None, timeout=100):
     """As `command`, from forked processes; what they print goes to files in `folder`.
 
     die   (event, k): process 0 ends itself by SIGKILL at the k-th such event, see `arm`
-    kill  seconds after which all are ended by SIGKILL, from outside
+    kill  (file, lines, seconds): all are ended by SIGKILL, from outside, so long after the file
+          has so many lines
     With n > 1 the first process to fail ends the others, as under torchrun.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,11 +83,14 @@ def quick(folder, *args, n=1, die=None, kill=None, timeout=100):
     for p in running:
         p.start()
     began = time.monotonic()
-    codes = [None] * n
+    codes, until = [None] * n, began + timeout
     while None in codes:
-        time.sleep(0.02)
+        time.sleep(0.01)
         codes = [p.exitcode for p in running]
-        late = time.monotonic() - began > (kill if kill is not None else timeout)
+        if kill and kill[0].exists() and kill[0].read_bytes().count(b"\n") >= kill[1]:
+            time.sleep(kill[2])
+            until = 0
+        late = time.monotonic() > until
         if late or any(codes):
             if not late and any(codes) and None in codes and codes[0] is None:
                 time.sleep(0.5)                               # process 0 tells what went wrong
@@ -98,7 +102,7 @@ def quick(folder, *args, n=1, die=None, kill=None, timeout=100):
             for p in running:
                 p.join()
             codes = [p.exitcode for p in running]
-            assert kill is not None or time.monotonic() - began < timeout, "took too long"
+            assert time.monotonic() < began + timeout, "took too long"
     text = {s: "".join((folder / f"{s}{r}.txt").read_text() for r in range(n) if
                        (folder / f"{s}{r}.txt").exists()) for s in ("out", "err")}
     return Result(codes[0] if codes[0] else max(codes, key=abs), text["out"], text["err"])
@@ -110,6 +114,7 @@ def _main(rank, n, port, argv, die, folder):
         f = os.open(f"{folder}/{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(f, fd)
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)    # for the loaders
     if n > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

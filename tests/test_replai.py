@@ -73,7 +73,8 @@ def slow_astc(forth, back, q, kappa):
 
 
 @pytest.mark.parametrize("b, n, d, own, tau", [
-    (1, 1, 3, 0, 0.07), (4, 4, 8, 0, 0.07), (3, 9, 5, 3, 0.2), (2, 8, 16, 6, 1.0), (5, 5, 128, 0, 0.07)])
+    (1, 1, 3, 0, 0.07), (4, 4, 8, 0, 0.07), (3, 9, 5, 3, 0.2), (2, 8, 16, 6, 1.0),
+    (5, 5, 128, 0, 0.07)])
 def test_avc_loss_is_the_sum_in_the_paper(b, n, d, own, tau):
     z_all, y_all = random(2, n, d), random(n, d, seed=1)
     z, y = z_all[:, own:own + b], y_all[own:own + b]
@@ -205,8 +206,10 @@ def released_keys():
     for s, (i, o) in widths.items():
         for b in (0, 1):
             p, c = f"{s}.{b}", o if b else i
-            v |= {f"{p}.spt_conv1.weight": (o, c, 1, 3, 3), f"{p}.tmp_conv1.weight": (o, o, 3, 1, 1),
-                  f"{p}.spt_conv2.weight": (o, o, 1, 3, 3), f"{p}.tmp_conv2.weight": (o, o, 3, 1, 1)}
+            v |= {f"{p}.spt_conv1.weight": (o, c, 1, 3, 3),
+                  f"{p}.spt_conv2.weight": (o, o, 1, 3, 3),
+                  f"{p}.tmp_conv1.weight": (o, o, 3, 1, 1),
+                  f"{p}.tmp_conv2.weight": (o, o, 3, 1, 1)}
             for n in ("spt_bn1", "tmp_bn1", "spt_bn2", "out_bn"):
                 v |= norm(f"{p}.{n}", o)
         if s != "conv2x":
@@ -294,7 +297,8 @@ def test_one_batch_can_be_learned_by_heart():
 
 # ---- sound and moments -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("old, new", [(44100, 16000), (48000, 16000), (8000, 16000), (22050, 44100)])
+@pytest.mark.parametrize("old, new", [
+    (44100, 16000), (48000, 16000), (8000, 16000), (22050, 44100)])
 @pytest.mark.parametrize("share", [0.0125, 0.125, 0.5])
 def test_resampling_keeps_a_sine_in_the_lower_half_of_the_band(old, new, share):
     n, hz = 12347, share * min(old, new) / 2
@@ -395,7 +399,8 @@ def batches(monkeypatch, world, *args):
 def test_every_number_of_processes_sees_the_same_batches(monkeypatch):
     one = batches(monkeypatch, 1, 23, 4, 7, 0, 15)
     assert len(one) == 15 and all(len(b) == 4 for b in one)
-    assert one == batches(monkeypatch, 2, 23, 4, 7, 0, 15) == batches(monkeypatch, 4, 23, 4, 7, 0, 15)
+    for world in (2, 4):
+        assert one == batches(monkeypatch, world, 23, 4, 7, 0, 15)
     for epoch in range(3):                                    # 5 steps each, three samples dropped
         keys = sum(one[5 * epoch:5 * epoch + 5], [])
         assert {e for e, _ in keys} == {epoch} and len({i for _, i in keys}) == 20
@@ -551,7 +556,8 @@ def official_rows():
         video = f"{person}_{101 + len(rows) % 3}"
         k = count[video] = count.get(video, -1) + 1
         start = 1.9 * k
-        nouns, classes = ([f"noun:{n}"], [n]) if k % 4 else ([f"noun:{n}", "big 'red' cup"], [n, 13])
+        m = 1 + (k % 4 == 0)
+        nouns, classes = [f"noun:{n}", "big 'red' cup"][:m], [n, 13][:m]
         words = f'put, gently, "it" {n}' if k % 5 == 0 else "pick up knife"
         rows.append([f"{video}_{k}", person, video, toy.stamp(start, 3), toy.stamp(start, 2),
                      toy.stamp(start + 1.5, 2), int(start * 60), int(start * 60 + 90), words,
@@ -566,9 +572,9 @@ def write_annotations(root, rows, split="validation"):
         writer = csv.writer(f)
         writer.writerow(toy.EPIC_COLUMNS)
         writer.writerows(rows)
-    for name, column, values in (("tail_verbs", "verb", TAIL_VERBS), ("tail_nouns", "noun", TAIL_NOUNS),
-                                 ("unseen_participant_ids_validation", "participant_id",
-                                  ("P18", "P32"))):
+    for name, column, values in (
+            ("tail_verbs", "verb", TAIL_VERBS), ("tail_nouns", "noun", TAIL_NOUNS),
+            ("unseen_participant_ids_validation", "participant_id", ("P18", "P32"))):
         (folder / f"EPIC_100_{name}.csv").write_text("\n".join([column, *map(str, values)]) + "\n")
     return folder / f"EPIC_100_{split}.csv"
 
@@ -657,7 +663,8 @@ def test_a_good_row_is_read_whole(tmp_path):
     write_annotations(tmp_path, [GOOD], "train")
     a = replai.read_actions(tmp_path, "train")
     assert [x.tolist() for x in a] == [
-        ["P01_01_0"], ["P01"], ["P01_01"], [["00:00:01.10", "00:00:02.36"]], [[1.1, 2.36]], [1], [13]]
+        ["P01_01_0"], ["P01"], ["P01_01"], [["00:00:01.10", "00:00:02.36"]], [[1.1, 2.36]], [1],
+        [13]]
 
 
 def test_a_missing_column_and_an_empty_file_are_named(tmp_path):
@@ -675,7 +682,8 @@ def test_a_missing_column_and_an_empty_file_are_named(tmp_path):
         replai.read_actions(tmp_path, "train")
 
 
-@pytest.mark.parametrize("content", [b"", b"verb\nx\n", b"noun\n1\n", b"verb\n\xff\n", b"verb\n\0\n"])
+@pytest.mark.parametrize("content", [
+    b"", b"verb\nx\n", b"noun\n1\n", b"verb\n\xff\n", b"verb\n\0\n"])
 def test_a_faulty_tail_list_is_named(tmp_path, content):
     write_annotations(tmp_path, [GOOD])
     path = tmp_path / "annotations" / "EPIC_100_tail_verbs.csv"
@@ -703,15 +711,16 @@ def test_the_command_line_shows_a_fault_in_one_line(tmp_path, name):
 # ---- metrics -----------------------------------------------------------------------------------
 
 def slow_top_k(scores, labels, k):
-    hits = sum(sorted(range(len(s)), key=lambda c: -s[c])[:k].count(y) for s, y in zip(scores, labels))
-    return 100 * hits / len(labels)
+    best = [sorted(range(len(s)), key=lambda c, s=s: -s[c])[:k] for s in scores]
+    return 100 * sum(y in b for b, y in zip(best, labels)) / len(labels)
 
 
 def slow_action_top_k(verb, noun, verbs, nouns, k):
     hits = 0
     for v, n, y, z in zip(verb, noun, verbs, nouns):
         ev, en = ([math.exp(x) for x in s] for s in (v, n))
-        pairs = {(i, j): a / sum(ev) * b / sum(en) for i, a in enumerate(ev) for j, b in enumerate(en)}
+        pairs = {(i, j): a / sum(ev) * b / sum(en)
+                 for i, a in enumerate(ev) for j, b in enumerate(en)}
         hits += (y, z) in sorted(pairs, key=pairs.get, reverse=True)[:k]
     return 100 * hits / len(verbs)
 
@@ -761,7 +770,8 @@ def test_epic_metrics_equal_slow_ones_on_hand_made_subsets():
         want[f"tail_{kind}_accuracy_at_1"] = slow(kind, rows, 1)
         want[f"unseen_{kind}_accuracy_at_1"] = slow(kind, new, 1)
     for name, rows in (("head", rest), ("tail", either), ("unseen", new)):
-        want |= {f"{name} {kind}@{k}": slow(kind, rows, k) for kind in ("verb", "noun") for k in (1, 5)}
+        want |= {f"{name} {kind}@{k}": slow(kind, rows, k)
+                 for kind in ("verb", "noun") for k in (1, 5)}
     want |= {f"{kind}@{k}": slow(kind, list(r), k) for kind in ("verb", "noun") for k in (1, 5)}
     assert m == pytest.approx(want)
 
@@ -893,8 +903,8 @@ def test_what_the_user_can_mend_is_one_line_and_status_1(case, tmp_path, ego4d, 
         out = words = tmp_path / "file" / "run"
     elif case == "few segments":
         more, words = ["--limit", 3, "--batch_size", 4, "--init", "none"], "3 training samples"
-    text = one_error(quick(tmp_path / "q", *SMALL, "--data", data, "--moments", cache, "--init", init,
-                           "--out", out, *more))
+    text = one_error(quick(tmp_path / "q", *SMALL, "--data", data, "--moments", cache,
+                           "--init", init, "--out", out, *more))
     assert str(words) in text
     assert not (tmp_path / "trapped").exists()
     assert not list(tmp_path.rglob("last.pt"))
@@ -1015,7 +1025,8 @@ def test_another_width_is_an_error_that_names_both_shapes(weights, tmp_path):
 def test_tensors_that_are_not_used_are_reported(weights, tmp_path, capsys):
     torch.save({"model": {**weights, "module.queue.keys": torch.zeros(2)}}, tmp_path / "c.pt")
     common.load_weights(replai.RepLAI(8, 10), tmp_path / "c.pt", replai.PRETRAIN_LAYOUTS)
-    assert "1 of the file not used (queue.keys), 0 of the network left fresh" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "1 of the file not used (queue.keys), 0 of the network left fresh" in text
 
 
 # ---- pre-training, end to end ------------------------------------------------------------------
@@ -1039,7 +1050,7 @@ def test_pretraining_leaves_what_is_promised(runs, n):
     args = json.loads((out / "args.json").read_text())
     assert args["processes"] == n and args["batch_size"] == 2 and args["versions"]["torch"]
     rows = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(6)) and [r["epoch"] for r in rows] == [0] * 3 + [1] * 3
+    assert [(r["epoch"], r["step"]) for r in rows] == [(k // 3, k) for k in range(6)]
     for r in rows:
         assert set(r) == {"stage", "epoch", "step", "loss", "avc", "astc", "lr", "clips_per_s",
                           "data_wait", "eta_s", "broken"}
@@ -1068,12 +1079,13 @@ def test_a_finished_run_starts_again_without_changing_its_weights(runs, ego4d, c
         assert after[name] == before[name], name
 
 
-def test_a_pretrained_network_starts_another_run_and_a_linear_probe(runs, epic, ego4d, cache, tmp_path):
+def test_a_pretrained_network_starts_a_run_and_a_linear_probe(runs, epic, ego4d, cache, tmp_path):
     init = runs[1] / "best.pt"
     r = quick(tmp_path, *PRETRAIN, "--data", ego4d, "--moments", cache, "--init", init, "--out",
               tmp_path / "a", "--epochs", 1)
     assert r.code == 0 and "left fresh" in r.out and ", 0 of the file not used" in r.out
-    r = quick(tmp_path, *LINEAR, "--data", epic, "--init", init, "--out", tmp_path / "b", "--limit", 4)
+    r = quick(tmp_path, *LINEAR, "--data", epic, "--init", init, "--out", tmp_path / "b",
+              "--limit", 4)
     assert r.code == 0, r
     own = torch.load(tmp_path / "b" / "last.pt", weights_only=True)["model"]
     for k, v in torch.load(init, weights_only=True)["model"].items():
@@ -1081,8 +1093,8 @@ def test_a_pretrained_network_starts_another_run_and_a_linear_probe(runs, epic, 
             assert torch.equal(own[k.replace(".video", "")], v), k
 
 
-@pytest.mark.parametrize("flags", ["--moi random", "--clr_coeff 0", "--aot_coeff 0", "--legacy_aspect",
-                                   "--depth 18 --epochs 1", "--delta_non_overlap 0.3"])
+@pytest.mark.parametrize("flags", ["--moi random", "--clr_coeff 0", "--aot_coeff 0", "--depth 18",
+                                   "--legacy_aspect", "--delta_non_overlap 0.3"])
 def test_every_switch_trains(flags, ego4d, cache, tmp_path):
     r = quick(tmp_path, *SMALL, "--limit", 2, "--epochs", 1, "--data", ego4d, "--moments", cache,
               "--out", tmp_path / "out", *flags.split())
@@ -1139,7 +1151,7 @@ def run_and_kill(tmp_path, flags, n, kills, plain):
     assert quick(tmp_path / "q", *flags, "--out", tmp_path / "whole", *plain, n=n).code == 0
     out, killed = tmp_path / "killed", 0
     for kill in kills:
-        how = {"die": kill} if isinstance(kill, tuple) else {"kill": kill}
+        how = {"die": kill} if isinstance(kill[0], str) else {"kill": (out / "log.jsonl", *kill)}
         r = quick(tmp_path / "q", *flags, "--out", out, n=n, **how)
         killed += r.code == -9
     r = quick(tmp_path / "q", *flags, "--out", out, n=n)
@@ -1152,7 +1164,7 @@ def run_and_kill(tmp_path, flags, n, kills, plain):
     rows = [[json.loads(x) for x in f["log.jsonl"].decode().splitlines()] for f in (whole, own)]
     assert [r["step"] for r in rows[1]] == [r["step"] for r in rows[0]] == list(range(len(rows[0])))
     for a, b in zip(*rows):
-        assert {k: a[k] for k in ("loss", "lr", "epoch")} == {k: b[k] for k in ("loss", "lr", "epoch")}
+        assert all(a[k] == b[k] for k in ("loss", "lr", "epoch"))
     assert "last.pt" in names
     return own
 
@@ -1165,7 +1177,10 @@ def test_a_killed_pretraining_ends_in_the_same_bytes(n, workers, ego4d, cache, t
 
 def test_a_pretraining_killed_at_any_time_ends_in_the_same_bytes(ego4d, cache, tmp_path):
     flags = [*PRETRAIN, "--data", ego4d, "--moments", cache, "--epochs", 3]
-    run_and_kill(tmp_path, flags, 1, [0.05, 0.6, 0.75, 0.9, 1.0, 1.2], [])
+    rng = np.random.default_rng()                             # other moments in every test run
+    kills = [(lines, rng.uniform(0, 0.1)) for lines in (1, 2, 4, 6, 8)]
+    print("log lines, seconds:", kills)
+    run_and_kill(tmp_path, flags, 1, kills, [])
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -1190,7 +1205,8 @@ def linears(epic, tmp_path_factory):
     folders = {}
     for n in (1, 2):
         folders[n] = tmp_path_factory.mktemp(f"linear{n}") / "out"
-        r = command(*LINEAR, "--epochs", 1, "--batch_size", 4, "--data", epic, "--out", folders[n], n=n)
+        r = command(*LINEAR, "--epochs", 1, "--batch_size", 4, "--data", epic, "--out", folders[n],
+                    n=n)
         assert (folders[n] / "metrics.json").exists(), r
     return folders
 
@@ -1209,7 +1225,8 @@ def test_the_submission_has_the_official_form_and_each_row_once(linears, epic):
             assert z.namelist() == ["test.json"]
             sent = json.loads(z.read("test.json"))
         assert {k: v for k, v in sent.items() if k != "results"} == {
-            "version": "0.2", "challenge": "action_recognition", "sls_pt": 4, "sls_tl": 3, "sls_td": 3}
+            "version": "0.2", "challenge": "action_recognition", "sls_pt": 4, "sls_tl": 3,
+            "sls_td": 3}
         rows = replai.read_actions(epic, split)
         assert list(sent["results"]) == rows.id.tolist()
         for r in sent["results"].values():
@@ -1325,7 +1342,8 @@ def test_segments_are_cut_as_the_official_ones_and_used(one_epic_video, tmp_path
         assert abs(n - rate * (stop - start)) < 0.06 * rate
         assert np.corrcoef(x.mean(0)[:n], y[:n])[0, 1] > 0.9, piece.name
     m = json.loads((tmp_path / "cut" / "metrics.json").read_text())
-    assert m == {"videos": 1, "pieces_written": len(times), "pieces_kept": 0, "videos_unreadable": 0}
+    assert m == {"videos": 1, "pieces_written": len(times), "pieces_kept": 0,
+                 "videos_unreadable": 0}
 
     before = contents(data / "segments")
     assert segments_of(data, tmp_path).code == 0              # again: nothing is left to do

@@ -1,0 +1,263 @@
+"""The toy world: deterministic, in the official form, and no single frame gives the verb away."""
+
+import ast
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+import running                                                # noqa: F401 (paths, one thread)
+
+import common
+import toy
+
+
+def table(path):
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f, strict=True))
+
+
+# ---- what can be seen ----
+
+def frames_at(video, wanted):
+    """Small pictures (16 x 12, colour) of a planned video at some times, one pass of drawing."""
+    numbers = {round(t * float(video["fps"])) for t in wanted}
+    got = {}
+    for i, frame in enumerate(toy.draw(video)):
+        if i in numbers:
+            f = frame.astype(np.float32)
+            rows = np.array_split(np.arange(f.shape[0]), 12)
+            columns = np.array_split(np.arange(f.shape[1]), 16)
+            got[i] = np.stack([[f[r][:, c].mean((0, 1)) for c in columns] for r in rows]) / 255
+    return [got[round(t * float(video["fps"]))] for t in wanted]
+
+
+MOMENTS = [-0.35, -0.05, 0.15, 0.35, 0.55, 0.75]              # seconds from the strike
+
+
+@pytest.fixture(scope="module")
+def strikes():
+    """Small pictures around strikes, [split][strike][moment], their verbs: 12 and 8 videos."""
+    verbs = list(toy.VERBS)
+    rng, out = np.random.default_rng(0), []
+    for first, n in ((0, 12), (100, 8)):
+        videos = [toy.plan_video(11, "test", first + k, "dense", 0, 8)[0] for k in range(n)]
+        toy.deal(videos, rng)
+        x, y = [], []
+        for v in videos:
+            found = frames_at(v, [t + m for t, *_ in v["strikes"] for m in MOMENTS])
+            x += [found[i:i + len(MOMENTS)] for i in range(0, len(found), len(MOMENTS))]
+            y += [verbs.index(verb) for _, verb, _ in v["strikes"]]
+        out.append((np.array(x), np.array(y)))
+    return out
+
+
+def accuracy(train, test, strength):
+    """Of ridge regression onto one-hot verbs."""
+    (x, y), (u, z) = ((a.reshape(len(a), -1), b) for a, b in (train, test))
+    mean = x.mean(0)
+    x, u = x - mean, u - mean
+    gram = x @ x.T + strength * np.eye(len(x))
+    w = x.T @ np.linalg.solve(gram, np.eye(6)[y] - 1 / 6)
+    return ((u @ w).argmax(1) == z).mean()
+
+
+def test_a_frame_of_unknown_moment_hardly_tells_the_verb(strikes):
+    """As a classifier of still pictures meets them: from before, while and after it changes."""
+    train, test = [(x.reshape(-1, *x.shape[2:]), np.repeat(y, len(MOMENTS))) for x, y in strikes]
+    assert len(train[1]) > 1800 and len(test[1]) > 1000
+    for strength in (10.0, 100.0, 1000.0):
+        share = accuracy(train, test, strength)
+        assert share < 0.30, f"ridge {strength}: {share:.2f} of 6 verbs"
+
+
+def test_a_frame_before_the_strike_tells_no_more_than_the_start_state(strikes):
+    """Up starts low, down high, grow small, shrink large, the rest anyhow: who knows place, size
+    and that nothing has changed yet is right once in three times, and nobody more often."""
+    (x, y), (u, z) = strikes
+    error = math.sqrt(1 / 3 * 2 / 3 / len(z))
+    for strength in (1.0, 10.0, 100.0):
+        share = accuracy((x[:, 0], y), (u[:, 0], z), strength)
+        assert share < 1 / 3 + 3 * error, f"ridge {strength}: {share:.2f} of 6 verbs"
+
+
+def test_the_change_between_two_frames_does_tell_it(strikes):
+    """What gives the test above its power: the same classifier on the same pictures, subtracted."""
+    (x, y), (u, z) = strikes
+    best = max(accuracy((x[:, -1] - x[:, 0], y), (u[:, -1] - u[:, 0], z), s)
+               for s in (1.0, 10.0, 100.0))
+    assert best > 0.40, best
+
+
+def test_every_verb_and_noun_is_as_frequent_as_any_other(strikes):
+    counts = np.bincount(strikes[0][1], minlength=6)
+    assert counts.max() - counts.min() <= 4
+
+
+# ---- the same bytes ----
+
+@pytest.mark.parametrize("name", ["epic", "ego4d"])
+def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp_path, monkeypatch):
+    plain = toy.MAKERS[name]
+
+    def two(*a):                                              # the two shortest are enough
+        tasks = sorted(plain(*a), key=lambda v: v["seconds"] * len(v["files"]))[:2]
+        return [{**v, "seconds": min(v["seconds"], 14.0),
+                 "strikes": [s for s in v["strikes"] if s[0] < 12.5]} for v in tasks]
+    monkeypatch.setitem(toy.MAKERS, name, two)
+    for folder, seed, workers in (("one", 3, 1), ("two", 3, 2), ("other", 4, 2)):
+        toy.make(name, tmp_path / folder, seed=seed, scale=0.01, workers=workers)
+
+    def files(folder):
+        root = tmp_path / folder / name
+        return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()
+                and not p.name.startswith(".")}
+    one = files("one")
+    assert len(one) > 6 and one == files("two")
+    other = files("other")
+    assert all(one[k] != other[k] for k in set(one) & set(other)
+               if k.endswith(("train.csv", "train.json")))
+    assert set(one) != set(other) or name == "epic"           # Ego4D's names are random
+
+
+def test_a_finished_toy_is_kept_and_a_strange_folder_is_not_touched(epic, tmp_path, capsys):
+    before = {p: p.stat().st_mtime_ns for p in epic.rglob("*")}
+    toy.make("epic", epic.parent, scale=0.01, workers=2)
+    assert "is there" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in epic.rglob("*")} == before
+    (tmp_path / "epic").mkdir()
+    (tmp_path / "epic" / "mine.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="not a toy dataset"):
+        toy.make("epic", tmp_path)
+    assert (tmp_path / "epic" / "mine.txt").read_text() == "x"
+
+
+# ---- EPIC-KITCHENS-100's form ----
+
+def test_epic_annotations_have_the_official_form(epic):
+    folder = epic / "annotations"
+    assert {p.name for p in folder.iterdir()} == {
+        "EPIC_100_train.csv", "EPIC_100_validation.csv", "EPIC_100_test_timestamps.csv",
+        "EPIC_100_video_info.csv", "EPIC_100_verb_classes.csv", "EPIC_100_noun_classes.csv",
+        "EPIC_100_tail_verbs.csv", "EPIC_100_tail_nouns.csv",
+        "EPIC_100_unseen_participant_ids_validation.csv",
+        "EPIC_100_unseen_participant_ids_test.csv"}
+    columns = ("narration_id,participant_id,video_id,narration_timestamp,start_timestamp,"
+               "stop_timestamp,start_frame,stop_frame,narration,verb,verb_class,noun,noun_class,"
+               "all_nouns,all_noun_classes").split(",")
+    info = {r["video_id"]: r for r in table(folder / "EPIC_100_video_info.csv")}
+    for split in ("train", "validation", "test_timestamps"):
+        path = folder / f"EPIC_100_{split}.csv"
+        assert path.read_text().splitlines()[0].split(",") == columns[:8 if "test" in split else 15]
+        for r in table(path):
+            assert re.fullmatch(rf"{r['video_id']}_\d+", r["narration_id"])
+            assert r["video_id"].startswith(r["participant_id"] + "_") and r["video_id"] in info
+            for c, digits in (("narration", 3), ("start", 2), ("stop", 2)):
+                assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{%d}" % digits, r[f"{c}_timestamp"])
+            assert int(r["start_frame"]) < int(r["stop_frame"])
+            if "test" not in split:
+                assert 0 <= int(r["verb_class"]) < 97 and 0 <= int(r["noun_class"]) < 300
+                nouns, classes = (ast.literal_eval(r[f"all_noun{c}"]) for c in ("s", "_classes"))
+                assert nouns[0] == r["noun"] and classes[0] == int(r["noun_class"])
+                assert len(nouns) == len(classes)
+    sizes = {"verb_classes": 97, "noun_classes": 300, "tail_verbs": 86, "tail_nouns": 228}
+    for name, n in sizes.items():
+        assert len(table(folder / f"EPIC_100_{name}.csv")) == n
+    unseen = table(folder / "EPIC_100_unseen_participant_ids_validation.csv")
+    assert [r["participant_id"] for r in unseen] == ["P18", "P32"]
+
+
+def test_epic_has_its_quirks(epic):
+    rows = table(epic / "annotations" / "EPIC_100_train.csv")
+    text = (epic / "annotations" / "EPIC_100_train.csv").read_text()
+    assert re.search(r',"\w[\w ]*, gently, ', text), "no quoted narration"
+    info = {r["video_id"]: r for r in table(epic / "annotations" / "EPIC_100_video_info.csv")}
+    files = {p.stem: p for p in epic.glob("videos/*/*.MP4")}
+    named = {r["video_id"] for r in rows}
+    assert len(named - set(files)) == 1, "one training video is absent"
+    media = {k: common.probe(p) for k, p in files.items()}
+    assert [m.channels for k, m in media.items() if k in named].count(0) == 1, "one has no sound"
+
+    def seconds(stamp):
+        h, m, s = stamp.split(":")
+        return 3600 * int(h) + 60 * int(m) + float(s)
+    over = [r for r in rows
+            if seconds(r["stop_timestamp"]) > float(info[r["video_id"]]["duration"]) + 1]
+    assert len(over) == 1, "one annotation overruns its video"
+    for k, m in media.items():
+        assert m.duration == pytest.approx(float(info[k]["duration"]), abs=0.05)
+        assert info[k]["resolution"] == f"{m.width}x{m.height}"
+        assert float(info[k]["fps"]) == pytest.approx(m.fps, rel=1e-3)
+
+
+# ---- Ego4D's form ----
+
+HEAD = {"version", "date", "description", "manifest", "split", "clips"}
+
+
+def spans(*names):
+    return {f"{n}_{side}_{unit}" for n in names for side in ("start", "end")
+            for unit in ("sec", "frame")}
+
+
+def test_ego4d_annotations_have_the_official_keys(tmp_path):
+    tasks = toy.make_ego4d(tmp_path, 0, 1.0, False)           # annotations alone, whole size
+    folder = tmp_path / "annotations"
+    labels = {"verb", "noun", "verb_label", "noun_label"}
+    lta = {"video_uid", "clip_uid", "clip_id", "action_idx"} | spans(
+        "clip_parent", "interval", "action_clip")
+    oscc = {"clip_id", "unique_id", "video_uid"} | spans("parent")
+    uids = set()
+    for split in ("train", "val", "test_unannotated"):
+        file = json.loads((folder / f"fho_lta_{split}.json").read_text())
+        assert set(file) == HEAD and file["split"] == split
+        for e in file["clips"]:
+            assert set(e) == lta | (labels if split != "test_unannotated" else set())
+        uids |= {e["video_uid"] for e in file["clips"]}
+        file = json.loads((folder / f"fho_oscc-pnr_{split}.json").read_text())
+        assert set(file) == HEAD and file["split"] == split and len(file["clips"]) > 3
+        for e in file["clips"]:
+            if split == "test_unannotated":
+                assert set(e) == oscc | {"clip_uid"}
+            elif e["state_change"]:
+                assert set(e) == oscc | spans("clip") | {
+                    "clip_uid", "state_change", "clip_pnr_frame", "parent_pnr_frame"}
+                assert e["parent_start_frame"] < e["parent_pnr_frame"] < e["parent_end_frame"]
+            else:
+                assert set(e) == oscc | {"state_change", "pnr_frame"} and e["pnr_frame"] is None
+        if split != "test_unannotated":
+            changes = [e["state_change"] for e in file["clips"]]
+            assert sum(changes) == len(changes) / 2
+    made = {p.stem for t in tasks for path, _, links in t["files"] for p in [path, *links]}
+    assert len(uids - made) == 1, "one video is absent"
+
+
+def test_ego4d_has_its_quirks(tmp_path, ego4d):
+    toy.make_ego4d(tmp_path, 0, 1.0, False)
+    folder = tmp_path / "annotations"
+    oscc = json.loads((folder / "fho_oscc-pnr_train.json").read_text())["clips"]
+    assert any("clip_uid" in e and e["clip_uid"] is None for e in oscc), "no null clip_uid"
+    assert any("pnr_frame" in e and e["pnr_frame"] is None for e in oscc), "no null pnr_frame"
+    lta = json.loads((folder / "fho_lta_train.json").read_text())["clips"]
+    over = [e for e in lta if e["action_clip_end_sec"] >
+            e["clip_parent_end_sec"] - e["clip_parent_start_sec"] + 1]
+    assert len(over) == 1, "one annotation overruns its clip"
+    sound = {p: common.probe(p).channels for p in ego4d.glob("*.mp4")}
+    assert sorted(sound.values())[0] == 0 and sum(c > 0 for c in sound.values()) == 3
+    levels = [np.abs(common.read_audio(p)[0]).max() for p, c in sound.items() if c]
+    assert min(levels) < 1e-3 < 0.1 < max(levels), "one has a silent track"
+
+
+def test_strikes_are_heard_where_they_are_annotated(epic):
+    """Each annotated action of a video with sound has a loud click inside."""
+    rows = table(epic / "annotations" / "EPIC_100_validation.csv")
+    assert len(rows) > 10
+    for r in rows:
+        path = epic / "videos" / r["participant_id"] / f"{r['video_id']}.MP4"
+        times = [float(r[f"{c}_timestamp"][-5:]) + 60 * int(r[f"{c}_timestamp"][3:5])
+                 for c in ("start", "stop")]
+        x, _ = common.read_audio(path, *times)
+        assert np.abs(x).max() > 0.15 and math.isfinite(x.sum()), r["narration_id"]
