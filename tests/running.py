@@ -24,11 +24,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-import torch                                                  # noqa: E402
-import torch.distributed as dist                              # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
-import common                                                 # noqa: E402
-import replai                                                 # noqa: E402
+import common  # noqa: E402
+import replai  # noqa: E402
 
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules

@@ -8,11 +8,10 @@ import re
 
 import numpy as np
 import pytest
-
-import running                                                # noqa: F401 (paths, one thread)
+import running  # noqa: F401 (paths, one thread)
+import toy
 
 import common
-import toy
 
 
 def table(path):
