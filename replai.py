@@ -214,7 +214,11 @@ def list_media(args, pieces=True):
                         "`--stage segments` finish")
     files = mp4_files(args.data, "segments/*") if pieces else []
     if args.dataset == "ego4d":
-        files = files or mp4_files(args.data, "*")
+        whole = mp4_files(args.data, "*")
+        uncut = {f.stem for f in whole} - {f.stem.rsplit("_", 2)[0] for f in files}
+        if files and uncut:
+            common.say(f"{len(uncut)} of {len(whole)} videos have no piece in segments/: not used")
+        files = files or whole
     else:                                                     # EPIC: only videos of its train split
         train = set(read_actions(args.data, "train").video)
         named = {f: "_".join(f.stem.split("_")[:2])
@@ -292,10 +296,11 @@ def scan(args):
     files, records = list_media(args)[:args.limit], read_records(args)
     keys = [(str(f), (args.data / f).stat().st_size, args.prominence) for f in files]
     missing = [f for f, key in zip(files, keys) if "segments" not in records.get(key, {})]
-    job = [f"{socket.gethostname()}-{os.getpid()}"]           # other jobs may share the folder
-    if common.world_size() > 1:
-        dist.broadcast_object_list(job)
-    part = args.moments / f"moments.part-{job[0]}-{common.rank()}.jsonl"
+    plan = [f"{socket.gethostname()}-{os.getpid()}", missing]
+    if common.world_size() > 1:           # one list for all: other jobs may be filling the cache
+        dist.broadcast_object_list(plan)
+    job, missing = plan
+    part = args.moments / f"moments.part-{job}-{common.rank()}.jsonl"
     mine = missing[common.rank()::common.world_size()]
     if mine:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -316,8 +321,11 @@ def scan(args):
         lines = (json.dumps(r) + "\n" for _, r in sorted(records.items()) if "segments" in r)
         common.write(args.moments / "moments.jsonl", "".join(lines))
         for f in args.moments.glob("moments.part-*.jsonl"):   # ours, and those of dead jobs
-            if job[0] in f.name or time.time() - f.stat().st_mtime > 3600:
+            if job in f.name or time.time() - f.stat().st_mtime > 3600:
                 f.unlink(missing_ok=True)
+    changed = [key[0] for key in keys if key not in records]
+    if changed:
+        raise UserError(f"{args.data / changed[0]}: changed while it was scanned; start again")
     return [records[key] for key in keys]
 
 

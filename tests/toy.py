@@ -21,9 +21,10 @@ objects may slide in. What tells the classes apart is only how the state changes
     elastic  overshoots and swings, 0.8 s  beats 5 times a second, dying down
     brittle  three steps, 0.25 s apart     three clicks and three short rings
 
-Look, place, size, background, light and camera are random and the same for all classes: an object
-that moves up has started low, but objects rest low and high, small and large in every class, and
-the hand leaves as it came. So no single frame says what happens; a test measures that. Objects are
+Look, place, size, background, light and camera are random and the same for all classes: objects
+rest low and high, small and large in every class, and the hand leaves as it came. So a single frame
+of an unknown moment hardly says what happens; a test measures that. (Who knows that it is from just
+before a strike can rule out four verbs of six: an object that will move up is low.) Objects are
 brighter than the ground everywhere, so that small networks see motion after minutes of training.
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
