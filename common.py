@@ -193,6 +193,15 @@ def gather(rows: dict[int, Any], expect: int) -> dict[int, Any]:
     return {k: merged[k] for k in keys}
 
 
+def all_rows(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """`x` of every process, one behind the other along `dim`, in process order; no gradient."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim)
+
+
 def settle(model: nn.Module, *inputs: torch.Tensor) -> None:
     """One throw-away step, so that DDP has regrouped its buckets before the first real one.
 

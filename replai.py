@@ -832,11 +832,7 @@ def candidates(x):
     NOTE: as released, the gathered block carries no gradient, this process's own rows included,
     while a single process lets it through. x: (..., B, D) -> (..., W·B, D)
     """
-    if common.world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(common.world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts, dim=-2)
+    return x if common.world_size() == 1 else common.all_rows(x.detach(), dim=-2)
 
 
 def losses(out, tau):
@@ -936,18 +932,6 @@ def step_lr(lr, epoch, milestones, gamma=0.1):
     return lr * gamma ** sum(epoch >= m for m in milestones)
 
 
-def gather_batch(*tensors):
-    """Each tensor with the rows of every process, in process order."""
-    if common.world_size() == 1:
-        return tensors
-    out = []
-    for x in tensors:
-        parts = [torch.empty_like(x) for _ in range(common.world_size())]
-        dist.all_gather(parts, x.contiguous())
-        out.append(torch.cat(parts))
-    return out
-
-
 def linear(args, device):
     """Verb and noun classifiers on the frozen video network, then the metrics of the benchmark.
 
@@ -988,7 +972,7 @@ def linear(args, device):
         clips = batch["clip"].to(device, non_blocking=True)
         with common.autocast(device, args.precision):
             x = model.features(clips, chunk=len(clips) if args.legacy_bn else 8)
-        x, verb, noun = gather_batch(x, batch["verb"].to(device), batch["noun"].to(device))
+        x, verb, noun = (common.all_rows(t.to(device)) for t in (x, batch["verb"], batch["noun"]))
         logits = model.classify(x, args.normalize_feats)
         loss_verb = F.cross_entropy(logits["verb_class"], verb)
         loss_noun = F.cross_entropy(logits["noun_class"], noun)
@@ -1219,6 +1203,7 @@ def draw_moments(args, index, path):
 
 
 def draw_segment(args, index, i, path):
+    """`draw_moments` for segment i; VideoError if its pictures or its sound cannot be read."""
     from PIL import Image, ImageDraw
     media = args.data / os.fsdecode(index.files[index.file[i]])
     start, stop = index.start[i], index.stop[i]
