@@ -1059,10 +1059,11 @@ class R2Plus1DBlock(nn.Module):
 class R2Plus1D(nn.Module):
     """R(2+1)D of depth 18 or 10 with a full 3-D stem (AVID, arXiv 2004.12943); names as released.
 
-    x: (B, 3, T, H, W) -> (B, 8·width, T/8, H/16, W/16); width 64 gives 512 channels.
+    x: (B, 3, T, H, W) -> (B, 8·width, T/8, H/32, W/32); width 64 gives 512 channels. With a
+    temporal_stride of 1, which fits the same weights, T stays T.
     """
 
-    def __init__(self, width: int = 64, depth: int = 18):
+    def __init__(self, width: int = 64, depth: int = 18, temporal_stride: int = 2):
         super().__init__()
         blocks = {10: 1, 18: 2}[depth]
         w = [width, width, 2 * width, 4 * width, 8 * width]
@@ -1071,7 +1072,7 @@ class R2Plus1D(nn.Module):
             nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False), nn.BatchNorm3d(width),
             nn.ReLU(inplace=True), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)))
         for n, stage in enumerate(("conv2x", "conv3x", "conv4x", "conv5x")):
-            first = R2Plus1DBlock(w[n], w[n + 1], (1, 1, 1) if n == 0 else (2, 2, 2))
+            first = R2Plus1DBlock(w[n], w[n + 1], (1, 1, 1) if n == 0 else (temporal_stride, 2, 2))
             rest = [R2Plus1DBlock(w[n + 1], w[n + 1], (1, 1, 1)) for _ in range(blocks - 1)]
             setattr(self, stage, nn.Sequential(first, *rest))
 

@@ -16,17 +16,24 @@ the change from before to after, not the reversed change, agrees with the sound.
 
 Pre-train    torchrun --nproc_per_node 8 replai.py --dataset ego4d --data data/ego4d
              torchrun --nproc_per_node 4 replai.py --dataset epic --data data/epic
-Evaluate     torchrun --nproc_per_node 4 replai.py --stage linear --dataset epic --init CKPT
+EPIC         torchrun --nproc_per_node 4 replai.py --stage linear --dataset epic --init CKPT
+Ego4D        torchrun --nproc_per_node 8 replai.py --stage statechange --init CKPT
+             ... --stage recognition, --stage anticipation         the same way
 Prepare      python replai.py --stage segments --dataset epic      cut 10 s pieces (optional)
              python replai.py --stage moments --dataset ego4d      detect moments (else at start)
+Exchange     python replai.py --stage convert --init CKPT          for AVID's and Ego4D's tools
 Try it       python replai.py --dataset ego4d --data data/toy/ego4d --tiny  (CPU; `make toy` first)
 
 The paper's body could not be opened while this was written: files named here are those of the
 official code. Where paper, official code and this file differ, grep NOTE in this file.
 """
 
+import argparse
+import contextlib
 import csv
+import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -34,9 +41,8 @@ import re
 import socket
 import time
 import zipfile
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import av
 import numpy as np
@@ -57,7 +63,12 @@ KAPPA = 0.2                     # temperature of AStC, hard-coded in the officia
 SCALES = (128 / 112, 180 / 112)                # range of the short side, in crops
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VERBS, NOUNS = 97, 300          # classes of EPIC-KITCHENS-100
-common.FREE_FLAGS |= {"moments", "clips", "clip", "eval_resize"}
+GREY = (0.45,) * 3, (0.225,) * 3               # mean and std that the forecasting tools use
+FPS = 30                        # of Ego4D's canonical videos, which its frame numbers count
+ACTION_SECONDS = 32 * 2 / FPS   # of a clip for recognition and anticipation
+INPUTS, FUTURE = 4, 20          # actions that anticipation sees, and Z, those that it foretells
+EGO4D_STAGES = ("statechange", "recognition", "anticipation")
+common.FREE_FLAGS |= {"moments", "clips", "clip", "eval_resize", "pnr_frame"}
 AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
         "AVID_Audioset_Cross-N1024_checkpoint.pth.tar")
 
@@ -67,8 +78,8 @@ AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
 def parse_args(argv=None):
     p = common.Parser(__doc__)
     g = p.add_argument_group("data")
-    g.add_argument("--stage", choices=["pretrain", "linear", "segments", "moments"],
-                   default="pretrain", help="what to do")
+    g.add_argument("--stage", choices=["pretrain", "linear", *EGO4D_STAGES, "segments", "moments",
+                                        "convert"], default="pretrain", help="what to do")
     g.add_argument("--dataset", choices=["epic", "ego4d"], default="ego4d",
                    help="EPIC-KITCHENS-100 or Ego4D; sets the defaults below to its recipe")
     g.add_argument("--data", type=Path, metavar="DIR", help="its folder, official layout (README)")
@@ -93,38 +104,57 @@ def parse_args(argv=None):
     g.add_argument("--tau", type=float, default=0.07,
                    help="temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)")
     g.add_argument("--num_frames", type=int, default=8,
-                   help="pictures per clip, T: half a second at 16 fps (configs/data_augm)")
-    g.add_argument("--crop", type=int, default=112, help="pixels, H and W (configs/data_augm)")
+                   help="pictures per clip, T: half a second at 16 fps (configs/data_augm); "
+                        "Ego4D's tasks 32, statechange 16")
+    g.add_argument("--crop", type=int, default=112,
+                   help="pixels, H and W (configs/data_augm); Ego4D's tasks 224, statechange 225")
     g.add_argument("--width", type=int, default=64,
                    help="channels of both networks' first stage (AVID, models/)")
     g.add_argument("--depth", type=int, choices=[10, 18], default=18,
                    help="layers of the R(2+1)D (AVID, models/video)")
 
-    g = p.add_argument_group("linear evaluation")
+    g = p.add_argument_group("evaluation (linear, and Ego4D's tasks)")
     g.add_argument("--clips", type=int, default=1, metavar="N",
-                   help="evenly spaced clips per action, softmax averaged; 1: the centre (ours)")
+                   help="evenly spaced clips per action, scores averaged; 1: the centre (ours)")
     g.add_argument("--clip", choices=["even", "random"], default="even",
                    help="random: at random places fixed by --seed (released protocol, with N 1)")
+    g.add_argument("--aggregator", choices=["transformer", "concat", "mean"],
+                   default="transformer", help="of anticipation's 4 input clips")
+    g.add_argument("--samples", type=int, default=5, metavar="K",
+                   help="futures that anticipation draws, the best counts; 1: the likeliest")
+    g.add_argument("--extra_window", action="store_true",
+                   help="anticipation trains on each clip's last window too (later tools)")
+    g.add_argument("--pnr_frame", choices=["absolute", "relative"], default="absolute",
+                   help="submitted key frames: counted in the video, or from the 8 s clip's start")
+    g.add_argument("--groups", type=int, default=8, metavar="N",
+                   help="parts of a batch, of Ego4D's tasks, that batch norm sees apart: the "
+                        "release's 8 GPUs; the same bits on 1 and on N = 2 processes")
     g.add_argument("--eval_resize", choices=["nearest", "bilinear"], default="nearest",
                    help="interpolation in evaluation; nearest is what the release uses")
     g.add_argument("--normalize_feats", choices=["off", "l2", "sign"], default="off",
                    help="of pooled features; sign: what the release's switch did (off in its runs)")
     g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
-                   help="released: both switches below at once")
+                   help="released: the faults below at once, and `state_change: null` as a change")
     g.add_argument("--legacy_aspect", action="store_true",
                    help="training pictures with width and height swapped, as released")
     g.add_argument("--legacy_bn", action="store_true",
                    help="batch statistics in the frozen backbone, as released")
+    g.add_argument("--raw_pixels", action="store_true",
+                   help="statechange on pictures of 0..255, not normalised, as in the benchmark")
 
-    g = p.add_argument_group("optimization (SGD with momentum; published values: commands/*.sh)")
+    g = p.add_argument_group("optimization (SGD with momentum, anticipation Adam; published "
+                             "values: commands/*.sh, statechange's config was never released)")
     g.add_argument("--epochs", type=int,
-                   help="passes over the segments or action rows; OneCycle needs ten or more")
+                   help="passes over the segments or annotations; OneCycle needs ten or more")
     g.add_argument("--batch_size", type=int,
                    help="samples per step over all GPUs; batch norm sees one GPU's share")
     g.add_argument("--lr", type=float,
-                   help="peak of OneCycle; linear: first value, x0.1 at 3/5 and 4/5 of the epochs")
+                   help="peak of OneCycle; linear: first value, x0.1 at 3/5 and 4/5 of the epochs; "
+                        "Ego4D's tasks: first value of a cosine, after 1000 steps of warm-up but "
+                        "in statechange")
     g.add_argument("--weight_decay", type=float,
-                   help="on every parameter, norms and biases too (configs/optim/sgd.yaml)")
+                   help="on every parameter, norms and biases too (configs/optim/sgd.yaml); "
+                        "Ego4D's tasks: none on parameters named bn")
 
     g = p.add_argument_group("run")
     g.add_argument("--out", type=Path, metavar="DIR",
@@ -143,28 +173,40 @@ def parse_args(argv=None):
         p.error("--stage linear is EPIC-KITCHENS-100's verb and noun evaluation: --dataset epic")
     if not args.tau:
         p.error("--tau 0: a temperature must be above 0")
+    if args.stage in EGO4D_STAGES and args.dataset != "ego4d":
+        p.error(f"--stage {args.stage} is a task of Ego4D: --dataset ego4d")
     if args.compat == "released":
-        args.legacy_aspect = args.legacy_bn = True
+        args.legacy_aspect = args.legacy_bn = args.raw_pixels = True
     return args
 
 
 def recipe(chosen):
     """Defaults of the published run that --stage and --dataset name; smaller ones for --tiny."""
+    own = f"runs/replai_{chosen.dataset}_pretrain/last.pt"
     r = {"data": Path("data") / chosen.dataset,
          "moments": Path("runs") / f"replai_{chosen.dataset}_moments"}
-    if chosen.stage in ("segments", "moments"):
-        return r
-    if chosen.stage == "linear":
-        r |= {"epochs": 30, "batch_size": 128, "lr": 0.005, "weight_decay": 0.0,
-              "init": f"runs/replai_{chosen.dataset}_pretrain/last.pt"}
-    else:
-        ego4d = chosen.dataset == "ego4d"
-        r |= {"epochs": 100, "batch_size": 512 if ego4d else 128, "lr": 0.05 if ego4d else 0.005,
-              "weight_decay": 1e-4}
-    if chosen.tiny:
+    if chosen.stage == "pretrain" and chosen.dataset == "epic":
+        r |= {"epochs": 100, "batch_size": 128, "lr": 0.005, "weight_decay": 1e-4}
+    elif chosen.stage == "pretrain":
+        r |= {"epochs": 100, "batch_size": 512, "lr": 0.05, "weight_decay": 1e-4}
+    elif chosen.stage == "linear":
+        r |= {"epochs": 30, "batch_size": 128, "lr": 0.005, "weight_decay": 0.0, "init": own}
+    elif chosen.stage == "statechange":
+        r |= {"epochs": 100, "batch_size": 256, "lr": 1e-4, "weight_decay": 1e-4, "init": own,
+              "num_frames": 16, "crop": 225}
+    elif chosen.stage == "recognition":
+        r |= {"epochs": 30, "batch_size": 32, "lr": 0.01, "weight_decay": 1e-4, "init": own,
+              "num_frames": 32, "crop": 224}
+    elif chosen.stage == "anticipation":
+        r |= {"epochs": 50, "batch_size": 32, "lr": 0.01, "weight_decay": 1e-4, "init": own,
+              "num_frames": 32, "crop": 224}
+    if chosen.tiny and "epochs" in r:
         r |= {"crop": 56, "width": 16, "depth": 10, "batch_size": 16, "workers": 2, "log_every": 5,
-              "save_every": 20, "init": "none", "epochs": 60, "lr": 0.01}
-        r |= {"epochs": 20, "lr": 0.05} if chosen.stage == "linear" else {}
+              "save_every": 20, "init": "none", "groups": 2}
+        r |= {"pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0.05},
+              "statechange": {"epochs": 20, "lr": 0.01},
+              "recognition": {"epochs": 20, "lr": 0.02, "num_frames": 16},
+              "anticipation": {"epochs": 20, "lr": 1e-3, "num_frames": 16}}[chosen.stage]
     return r
 
 
@@ -367,7 +409,7 @@ class SegmentIndex:
 
 # ---- data: sound (official file: data/audio_transforms.py) -------------------------------------
 
-@lru_cache
+@functools.lru_cache
 def sinc_kernel(o, n, width=6, rolloff=0.99):
     """Windowed-sinc filters from rate o to rate n (coprime), one per output phase: (n, 1, taps).
 
@@ -394,7 +436,7 @@ def resample(x, old, new):
     return y[0].T.flatten()[:math.ceil(n * len(x) / o)]                 # phases interleaved
 
 
-@lru_cache
+@functools.lru_cache
 def mel_filterbank(bins, n_mels, low, high):
     """(bins, n_mels) triangles on the HTK scale m = 2595 log10(1 + f/700), of height 1."""
     f = torch.linspace(0, high, bins, dtype=torch.float64)[:, None]     # (bins, 1)
@@ -428,15 +470,19 @@ def log_mel(x, rate, num_frames=125, mean=-7.03, std=4.66, floor=1e-10, new_rate
 
 # ---- data: pictures (official file: data/video_transforms.py) ----------------------------------
 
-def resize_crop_flip(frames, size, x, y, crop, flip, nearest=False):
+RESIZE = {"bilinear": {"mode": "bilinear", "antialias": True},          # as PIL's BILINEAR
+          "nearest": {"mode": "nearest-exact"},                         # as PIL's NEAREST
+          "tensor": {"mode": "bilinear", "antialias": False}}           # as torch's and OpenCV's
+
+
+def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
     """Resize to `size` (width, height), crop, mirror.      (T, H, W, 3) -> (3, T, crop, crop)
 
-    uint8 in and out, antialiased bilinear as PIL's BILINEAR, or as PIL's NEAREST.
+    uint8 in and out; `how` names one of RESIZE.
     """
     v = torch.from_numpy(frames).permute(0, 3, 1, 2)                    # (T, 3, H, W), a view
     if (v.shape[3], v.shape[2]) != tuple(size):
-        mode = {"mode": "nearest-exact"} if nearest else {"mode": "bilinear", "antialias": True}
-        v = F.interpolate(v, size=(size[1], size[0]), **mode)
+        v = F.interpolate(v, size=(size[1], size[0]), **RESIZE[how])
     v = v[..., y:y + crop, x:x + crop]
     return (v.flip(-1) if flip else v).transpose(0, 1).contiguous()     # (3, T, crop, crop)
 
@@ -459,16 +505,16 @@ def augment(frames, rng, crop, swap):
     return resize_crop_flip(frames, size, x, y, crop, rng.random() < 0.5)
 
 
-def centre(frames, crop, nearest=True):
-    """Evaluation transform: short side to 128 (for crops of 112), centre crop."""
+def centre(frames, crop, how="nearest"):
+    """Evaluation transform: short side to 128 (for crops of 112, 256 for 224), centre crop."""
     size = short_side_to(frames.shape[2], frames.shape[1], int(SCALES[0] * crop + 1e-6))
     x, y = (round((side - crop) / 2) for side in size)
-    return resize_crop_flip(frames, size, x, y, crop, False, nearest)
+    return resize_crop_flip(frames, size, x, y, crop, False, how)
 
 
-def normalize(clip):
+def normalize(clip, mean=MEAN, std=STD):
     """uint8 (B, 3, T, H, W) to the networks' range, on the clip's device."""
-    mean, std = (torch.tensor(c, device=clip.device).view(3, 1, 1, 1) for c in (MEAN, STD))
+    mean, std = (torch.tensor(c, device=clip.device).view(3, 1, 1, 1) for c in (mean, std))
     return (clip / 255 - mean) / std
 
 
@@ -674,9 +720,330 @@ class TestClips(ActionClips):
         if self.args.clip == "random":
             place = np.random.default_rng((self.args.seed, i)).random(n)
         clips = self.read(i, start + place * room)
-        nearest = self.args.eval_resize == "nearest"
-        clips = [centre(c, self.args.crop, nearest) for c in clips]
+        clips = [centre(c, self.args.crop, self.args.eval_resize) for c in clips]
         return torch.stack(clips)                             # (N, 3, T, H, W)
+
+
+# ---- data: Ego4D annotations (FHO: state change, recognition, anticipation) --------------------
+
+def fho_file(root, name, split):
+    """Path of the official `fho_<name>_<split>.json`, or of the `<split>.json` of older dumps."""
+    paths = [root / "annotations" / f for f in (f"fho_{name}_{split}.json", f"{split}.json")]
+    return next((f for f in paths if f.exists()), paths[0])
+
+
+def read_fho(root, name, split):
+    """(path, entries) of an annotation file: an object with the list `clips`, or a bare list."""
+    path = fho_file(root, name, split)
+    value = read_json(path)
+    entries = value.get("clips") if isinstance(value, dict) else value
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: is neither a list nor an object with the list `clips`")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: clips[{i}] is no object")
+    return path, entries
+
+
+def read_json(path):
+    """The value of a JSON file; UserError names file and line."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it comes with Ego4D's FHO annotations") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not in JSON form ({e.msg})") from None
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f"{path}: not in JSON form ({type(e).__name__})") from None
+
+
+class Fields:
+    """Checked access to one annotation entry: a fault becomes a line with file, entry and key."""
+
+    def __init__(self, path, i, entry):
+        self.where, self.entry = f"{path}: clips[{i}]", entry
+
+    def fault(self, key, why):
+        return UserError(f"{self.where}.{key}: {self.entry.get(key)!r} {why}"[:500])
+
+    def uid(self, key, needed=True):
+        """An identifier that will become a file name; "" for null or no key, unless `needed`."""
+        value = self.entry.get(key)
+        if value is None and not needed:
+            return ""
+        if not isinstance(value, str) or not re.fullmatch(r"[\w-]{1,100}", value, re.ASCII):
+            raise self.fault(key, "is no identifier of letters, digits and hyphens")
+        return value
+
+    def number(self, key, default=None):
+        """A finite number; `default` for null or no key, if it is not None."""
+        value = self.entry.get(key)
+        if value is None and default is not None:
+            return default
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not abs(value) < 1e9:                  # NaN fails
+            raise self.fault(key, "is no number")
+        return value
+
+    def span(self, name):
+        """(start, stop) seconds: `<name>_start_sec` and `_end_sec`, else the frames at 30 fps."""
+        start, stop = (
+            self.number(f"{name}_{end}_frame") / FPS if self.entry.get(f"{name}_{end}_sec") is None
+            else self.number(f"{name}_{end}_sec") for end in ("start", "end"))
+        if stop <= start:
+            raise self.fault(f"{name}_end_sec", f"is not after the start, {start:g} s")
+        return start, stop
+
+    def label(self, key, n):
+        """A class number below n; -1 for null or no key."""
+        value = self.number(key, -1)
+        if value not in range(n) and self.entry.get(key) is not None:
+            raise self.fault(key, f"is no class number below {n}")
+        return int(value)
+
+
+class FhoActions(NamedTuple):
+    """Annotated actions, clip by clip and by action_idx in each; labels are -1 where unknown."""
+    clip: np.ndarray                                          # (R,) clip_uid
+    index: np.ndarray                                         # (R,) action_idx
+    seconds: np.ndarray                                       # (R, 2) start, stop in the clip
+    verb: np.ndarray
+    noun: np.ndarray
+
+
+def read_taxonomy(root):
+    """(number of verbs, number of nouns): 115 and 478 in Ego4D v1, 117 and 521 in v2."""
+    path = root / "annotations" / "fho_lta_taxonomy.json"
+    table = read_json(path)
+    for key in ("verbs", "nouns"):
+        if not isinstance(table, dict) or not isinstance(table.get(key), list) or not table[key]:
+            raise UserError(f"{path}: has no list `{key}`")
+    return len(table["verbs"]), len(table["nouns"])
+
+
+def read_fho_actions(root, split, num_classes):
+    """`FhoActions` of fho_lta_<split>.json."""
+    path, entries = read_fho(root, "lta", split)
+    rows, seen = [], {}
+    for i, entry in enumerate(entries):
+        f = Fields(path, i, entry)
+        key = f.uid("clip_uid"), int(f.number("action_idx"))
+        if seen.setdefault(key, i) != i:
+            raise f.fault("action_idx", f"is there twice in this clip, also in clips[{seen[key]}]")
+        rows.append((*key, f.span("action_clip"), *(
+            f.label(k, n) for k, n in zip(("verb_label", "noun_label"), num_classes))))
+    order = {clip: n for n, clip in enumerate(dict.fromkeys(r[0] for r in rows))}
+    rows.sort(key=lambda r: (order[r[0]], r[1]))              # clips as in the file
+    if not rows:
+        raise UserError(f"{path}: has no clips")
+    return FhoActions(*(np.array(column) for column in zip(*rows)))
+
+
+def ego4d_files(root, *folders):
+    """{uid: path relative to root} of the first of these folders that holds it; "" is root."""
+    found = {}
+    for folder in folders:
+        for f in mp4_files(root, f"{folder}/*" if folder else "*"):
+            found.setdefault(f.stem, f)
+    return found
+
+
+def tell_used(split, what, uids, used):
+    """One line: how many annotations are used, and which videos are not there. UserError: none."""
+    absent = sorted({str(u) for u, ok in zip(uids, used) if not ok})
+    common.say(f"{split}: {sum(used)} of {len(used)} {what}" + (
+        f"; {len(absent)} videos are absent ({', '.join(absent[:5])})" if absent else ""))
+    if not any(used):
+        raise UserError(f"none of the {split} videos is there; see README for the layout")
+
+
+def action_windows(clips, inputs, future, extra=False):
+    """(N, inputs + future) rows of the sliding windows over the actions of each clip.
+
+    clips: (R,) their uids, clip by clip. NOTE: a clip of n actions has n - inputs - future
+    windows, the challenge's convention; one more fits, which its tools later used in training.
+    """
+    edges = np.flatnonzero(np.r_[True, clips[1:] != clips[:-1], True]) if len(clips) else [0]
+    starts = [np.arange(a, b - inputs - future + bool(extra)) for a, b in zip(edges, edges[1:])]
+    return np.concatenate([np.zeros(0, int), *starts])[:, None] + np.arange(inputs + future)
+
+
+class Changes(NamedTuple):
+    """Clips of about 8 s in which an object may change its state. Frames are those at 30 fps."""
+    id: np.ndarray                                            # (R,) unique_id
+    file: np.ndarray                                          # (R,) path in --data, as bytes
+    seconds: np.ndarray                                       # (R, 2) start, stop in the video
+    frames: np.ndarray                                        # (R, 2) the same in frames
+    shift: np.ndarray                                         # of frames, video to file
+    state: np.ndarray                                         # 1 change, 0 none, -1 not known
+    pnr: np.ndarray                                           # frame of no return, -1 for none
+
+
+def read_change(f, null_is_change):
+    """(unique_id, seconds, frames, state, pnr) of one entry, checked."""
+    name, state, span = f.entry.get("unique_id"), f.entry.get("state_change"), f.span("parent")
+    if not isinstance(name, str):
+        raise f.fault("unique_id", "is no text")
+    if state not in (True, False, None):
+        raise f.fault("state_change", "is neither true, false nor null")
+    frames = [int(f.number(f"parent_{end}_frame", math.floor(FPS * second + 1e-6)))
+              for end, second in zip(("start", "end"), span)]
+    if frames[1] - frames[0] < 2:
+        raise f.fault("parent_end_frame", "leaves no frames")
+    state = int(null_is_change if state is None else state) if "state_change" in f.entry else -1
+    return name, span, frames, state, int(f.number("parent_pnr_frame", -1)) if state else -1
+
+
+def read_changes(args, split):
+    """`Changes` of fho_oscc-pnr_<split>.json whose video is there, whole or as its clip.
+
+    NOTE: the release takes everything but `false` for a change, null too (--compat released).
+    """
+    path, entries = read_fho(args.data, "oscc-pnr", split)
+    whole, cut = (ego4d_files(args.data, *names) for names in (("videos", "full_scale"),
+                                                               ("clips", "")))
+    rows, uids, used, known, astray = [], [], [], set(), 0
+    for i, entry in enumerate(entries):
+        f = Fields(path, i, entry)
+        name, span, frames, state, pnr = read_change(f, args.compat == "released")
+        if name in known:
+            raise f.fault("unique_id", "is there twice")
+        known.add(name)
+        video, clip = f.uid("video_uid"), f.uid("clip_uid", needed=False)
+        file, shift = whole.get(video), 0
+        if file is None and clip in cut and entry.get("clip_start_frame") is not None:
+            file, shift = cut[clip], int(f.number("clip_start_frame")) - frames[0]
+        uids.append(video)
+        used.append(file is not None)
+        if pnr >= 0 and not frames[0] <= pnr <= frames[1]:
+            astray, pnr = astray + 1, -1
+        if file is not None:
+            rows.append((name, os.fsencode(file), span, frames, shift, state, pnr))
+    tell_used(split, "clips", uids, used)
+    if astray:
+        common.say(f"warning: {path}: {astray} key frames lie outside of their "
+                   "clip and do not count")
+    return Changes(*(np.array(column) for column in zip(*rows[:args.limit])))
+
+
+# ---- data: Ego4D clips ---------------------------------------------------------------------------
+
+class ActionWindows(Dataset):
+    """Clips of 2.13 s, one in each of a sample's actions: one for recognition, 4 for anticipation.
+
+    rows (N, inputs): of `actions`; verb, noun: (N,) or (N, 20) labels. In training at a random
+    place; scale, crop and mirroring are one choice for all clips of a sample, as released.
+    NOTE: the release reduces a clip to 64 pictures and these to 32; at 30 fps they are the same.
+    """
+
+    def __init__(self, args, actions, files, rows, verb, noun, absent=()):
+        self.args, self.actions, self.files, self.rows = args, actions, files, rows
+        self.verb, self.noun, self.absent = verb, noun, absent
+
+    def __len__(self):
+        return len(self.rows)
+
+    def ids(self):
+        """<clip_uid>_<action_idx> of each sample's last action."""
+        a = self.actions
+        return [f"{a.clip[r]}_{a.index[r]}" for r in self.rows[:, -1]]
+
+    def read(self, i, places):
+        """Pictures of each of the sample's actions at shares 0 .. 1 of the room it leaves."""
+        start, stop = self.actions.seconds[self.rows[i]].T                  # (inputs,) each
+        room = np.maximum(0.0, stop - start - ACTION_SECONDS)
+        windows = [Window(t, ACTION_SECONDS, self.args.num_frames) for t in start + places * room]
+        path = self.args.data / self.files[str(self.actions.clip[self.rows[i][0]])]
+        return common.read_clip(path, windows, math.ceil(320 / 224 * self.args.crop))
+
+    def __getitem__(self, key):
+        epoch, i = key
+        rng, crop = np.random.default_rng((self.args.seed, epoch, i)), self.args.crop
+        clips = self.read(i, rng.random(len(self.rows[i])))
+        side = rng.integers(round(256 / 224 * crop), round(320 / 224 * crop) + 1)
+        size = short_side_to(clips[0].shape[2], clips[0].shape[1], side)
+        x, y = (int(rng.integers(0, s - crop + 1)) for s in size)
+        flip = rng.random() < 0.5
+        clip = torch.stack([resize_crop_flip(c, size, x, y, crop, flip, "tensor") for c in clips])
+        clip = clip[0] if len(clip) == 1 else clip            # (inputs, 3, T, H, W)
+        return {"clip": clip, "verb": self.verb[i], "noun": self.noun[i]}
+
+
+class TestWindows(ActionWindows):
+    """The clips of one sample for evaluation: --clips in its one action, or one in each of 4.
+
+    NOTE: the release's test sampler skipped or shifted clips; the centre of each is what its
+    benchmark later settled on.
+    """
+
+    def __getitem__(self, i):
+        single = len(self.rows[i]) == 1
+        places = (np.arange(self.args.clips) + 0.5) / self.args.clips if single else np.array(0.5)
+        if self.args.clip == "random":
+            n = self.args.clips if single else len(self.rows[i])
+            places = np.random.default_rng((self.args.seed, i)).random(n)
+        return torch.stack([centre(c, self.args.crop, "tensor") for c in self.read(i, places)])
+
+
+def sample_frames(start, stop, wanted):
+    """`wanted` frame numbers of start .. stop-1: the first multiples of a step that fit.
+
+    The step is ceil(n / wanted); where too few of its multiples fit, floor(n / wanted).
+    """
+    n = stop - start
+    for step in (-(-n // wanted), max(1, n // wanted)):
+        frames = np.arange(-(-start // step) * step, stop, step)
+        if len(frames) >= wanted:
+            return frames[:wanted]
+    return frames[common.pad(len(frames), wanted)]            # fewer pictures than wanted
+
+
+def keyframe_index(frames, pnr):
+    """Which of the frames is the first nearest to the point of no return."""
+    return int(np.abs(frames - pnr).argmin())
+
+
+class StateClips(Dataset):
+    """16 pictures of 5 to 8 s (training), squeezed to a square, and where the change happens."""
+
+    def __init__(self, args, changes):
+        self.args, self.changes = args, changes
+
+    def __len__(self):
+        return len(self.changes.id)
+
+    def read(self, i, frames):
+        """NOTE: as released, the aspect is not kept; its frames were stored 384 high before."""
+        c, crop = self.changes, self.args.crop
+        times = (frames + c.shift[i] + 0.5) / FPS             # the middle of each picture's time
+        path = self.args.data / os.fsdecode(c.file[i])
+        pictures = common.read_clip(path, [times], math.ceil(384 / 225 * crop))[0]
+        return resize_crop_flip(pictures, (crop, crop), 0, 0, crop, False, "tensor")
+
+    def part(self, rng, i):
+        """First and last frame of a random part of the clip that keeps the key frame."""
+        (first, last), pnr = self.changes.frames[i], self.changes.pnr[i]
+        length = rng.uniform(5, 8)
+        begin = self.changes.seconds[i, 0] + rng.uniform(0, 8 - length)
+        start, stop = math.floor(FPS * begin), min(math.floor(FPS * (begin + length)), last)
+        if stop - start < self.args.num_frames:               # of a clip much shorter than 8 s
+            return first, last
+        return first if 0 <= pnr < start else start, last if pnr > stop else stop
+
+    def __getitem__(self, key):
+        epoch, i = key
+        frames = sample_frames(*self.part(np.random.default_rng((self.args.seed, epoch, i)), i),
+                               self.args.num_frames)
+        c = self.changes
+        return {"clip": self.read(i, frames), "state": c.state[i], "known": float(c.pnr[i] >= 0),
+                "keyframe": keyframe_index(frames, c.pnr[i])}
+
+
+class TestStates(StateClips):
+    """The whole clip, for evaluation."""
+
+    def __getitem__(self, i):
+        return self.read(i, sample_frames(*self.changes.frames[i], self.args.num_frames))
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -687,6 +1054,21 @@ def head(d_in, d_hidden, d_out):
     for layer in (layers[0], layers[2]):
         nn.init.xavier_uniform_(layer.weight)
     return layers
+
+
+def classifier(d_in, d_out):
+    """Linear layer with weights N(0, 0.01) and no bias to begin with."""
+    layer = nn.Linear(d_in, d_out)
+    nn.init.normal_(layer.weight, 0, 0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def fan_out_normal(trunk):
+    """MSRA's initialisation, which the forecasting tools give the trunk before its checkpoint."""
+    for m in trunk.modules():
+        if isinstance(m, nn.Conv3d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
 
 class RepLAI(nn.Module):
@@ -731,11 +1113,8 @@ class LinearProbe(nn.Module):
                  num_classes=(("verb_class", VERBS), ("noun_class", NOUNS))):
         super().__init__()
         self.backbone = common.R2Plus1D(width, depth)
-        self.fc = nn.ModuleDict({k: nn.Linear(self.backbone.out_dim, n)
+        self.fc = nn.ModuleDict({k: classifier(self.backbone.out_dim, n)
                                  for k, n in dict(num_classes).items()})
-        for layer in self.fc.values():
-            nn.init.normal_(layer.weight, 0, 0.01)
-            nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
     def features(self, clips, chunk=8):
@@ -758,19 +1137,171 @@ class LinearProbe(nn.Module):
         return {k: layer(features) for k, layer in self.fc.items()}
 
 
+class Recognition(common.R2Plus1D):
+    """Verb and noun of a clip; names as in the forecasting tools (ego4d-forecasting/ego4d/models).
+
+    NOTE: average pooling here, maximum in pre-training and in the linear evaluation.
+    """
+
+    def __init__(self, width=64, depth=18, num_classes=(115, 478)):
+        super().__init__(width, depth)
+        fan_out_normal(self)
+        self.head = nn.Module()
+        self.head.projections = nn.ModuleList(classifier(self.out_dim, n) for n in num_classes)
+
+    def forward(self, clip):
+        """(B, 3, T, H, W) -> logits (B, verbs), (B, nouns)"""
+        x = super().forward(clip).mean((2, 3, 4))                                     # (B, D)
+        x = F.dropout(x, 0.5, self.training)
+        return tuple(project(x) for project in self.head.projections)
+
+
+class ClipEncoder(common.R2Plus1D):
+    """The trunk, to be frozen, and a layer on its averaged features, which is trained."""
+
+    def __init__(self, width, depth, features):
+        super().__init__(width, depth)
+        fan_out_normal(self)
+        self.head = nn.Module()
+        self.head.projection = classifier(self.out_dim, features)
+
+    def freeze(self):
+        for name, p in self.named_parameters():
+            p.requires_grad_(name.startswith("head."))
+
+    def forward(self, clip):
+        """(B, 3, T, H, W) -> (B, features)"""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.conv1[0].weight.requires_grad):
+            x = super().forward(clip).mean((2, 3, 4))                                 # (B, D)
+        return self.head.projection(F.dropout(x, 0.5, self.training))
+
+
+class PositionEncoding(nn.Module):
+    """Adds pe[t, 2i] = sin(t / 10000^(2i/D)), pe[t, 2i+1] = cos(same) to (T, B, D)."""
+
+    def __init__(self, features, longest=1000):
+        super().__init__()
+        angle = torch.arange(longest)[:, None] * torch.exp(
+            torch.arange(0, features, 2) * (-math.log(10000.0) / features))           # (1000, D/2)
+        pe = torch.stack([angle.sin(), angle.cos()], 2).flatten(1)                    # (1000, D)
+        self.register_buffer("pe", pe[:, None])
+
+    def forward(self, x):
+        return F.dropout(x + self.pe[:len(x)], 0.2, self.training)
+
+
+class Aggregator(nn.Module):
+    """Features of the input clips into one vector: (B, inputs, D) -> (B, out_dim)."""
+
+    def __init__(self, kind, features, inputs, layers, heads=8):
+        super().__init__()
+        self.kind, self.out_dim = kind, features * (inputs if kind == "concat" else 1)
+        if kind == "transformer":
+            layer = nn.TransformerEncoderLayer(features, heads, 2048, 0.1)            # post-norm
+            self.pos_encoder = PositionEncoding(features)
+            self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(features),
+                                                 enable_nested_tensor=False)
+
+    def forward(self, x):
+        if self.kind == "concat":
+            return x.flatten(1)
+        if self.kind == "mean":
+            return x.mean(1)
+        return self.encoder(self.pos_encoder(x.transpose(0, 1)))[-1]      # of the latest clip
+
+
+class Anticipation(nn.Module):
+    """The next Z actions from 4 observed ones; names as in the forecasting tools.
+
+    NOTE: the release leaves the frozen trunk's batch norm in training mode; --legacy_bn.
+    """
+
+    def __init__(self, width=64, depth=18, num_classes=(115, 478), aggregator="transformer",
+                 features=2048, layers=6, heads=8, inputs=INPUTS, future=FUTURE, legacy_bn=False):
+        super().__init__()
+        self.num_classes, self.legacy_bn = list(num_classes), legacy_bn
+        self.backbone = ClipEncoder(width, depth, features)
+        self.backbone.freeze()
+        self.clip_aggregator = Aggregator(aggregator, features, inputs, layers, heads)
+        self.decoder = nn.Module()
+        self.decoder.head = nn.Module()
+        self.decoder.head.projections = nn.ModuleList(
+            classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
+
+    def train(self, mode=True):
+        super().train(mode)
+        for name, module in self.backbone.named_children():
+            module.train(mode and (self.legacy_bn or name == "head"))
+        return self
+
+    def encode(self, clips):
+        """(B, inputs, 3, T, H, W) -> (B, inputs, D)"""
+        return self.backbone(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+
+    def forward(self, clips):
+        """(B, inputs, 3, T, H, W) -> logits (B, Z, verbs), (B, Z, nouns)"""
+        x = F.dropout(self.clip_aggregator(self.encode(clips)), 0.5, self.training)
+        return torch.stack([p(x) for p in self.decoder.head.projections], 1).split(
+            self.num_classes, 2)
+
+
+class StateHeads(nn.Module):
+    """Where, and whether, an object changes its state; names as in the hands-and-objects benchmark.
+
+    Both average the last map over windows of `pool` x `pool`, which leaves 2 x 2 places of the
+    paper's 8 x 8, and the second over time, too.
+    """
+
+    def __init__(self, channels, side=8, pool=7, dropout=0.5):
+        super().__init__()
+        self.pool, self.dropout, d = pool, dropout, channels * (side - pool + 1) ** 2
+        self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
+        self.Keyframe_localisation_head.projection = classifier(d, 1)
+        self.State_detection_head.projection = classifier(d, 2)
+
+    def forward(self, x):
+        """(B, C, T, side, side) -> logits (B, 1, T) of the key frame, (B, 2, 1) none, change"""
+        x = F.avg_pool3d(x, (1, self.pool, self.pool), 1)                 # (B, C, T, 2, 2)
+
+        def places(x):                                                    # (B, T, 2·2·C)
+            return F.dropout(x, self.dropout, self.training).permute(0, 2, 3, 4, 1).flatten(2)
+        keyframe = self.Keyframe_localisation_head.projection(places(x))              # (B, T, 1)
+        state = self.State_detection_head.projection(places(x.mean(2, keepdim=True)))  # (B, 1, 2)
+        return keyframe.transpose(1, 2), state.transpose(1, 2)
+
+
+class StateChange(StateHeads):
+    """f_V without strides in time, so that 16 pictures stay 16, and the two heads.
+
+    NOTE: the release holds the unmodified benchmark, an I3D-ResNet-50; how RepLAI's R(2+1)D kept
+    time is not known. Strides of 1 leave every weight as it is: our design, not a reproduction.
+    """
+
+    def __init__(self, width=64, depth=18, crop=225):
+        side = -(-crop // 32)                                 # 8 for 225, five halvings
+        super().__init__(8 * width, side, max(1, side - 1))
+        self.backbone = common.R2Plus1D(width, depth, temporal_stride=1)
+
+    def forward(self, clip):
+        """(B, 3, T, H, W) -> (B, 1, T), (B, 2, 1)"""
+        return super().forward(self.backbone(clip))
+
+
 # Naming schemes of checkpoints: ours and RepLAI's, AVID's, linear probes', forecasting's, bare.
 PRETRAIN_LAYOUTS = [{"": ""},
                     {"video_model.": "backbone.video.", "audio_model.": "backbone.audio."}]
 PROBE_LAYOUTS = [{"backbone.video.": "backbone."}, {"video_model.": "backbone."}, {"": ""},
                  {"model.backbone.": "backbone."}, {"model.": ""}, {"": "backbone."}]
+BARE_LAYOUTS = [{old: new.removeprefix("backbone.") for old, new in scheme.items()}
+                for scheme in PROBE_LAYOUTS] + [{"backbone.": ""}]
 
 
-def initialise(model, args, layouts):
-    """Fill the networks as --init says."""
+def initialise(model, args, layouts, required="backbone."):
+    """Fill the networks as --init says; every tensor below `required` must come."""
     if args.init == "none":
         return common.say("init none: random weights")
     path = fetch_avid() if args.init == "avid" else Path(args.init)
-    common.load_weights(model, path, layouts, required="backbone.")
+    common.load_weights(model, path, layouts, required)
 
 
 def fetch_avid():
@@ -841,6 +1372,32 @@ def losses(out, tau):
     own = common.rank() * y.shape[0]
     avc = avc_loss(z, y, candidates(z), candidates(y), own, tau)
     return avc, astc_loss(out["forth"], out["back"], out["q"], KAPPA)
+
+
+def recognition_losses(out, batch):
+    """{part: loss}, to be added up.      out: (B, verbs), (B, nouns) logits; labels (B,)"""
+    return {"verb": F.cross_entropy(out[0].float(), batch["verb"]),
+            "noun": F.cross_entropy(out[1].float(), batch["noun"])}
+
+
+def anticipation_losses(out, batch):
+    """The same for (B, Z, verbs), (B, Z, nouns) and (B, Z): summed over the Z actions to come."""
+    return {k: F.cross_entropy(x.float().flatten(0, 1), batch[k].flatten()) * x.shape[1]
+            for k, x in zip(("verb", "noun"), out)}
+
+
+def statechange_losses(out, batch):
+    """Key frame and state.      out: logits (B, 1, T), (B, 2, 1); state, keyframe, known (B,)
+
+        keyframe = mean_b state_b · CE(logits_b, nearest frame to the point of no return)
+
+    The mean is over ALL clips, those without a change count as zero. `known`: 0 for a change
+    whose key frame nobody annotated.
+    """
+    keyframe, state = out[0].float().flatten(1), out[1].float().flatten(1)
+    each = F.cross_entropy(keyframe, batch["keyframe"], reduction="none")
+    return {"keyframe": (batch["state"] * batch["known"] * each).mean(),
+            "state": F.cross_entropy(state, batch["state"])}
 
 
 # ---- pre-training ------------------------------------------------------------------------------
@@ -932,6 +1489,12 @@ def step_lr(lr, epoch, milestones, gamma=0.1):
     return lr * gamma ** sum(epoch >= m for m in milestones)
 
 
+def share_buffers(model):
+    """Give every process the batch-norm statistics of process 0."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
 def linear(args, device):
     """Verb and noun classifiers on the frozen video network, then the metrics of the benchmark.
 
@@ -967,8 +1530,7 @@ def linear(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         if args.legacy_bn:                                    # as DDP does before each forward
-            for buffer in model.backbone.buffers():
-                dist.broadcast(buffer, 0)
+            share_buffers(model.backbone)
         clips = batch["clip"].to(device, non_blocking=True)
         with common.autocast(device, args.precision):
             x = model.features(clips, chunk=len(clips) if args.legacy_bn else 8)
@@ -993,34 +1555,44 @@ def linear(args, device):
 
 
 @torch.inference_mode()
-def score(args, model, device, actions, split):
-    """(row numbers, verb scores (R, 97), noun scores (R, 300)): each row once.
+def predict(args, device, dataset, network, split, group=8):
+    """[outputs of every item, stacked], in the dataset's order, each item computed once.
 
-    A score is the log of the mean over clips of the softmax, so its softmax is that mean. Rows go
-    through the network in fixed groups of 8, dealt out among the processes, so the numbers do not
-    depend on how many there are.
+    network: ([item], their clips (B, N, 3, T, H, W) on the device) -> a list of (B, ...) tensors.
+    Items go through it in fixed groups of 8, dealt out among the processes, so that the numbers
+    do not depend on how many there are.
     """
-    located = locate(args.data, actions, split, args.limit)
-    dataset, scores, group = TestClips(args, actions, located), {}, 8
+    rows = {}
     mine = [list(range(i, min(i + group, len(dataset))))
             for i in range(common.rank() * group, len(dataset), common.world_size() * group)]
-    model.eval()
-    began = shown = time.perf_counter()
     loader = DataLoader(dataset, batch_sampler=mine, num_workers=args.workers,
                         generator=torch.Generator())
-    for n, (rows, clips) in enumerate(zip(mine, loader), 1):  # clips: (8, N, 3, T, H, W)
+    began = shown = time.perf_counter()
+    for n, (items, clips) in enumerate(zip(mine, loader), 1):
         with common.autocast(device, args.precision):
-            x = model.features(clips.to(device).flatten(0, 1), chunk=group)
-        logits = model.classify(x, args.normalize_feats)
-        prob = [v.float().softmax(-1).unflatten(0, (len(rows), -1)).mean(1).clamp_min(1e-30)
-                .log().cpu().numpy() for v in logits.values()]            # (8, 97), (8, 300)
-        scores |= {i: (verb, noun) for i, verb, noun in zip(rows, *prob)}
+            out = network(items, clips.to(device))
+        rows |= {i: [x[k].float().cpu().numpy() for x in out] for k, i in enumerate(items)}
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
             left = (shown - began) / n * (len(mine) - n)
             common.say(f"{split} {n}/{len(mine)} groups of this process, ETA {left:.0f} s")
-    scores = common.gather(scores, expect=len(dataset))
-    return (located[0], *(np.stack([s[k] for s in scores.values()]) for k in (0, 1)))
+    rows = common.gather(rows, expect=len(dataset))
+    return [np.stack(column) for column in zip(*rows.values())]
+
+
+def score(args, model, device, actions, split):
+    """(row numbers, verb scores (R, 97), noun scores (R, 300)): each row once.
+
+    A score is the log of the mean over clips of the softmax, so its softmax is that mean.
+    """
+    located = locate(args.data, actions, split, args.limit)
+    model.eval()
+
+    def network(_, clips):
+        x = model.features(clips.flatten(0, 1))
+        return [v.float().softmax(-1).unflatten(0, clips.shape[:2]).mean(1).clamp_min(1e-30).log()
+                for v in model.classify(x, args.normalize_feats).values()]
+    return located[0], *predict(args, device, TestClips(args, actions, located), network, split)
 
 
 def read_test_splits(args):
@@ -1032,8 +1604,7 @@ def read_test_splits(args):
 
 def evaluate(args, model, device, actions, subsets, test):
     """Validation metrics, and submission files for validation and, if its videos exist, test."""
-    for buffer in model.backbone.buffers():                   # of --legacy_bn: process 0's
-        dist.broadcast(buffer, 0)
+    share_buffers(model.backbone)                             # of --legacy_bn: process 0's
     rows, verb, noun = score(args, model, device, actions, "validation")
     metrics = {"rows": len(rows), "rows_absent": len(actions.id) - len(rows), **epic_metrics(
         verb, noun, actions.verb[rows], actions.noun[rows], actions.participant[rows], *subsets)}
@@ -1109,6 +1680,458 @@ def write_submission(path, ids, verb, noun):
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr(zipfile.ZipInfo("test.json"), text, zipfile.ZIP_DEFLATED)   # no time of day
     common.write(path, buffer.getvalue())
+
+
+# ---- Ego4D: state change, recognition, anticipation ----------------------------------------------
+
+def cosine(lr, step, steps):
+    """Learning rate that falls from lr to 0 along half a cosine."""
+    return lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def warmup_cosine(lr, step, warmup, steps):
+    """Linear from 0 during the warm-up, then `cosine` over the steps that remain."""
+    return lr * step / warmup if step < warmup else cosine(lr, step - warmup, steps - warmup)
+
+
+def seed_step(seed, step, part):
+    """Make dropout a function of (seed, step, part of the batch)."""
+    torch.manual_seed(int(np.random.default_rng((seed, step, part)).integers(2 ** 63)))
+
+
+def optimizer_of(args, model):
+    """Adam for anticipation, else Nesterov SGD; no decay on parameters with `bn` in their name.
+
+    NOTE: as released: `conv1.1`, the stem's batch norm, has none and so decays.
+    """
+    trained = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+    groups = [{"params": [p for k, p in trained if "bn" not in k],
+               "weight_decay": args.weight_decay},
+              {"params": [p for k, p in trained if "bn" in k], "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if args.stage == "anticipation":
+        return torch.optim.Adam(groups, lr=args.lr, betas=(0.9, 0.999))
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+
+
+def parts_of(args, batch, device):
+    """This process's share of a batch as [(number of the part, part)], on the device."""
+    share = len(batch["clip"])
+    n = math.gcd(share, max(1, args.groups // common.world_size()))
+    tensors = {k: x.split(share // n) for k, x in batch.items() if torch.is_tensor(x)}
+    return [(common.rank() * n + i, {k: x[i].to(device, non_blocking=True)
+                                     for k, x in tensors.items()}) for i in range(n)]
+
+
+def pixels(args, clips):
+    """uint8 clips (..., 3, T, H, W) in the range that the task's network expects."""
+    if args.stage != "statechange":
+        return normalize(clips, *GREY)
+    return clips.float() if args.raw_pixels else normalize(clips)
+
+
+def finetune(args, device):
+    """Train on one of Ego4D's tasks; after each epoch measure val; keep and submit the best.
+
+    A batch is computed in --groups parts, each with its own batch-norm statistics and dropout,
+    as on the release's GPUs; their gradients are averaged. NOTE: the checkpoint is chosen on val,
+    which is also what the paper reports.
+    """
+    task = TASKS[args.stage]
+    train, val, test = (task.data(args, split) for split in ("train", "val", "test_unannotated"))
+    torch.manual_seed(args.seed)                              # the same weights on every process
+    model = task.model(args).to(device)
+    if not (args.out / "last.pt").exists():
+        initialise(model, args, *task.layouts)
+    if args.compile:
+        model.compile()
+    ddp = DDP(model, gradient_as_bucket_view=True)
+    optimizer = optimizer_of(args, model)
+    common.settle(ddp, torch.zeros(2, *(INPUTS,) * (args.stage == "anticipation"), 3,
+                                   args.num_frames, args.crop, args.crop, device=device))
+    saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
+    start, best = saved["step"], saved.get("best")
+
+    per_epoch = len(train) // args.batch_size
+    steps = args.epochs * per_epoch
+    warmup = 0 if args.stage == "statechange" else min(1000, steps // 10)
+    common.same_samples(saved, len(train), args.out)
+    dataset = common.SkipBroken(train, args.seed)
+
+    def loader(start, steps):
+        return DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
+                          generator=torch.Generator(), batch_sampler=common.StepSampler(
+                              len(train), args.batch_size, args.seed, start, steps))
+
+    log = common.Log(args, start, steps, per_epoch)
+    ddp.train()
+    for step, batch in log.steps(loader(start, steps)):
+        lr = warmup_cosine(args.lr, step, warmup, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        parts, means = parts_of(args, batch, device), {}
+        for n, (number, part) in enumerate(parts, 1):
+            seed_step(args.seed, step, number)
+            with ddp.no_sync() if n < len(parts) else contextlib.nullcontext():
+                with common.autocast(device, args.precision):
+                    out = ddp(pixels(args, part["clip"]))
+                losses = task.losses(out, part)
+                (sum(losses.values()) / len(parts)).backward()
+            means = {k: means.get(k, 0.0) + v.detach() / len(parts) for k, v in losses.items()}
+        log.guard(step, **means)
+        optimizer.step()
+
+        ended = (step + 1) % per_epoch == 0
+        saving, measured = ended or (step + 1) % args.save_every == 0, {}
+        if ended:
+            if args.stage != "anticipation":
+                estimate_norms(args, model, loader(step + 1 - per_epoch, step + 1), device)
+            measured = assess(args, model, device, train, val, selecting=True)
+            if best is None or task.sign * (measured[task.best] - best) > 0:
+                best = measured[task.best]
+                common.save(args.out / "best.pt", step + 1, args, model=model)
+            ddp.train()
+        log(step, saving, loss=sum(means.values()), **means, lr=lr,
+            **{k: v for k, v in measured.items() if k == task.best})
+        if saving:
+            common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
+                        best=best, samples=len(train))
+    common.barrier()
+    model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
+    metrics = assess(args, model, device, train, val, test)
+    if common.rank() == 0:
+        common.write_json(args.out / "metrics.json", metrics)
+        common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
+                          ["loss", *task.parts, task.best, "lr"])
+    common.say(f"val, {len(val)} samples, best epoch: " + "  ".join(
+        f"{k} {v:.4g}" for k, v in metrics.items() if v is not None))
+
+
+@torch.no_grad()
+def estimate_norms(args, model, batches, device, most=200):
+    """Batch-norm statistics for evaluation: means over those of the epoch's first 200 batches.
+
+    Each part of a batch gives one set; averaging them in order makes the result independent of
+    the number of processes. NOTE: the release does this for recognition; for statechange, whose
+    benchmark keeps running means of one GPU, it is ours.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    rows = {}
+    for m in norms:
+        m.momentum = 1.0                                      # running statistics = this part's
+    for k, batch in enumerate(itertools.islice(batches, most)):
+        parts = parts_of(args, batch, device)
+        for number, part in parts:
+            with common.autocast(device, args.precision):
+                model(pixels(args, part["clip"]))
+            rows[k * len(parts) * common.world_size() + number] = torch.cat(
+                [torch.cat([m.running_mean, m.running_var]) for m in norms]).cpu()
+    rows = common.gather(rows, len(rows) * common.world_size())
+    mean = torch.stack(list(rows.values())).mean(0).to(device)
+    for m, x in zip(norms, mean.split([2 * m.num_features for m in norms])):
+        m.momentum = 0.1
+        m.running_mean.copy_(x[:m.num_features])
+        m.running_var.copy_(x[m.num_features:])
+
+
+def assess(args, model, device, train, val, test=None, selecting=False):
+    """Metrics on val, and submissions; `selecting`: metrics alone, always on the centre clips."""
+    task = TASKS[args.stage]
+    if selecting:
+        args = argparse.Namespace(**{**vars(args), "clips": 1, "clip": "even"})
+    share_buffers(model)                                      # of --legacy_bn: process 0's
+    model.eval()
+    for split, dataset in (("_val", val), ("", test)):
+        if dataset is None:
+            continue
+        out = predict(args, device, task.views(args, dataset), lambda items, clips: task.outputs(
+            args, model, items, pixels(args, clips)), split or "test")
+        if dataset is val:
+            metrics = task.metrics(train, val, *out)
+        if not selecting and common.rank() == 0:
+            for name, value in task.submission(args, dataset, *out).items():
+                common.write_json(args.out / f"{name}{split}.json", value)
+    return metrics
+
+
+# ---- Ego4D: the data, metrics and submissions of each task ---------------------------------------
+
+def action_data(args, split):
+    """`ActionWindows` of recognition or anticipation; None for a test split without its file.
+
+    Samples without labels are left out in train and val, those without their video everywhere.
+    """
+    if split not in ("train", "val") and not fho_file(args.data, "lta", split).exists():
+        return None
+    actions = read_fho_actions(args.data, split, read_taxonomy(args.data))
+    files = ego4d_files(args.data, "clips", "")
+    if args.stage == "recognition":
+        rows = targets = np.arange(len(actions.clip))[:, None]
+    else:
+        extra = args.extra_window and split == "train"
+        windows = action_windows(actions.clip, INPUTS, FUTURE, extra)
+        rows, targets = windows[:, :INPUTS], windows[:, INPUTS:]
+    verb, noun, clips = actions.verb[targets], actions.noun[targets], actions.clip[rows[:, 0]]
+    if not len(rows):
+        raise UserError(f"{args.data}: no {split} clip has the {INPUTS} + {FUTURE + 1} actions "
+                        "that a window needs")
+    here = np.array([c in files for c in clips])
+    known = ((verb >= 0) & (noun >= 0)).all(1) | (split not in ("train", "val"))
+    tell_used(split, "samples", clips, here)
+    if not known.all():
+        common.say(f"warning: {split}: {int((~known).sum())} samples without labels are not used")
+    use = np.flatnonzero(here & known)[:args.limit]
+    absent = [f"{actions.clip[r]}_{actions.index[r]}" for r in rows[~here, -1]]
+    if args.stage == "recognition":
+        verb, noun = verb[:, 0], noun[:, 0]
+    return ActionWindows(args, actions, files, rows[use], verb[use], noun[use], absent)
+
+
+def recognition_outputs(args, model, items, clips):
+    """Logits, averaged over the clips of an action: the release's test adds them up."""
+    return [x.float().unflatten(0, clips.shape[:2]).mean(1) for x in model(clips.flatten(0, 1))]
+
+
+def recognition_metrics(train, val, verb, noun):
+    """Percent of actions whose label is the best, or among the five best; chance: train's mode."""
+    metrics = {f"{kind}@{k}": top_k(scores, labels, k) for k in (1, 5) for kind, scores, labels in
+               (("verb", verb, val.verb), ("noun", noun, val.noun))}
+    metrics["action@1"] = action_top_k(verb, noun, val.verb, val.noun, 1)
+    for kind, seen, labels in (("verb", train.verb, val.verb), ("noun", train.noun, val.noun)):
+        usual = np.bincount(seen).argmax()
+        metrics[f"{kind}@1 of chance"] = 100.0 * float((labels == usual).mean())
+    return metrics
+
+
+def recognition_submission(args, dataset, verb, noun):
+    """{"<clip_uid>_<action_idx>": the five best classes}: ours, no official form exists."""
+    best = [np.argsort(-x, 1, kind="stable")[:, :5].tolist() for x in (verb, noun)]
+    return {"outputs": {name: {"verb": v, "noun": n} for name, v, n in zip(dataset.ids(), *best)}}
+
+
+def draw_futures(logits, samples, seed, items):
+    """K futures per item from logits (B, Z, C): each step by itself, drawn from its softmax.
+
+    Drawn by (seed, item), by the Gumbel trick; the likeliest where K is 1.   -> (B, Z, K)
+    """
+    if samples == 1:
+        return logits.argmax(-1, keepdim=True)
+    noise = np.stack([np.random.default_rng((*seed, i)).gumbel(
+        size=(logits.shape[1], samples, logits.shape[2])) for i in items])
+    return (logits.double().cpu()[:, :, None] + torch.from_numpy(noise)).argmax(-1)
+
+
+def anticipation_outputs(args, model, items, clips):
+    return [draw_futures(x.float(), args.samples, (args.seed, k), items)
+            for k, x in enumerate(model(clips))]
+
+
+def edit_distances(pred, label):
+    """Levenshtein distances of the first z actions, z = 1 .. Z.  (N, Z, K), (N, Z) -> (N, Z, K)
+
+    NOTE: a comment of the benchmark names Damerau's distance; in effect a swap costs 2.
+    """
+    n, length, k = pred.shape
+    d = np.zeros((length + 1, length + 1, n, k), np.int16)    # of the first i and the first j
+    d[:, 0], d[0] = [np.arange(length + 1)[:, None, None]] * 2
+    for i, j in itertools.product(range(1, length + 1), repeat=2):
+        differ = pred[:, i - 1] != label[:, j - 1, None]
+        d[i, j] = np.minimum(np.minimum(d[i - 1, j], d[i, j - 1]) + 1, d[i - 1, j - 1] + differ)
+    return np.stack([d[z, z] for z in range(1, length + 1)], 1)
+
+
+def edit_metrics(pred, label):
+    """ED@z = mean_n min_k distance / z as (Z,), and AUED, the area under it by trapezoids / (Z-1).
+
+    NOTE: a mean over samples; the release averages the means of batches.
+    """
+    z = np.arange(1, label.shape[1] + 1)
+    ed = (edit_distances(pred, label).min(2) / z).mean(0)
+    return ed, float((ed[:-1] + ed[1:]).sum() / 2 / max(1, len(ed) - 1))
+
+
+def anticipation_metrics(train, val, verb, noun):
+    """ED@Z and AUED of verbs, nouns and pairs; chance: futures drawn from train's actions."""
+    metrics, pairs = {}, 1 << 20                              # one number for verb and noun
+    drawn = np.random.default_rng(0).integers(train.verb.size, size=verb.shape)
+    for kind, pred, label, chance in (
+            ("verb", verb, val.verb, train.verb.ravel()[drawn]),
+            ("noun", noun, val.noun, train.noun.ravel()[drawn]),
+            ("action", verb * pairs + noun, val.verb * pairs + val.noun,
+             (train.verb * pairs + train.noun).ravel()[drawn])):
+        ed, area = edit_metrics(pred.astype(np.int64), label)
+        metrics |= {f"{kind} ED@{len(ed)}": float(ed[-1]), f"{kind} AUED": area,
+                    f"{kind} ED@{len(ed)} of chance": float(edit_metrics(chance, label)[0][-1])}
+    return metrics
+
+
+def anticipation_submission(args, dataset, verb, noun):
+    """outputs.json: {"<clip_uid>_<action_idx of the last input>": K lists of Z verbs and nouns}.
+
+    The challenge wants every window: those whose clip is absent get the commonest prediction.
+    """
+    verb, noun = (x.astype(int).transpose(0, 2, 1) for x in (verb, noun))             # (N, K, Z)
+    futures = {name: {"verb": v.tolist(), "noun": n.tolist()}
+               for name, v, n in zip(dataset.ids(), verb, noun)}
+    if dataset.absent:
+        common.say(f"warning: {len(dataset.absent)} windows of absent clips are filled in: "
+                   f"{', '.join(dataset.absent[:3])}")
+        fill = {k: np.full(x.shape[1:], np.bincount(x.ravel()).argmax()).tolist()
+                for k, x in (("verb", verb), ("noun", noun))}
+        futures |= dict.fromkeys(dataset.absent, fill)
+    return {"outputs": futures}
+
+
+def statechange_data(args, split):
+    """`StateClips`; None for a test split without its file."""
+    if split not in ("train", "val"):
+        exists = fho_file(args.data, "oscc-pnr", split).exists()
+        return StateClips(args, read_changes(args, split)) if exists else None
+    changes = read_changes(args, split)
+    known = changes.state >= 0
+    if not known.all():
+        common.say(f"warning: {split}: {int((~known).sum())} clips without `state_change` are "
+                   "not used")
+    return StateClips(args, Changes(*(x[known] for x in changes)))
+
+
+def probabilities(keyframe, state):
+    """Logits (B, 1, T), (B, 2, 1) -> of the key frame (B, T), of no change and change (B, 2)."""
+    return [x.float().flatten(1).softmax(1) for x in (keyframe, state)]
+
+
+def keyframe_errors(keyframe, start, stop, seconds, pnr):
+    """Seconds between the likeliest of T frames, (R, T) scores, and the point of no return.
+
+    NOTE: as in the benchmark frame k stands for k/T of the clip, the start of its share.
+    """
+    frame = keyframe.argmax(1) * (stop - start) / keyframe.shape[1]
+    return np.abs(frame - (pnr - start)) / ((stop - start + 1) / seconds)
+
+
+def statechange_metrics(train, val, keyframe, state):
+    """Accuracy in percent, key-frame error in seconds over the clips with an annotated one.
+
+    Chance: train's commoner state, and its commonest place of the key frame.
+    """
+    def errors(scores, c):
+        return keyframe_errors(scores, *c.frames.T, c.seconds[:, 1] - c.seconds[:, 0], c.pnr)[
+            (c.state == 1) & (c.pnr >= 0)]
+    t, c, frames = train.changes, val.changes, keyframe.shape[1]
+    always = [errors(np.tile(np.eye(frames)[k], (len(t.id), 1)), t).mean() for k in range(frames)]
+    usual = np.tile(np.eye(frames)[int(np.argmin(always))], (len(c.id), 1))
+    return {"StCC acc": 100.0 * float((state.argmax(1) == c.state).mean()),
+            "PNR err (s)": mean_or_none(errors(keyframe, c)),
+            "StCC acc of chance": 100.0 * float((c.state == np.bincount(t.state).argmax()).mean()),
+            "PNR err (s) of chance": mean_or_none(errors(usual, c))}
+
+
+def mean_or_none(x):
+    """Mean, None of nothing."""
+    return float(np.mean(x)) if len(x) else None
+
+
+def statechange_submission(args, dataset, keyframe, state):
+    """oscc.json and pnr.json. NOTE: whether the challenge counts key frames from the start of the
+    video or of the clip could not be verified; --pnr_frame chooses.
+    """
+    c = dataset.changes
+    start, stop = c.frames.T
+    frame = keyframe.argmax(1) * (stop - start) / keyframe.shape[1]
+    frame += start if args.pnr_frame == "absolute" else 0
+    return {"oscc": [{"unique_id": str(i), "state_change": bool(s)}
+                     for i, s in zip(c.id, state.argmax(1))],
+            "pnr": [{"unique_id": str(i), "pnr_frame": float(f)} for i, f in zip(c.id, frame)]}
+
+
+class Task(NamedTuple):
+    """What tells the three tasks apart; the rest is `finetune`."""
+    data: Callable         # (args, split) -> dataset of training; None: no test split
+    views: Callable        # (args, dataset) -> the same for evaluation
+    model: Callable        # (args) -> network
+    layouts: tuple         # naming schemes that --init knows, prefix of what it has to fill
+    losses: Callable       # (outputs, batch) -> {part: loss}, to be added up
+    outputs: Callable      # (args, model, items, clips) -> [(B, ...) tensors]
+    metrics: Callable      # (train, val, *outputs) -> {name: number}
+    submission: Callable   # (args, dataset, *outputs) -> {name of the file: value}
+    parts: tuple           # of the loss
+    best: str              # the metric that chooses the checkpoint
+    sign: int              # +1: more is better, -1: less
+
+
+TASKS = {
+    "statechange": Task(
+        statechange_data, lambda args, d: TestStates(args, d.changes),
+        lambda args: StateChange(args.width, args.depth, args.crop),
+        (PROBE_LAYOUTS, "backbone."), statechange_losses,
+        lambda args, model, items, clips: probabilities(*model(clips)),
+        statechange_metrics, statechange_submission, ("keyframe", "state"), "StCC acc", 1),
+    "recognition": Task(
+        action_data, lambda args, d: TestWindows(args, d.actions, d.files, d.rows, d.verb, d.noun),
+        lambda args: Recognition(args.width, args.depth, read_taxonomy(args.data)),
+        (BARE_LAYOUTS, "conv"), recognition_losses, recognition_outputs,
+        recognition_metrics, recognition_submission, ("verb", "noun"), "noun@1", 1),
+    "anticipation": Task(
+        action_data, lambda args, d: TestWindows(args, d.actions, d.files, d.rows, d.verb, d.noun),
+        lambda args: Anticipation(args.width, args.depth, read_taxonomy(args.data),
+                                  args.aggregator, 32 * args.width, args.depth // 3,
+                                  legacy_bn=args.legacy_bn),
+        (PROBE_LAYOUTS, "backbone.conv"), anticipation_losses, anticipation_outputs,
+        anticipation_metrics, anticipation_submission, ("verb", "noun"), "verb ED@20", -1)}
+
+
+# ---- conversion ----------------------------------------------------------------------------------
+
+def convert(args, device):
+    """Write the networks of --init in every layout that other code reads, all into --out:
+
+    checkpoint_latest-ego.pth   {"state_dict": video}: the Ego4D tools
+    avid.pth.tar                {"model": module.video_model.*, module.audio_model.*}: AVID
+    replai.pth.tar              {"model": module.backbone.*, module.mlp.*}: the official RepLAI
+    replai.pt                   {"model": backbone.*, mlp.*}: this script, like each of the others
+
+    What the source does not hold (audio, heads) is left out, and a layout that needs it, too.
+    """
+    if args.init in ("none", "avid"):
+        raise UserError("convert: --init FILE names the checkpoint to convert")
+    tensors = common.find_weights(Path(args.init))
+    found = {}
+    for ours, names, build in (
+            ("backbone.video.", ("backbone.video.", "video_model.", "backbone.", "model.backbone.",
+                                 "model.", ""), common.R2Plus1D),
+            ("backbone.audio.", ("backbone.audio.", "audio_model."), common.SpectrogramCNN)):
+        name = next((n for n in names if f"{n}conv1.0.weight" in tensors), None)
+        if name is None:
+            continue
+        size = [len(tensors[f"{name}conv1.0.weight"])]
+        size += [18 if f"{name}conv2x.1.out_bn.weight" in tensors else 10] * ("video" in ours)
+        keys = build(*size).state_dict().keys()
+        missing = [k for k in keys if name + k not in tensors]
+        if missing:
+            raise UserError(f"{args.init}: {len(missing)} of the network's tensors are missing, "
+                            f"the first is {name}{missing[0]}")
+        found |= {ours + k: tensors[name + k] for k in keys}
+    if "backbone.video.conv1.0.weight" not in found:
+        raise UserError(f"{args.init}: holds no video network of this kind")
+    heads = {k: v for k, v in tensors.items() if k.startswith("mlp.")}
+
+    def renamed(pairs, entries):
+        return {new + k[len(old):]: v for old, new in pairs.items()
+                for k, v in entries.items() if k.startswith(old)}
+    both = any(k.startswith("backbone.audio.") for k in found)
+    files = {"checkpoint_latest-ego.pth": {"state_dict": renamed({"backbone.video.": ""}, found)},
+             "replai.pt": {"model": found | heads}}
+    if both:
+        files["avid.pth.tar"] = {"epoch": 0, "model": renamed(
+            {"backbone.video.": "module.video_model.", "backbone.audio.": "module.audio_model."},
+            found)}
+    if both and heads:
+        files["replai.pth.tar"] = {"epoch": 0, "model": renamed({"": "module."}, found | heads)}
+    for name, content in files.items():
+        common.write(args.out / name, functools.partial(torch.save, content))
+    common.say(f"done: {', '.join(files)} in {args.out}" + "; the others need "
+               f"{'the heads' if both else 'the audio network'}" * (len(files) < 4))
 
 
 # ---- segments and pictures ---------------------------------------------------------------------
@@ -1240,9 +2263,9 @@ def main(args):
     if not args.data.is_dir():
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
-    device = common.start_run(args, gpu=args.stage in ("pretrain", "linear"))
-    {"pretrain": pretrain, "linear": linear, "segments": segments,
-     "moments": moments}[args.stage](args, device)
+    device = common.start_run(args, gpu=args.stage in ("pretrain", "linear", *EGO4D_STAGES))
+    {"pretrain": pretrain, "linear": linear, **dict.fromkeys(EGO4D_STAGES, finetune),
+     "segments": segments, "moments": moments, "convert": convert}[args.stage](args, device)
 
 
 if __name__ == "__main__":

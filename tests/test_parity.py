@@ -30,10 +30,8 @@ HERE = Path(__file__).resolve().parent / "parity"
 FOLDER = Path(os.environ.get("PARITY_DIR", HERE))
 DIGEST = {"shape", "first", "mean", "std", "norm"}
 
-# Families that are not there yet, with the reason; their cases are skipped.
-COMING = {"replai": dict.fromkeys(
-    ["recognition", "lta", "pnr", "metric.aued", "metric.transpositions", "schedule.cosine",
-     "schedule.warmup_cosine_per_step"], "comes with the Ego4D tasks")}
+# Families that are not there yet, with the reason; their cases are skipped: {file stem: {...}}.
+COMING = {}
 
 # Outputs that are deliberately not reproduced: {file stem: {family: {output: reason}}}.
 NOT_REPRODUCED = {"replai": {"audio_window": {
@@ -105,6 +103,12 @@ class Case:
             return x
         pixels = re.match(r"frame i: np\.clip\(values\(name \+ \"\.\" \+ i, \(h, w, 3\)\) \* (\d+) "
                           r"\+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)", how)
+        plain = re.fullmatch(r"np\.clip\(values\(name, shape\) \* (\d+) \+ (\d+), (\d+), (\d+)\)"
+                             r"\.astype\(uint8\)", how)
+        if plain:
+            gain, shift, low, high = map(int, plain.groups())
+            x = recipe.values(name, entry["shape"]) * gain + shift
+            return np.clip(x, low, high).astype(np.uint8)
         if pixels:
             gain, shift, low, high = map(int, pixels.groups())
             frames = [recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
@@ -498,7 +502,7 @@ def video_transform(case):
         assert size in sizes, f"scaled to {sizes[0]}, or {sizes[1]} as released, not to {size}"
         clip = replai.resize_crop_flip(frames, size, c["crop_x"], c["crop_y"], crop, c["flip"])
     else:
-        clip = replai.centre(frames, crop, nearest="NEAREST" in case.what)
+        clip = replai.centre(frames, crop, "nearest" if "NEAREST" in case.what else "bilinear")
     picked = common.subsample(len(frames), c.get("num_frames") or args.num_frames)
     return {"clip": replai.normalize(clip[None, :, picked])[0]}
 
@@ -518,10 +522,17 @@ def one_cycle(case):
         for k, v in (("lr", lr), ("momentum", momentum))}}
 
 
-def linear_eval_steps(case):
+def per_epoch(case):
     c = case.config
-    assert not c["cos"], "the linear evaluation's cosine comes with the Ego4D tasks"
+    if c["cos"]:
+        return {"lr": [replai.cosine(c["lr"], i, c["epochs"]) for i in range(c["epochs"])]}
     return {"lr": [replai.step_lr(c["lr"], i, c["milestones"]) for i in range(c["epochs"])]}
+
+
+def warmup_cosine(case):
+    c = case.config
+    return {"lr": [replai.warmup_cosine(c["base_lr"], i, c["warmup_steps"], c["total_steps"])
+                   for i in range(c["total_steps"])]}
 
 
 def linear_classifier(case):
@@ -560,6 +571,97 @@ def epic_official(case):
                                set(c["unseen_participants"]))
 
 
+def recognition(case):
+    """Logits, or probabilities where the original's switch TEST.NO_ACT is off."""
+    c = case.config
+    model = replai.Recognition(c["width"], c["depth"], c["num_classes"])
+    out = case.load(model, replai.BARE_LAYOUTS, "").train(case.training())(case.input("x"))
+    assert c["test_no_act"] or c["head_act"] == "softmax"
+    return dict(zip(("verb", "noun"), out if c["test_no_act"] else [x.softmax(-1) for x in out]))
+
+
+def anticipation(case):
+    """The state lacks the sinusoid: it is ours, and is not loaded."""
+    c = case.config
+    model = replai.Anticipation(
+        c["width"], c["depth"], c["num_classes"], c["aggregator"].removesuffix("Aggregator").lower(),
+        c["multi_input_features"], c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
+    pe = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".pe")}
+    case.load(model, replai.PROBE_LAYOUTS, "")
+    model.load_state_dict(pe, strict=False)
+    model.train(case.training())
+    x = case.input("x")
+    features = model.encode(x)
+    verb, noun = model(x)
+    return {"clip_features": features, "aggregated": model.clip_aggregator(features),
+            "verb": verb, "noun": noun, "trainable_when_frozen": sorted(
+                f"backbone.{k}" for k, p in model.backbone.named_parameters() if p.requires_grad)}
+
+
+def lta_windows(case):
+    c, (key,) = case.config, case.case["outputs"]
+    clips = np.array([k for k, n in c["actions_per_clip"].items() for _ in range(n)])
+    index = np.concatenate([np.arange(n) for n in c["actions_per_clip"].values()])
+    rows = replai.action_windows(clips, c["inputs"], c["future"])
+    extra = replai.action_windows(clips, c["inputs"], c["future"], extra=True)
+    if "window_counts_with_the_later_plus_one" in c:
+        counts = {k: int((clips[extra[:, 0]] == k).sum()) for k in c["actions_per_clip"]}
+        assert counts == c["window_counts_with_the_later_plus_one"]
+    inputs, future = index[rows[:, :c["inputs"]]], index[rows[:, c["inputs"]:]]
+    return {key: [[str(clips[r[0]]), i.tolist(), f[0], f[-1]]
+                  for r, i, f in zip(rows, inputs, future.tolist())]}
+
+
+def frame_sampling(case):
+    frames = [replai.sample_frames(*row[:3]) for row in case.input("rows")]
+    return {"frames": [f.tolist() for f in frames], "keyframe_index": [
+        None if row[3] is None else replai.keyframe_index(f, row[3])
+        for f, row in zip(frames, case.input("rows"))]}
+
+
+def keyframe_metrics(case):
+    rows, fps = case.input("rows"), re.search(r"\(end - start\) / (\d+)", case.config["fps"])
+    start, stop, pnr = (np.array([np.nan if x is None else x for x in c]) for c in zip(*rows))
+    errors = replai.keyframe_errors(case.input("keyframe").flatten(1).numpy(), start, stop,
+                                    (stop - start) / int(fps[1]), pnr)
+    guess, changed = case.input("state").flatten(1).argmax(1).numpy(), ~np.isnan(pnr)
+    return {"accuracy": float((guess == changed).mean()),
+            "keyframe_error_seconds_each": [None if math.isnan(e) else e for e in errors.tolist()],
+            "keyframe_error_seconds": float(errors[changed].mean())}
+
+
+def state_heads(case):
+    c = case.config
+    heads = replai.StateHeads(c["channels"], c["map"], c["pool"], dropout=0.0)
+    keyframe, state = case.load(heads, [{"": ""}], "")(case.input("map"))
+    losses = replai.statechange_losses((keyframe, state), {
+        "state": torch.tensor(c["state_labels"]), "keyframe": torch.tensor(c["keyframe_index"]),
+        "known": torch.ones(len(c["state_labels"]))})
+    probs = replai.probabilities(keyframe, state)
+    return {"keyframe_logits": keyframe, "state_logits": state, "keyframe_probs": probs[0][:, None],
+            "state_probs": probs[1][:, :, None], "keyframe_loss": losses["keyframe"],
+            "state_loss": losses["state"], "loss": sum(losses.values())}
+
+
+def square(case):
+    image, (height, width) = case.input("img").numpy(), case.config["to"]
+    out = replai.resize_crop_flip(image[None], (width, height), 0, 0, max(height, width), False,
+                                  "tensor")
+    return {"resized": out[:, 0].permute(1, 2, 0).float()}
+
+
+def aued(case):
+    pred, label = case.input("preds").numpy(), case.input("labels").numpy()[..., 0]
+    ed, area = replai.edit_metrics(pred, label)
+    return {"ED": ed, "AUED": area}
+
+
+def transpositions(case):
+    pairs = [(np.array(a), np.array(b)) for a, b in case.input("pairs")]
+    return {"distance_over_Z": [replai.edit_metrics(a[None, :, None], b[None])[0][-1]
+                                for a, b in pairs]}
+
+
 ADAPTERS = {"replai": {
     "backbone.video": video_backbone, "backbone.audio": audio_backbone,
     "criterion": criterion, "criterion.two_sgd_steps": criterion_sgd_steps,
@@ -568,7 +670,12 @@ ADAPTERS = {"replai": {
     "subsample": lambda case: {"indices": common.subsample(case.config["in"], case.config["out"])},
     "pad_video": lambda case: {"indices": common.pad(case.config["have"], case.config["want"])},
     "video_transform": video_transform, "audio_window": audio_window,
-    "schedule.onecycle_per_epoch": one_cycle, "schedule.linear_eval_steps": linear_eval_steps,
+    "schedule.onecycle_per_epoch": one_cycle, "schedule.linear_eval_steps": per_epoch,
+    "schedule.cosine": per_epoch, "schedule.warmup_cosine_per_step": warmup_cosine,
+    "recognition": recognition, "lta.model": anticipation, "lta.windows_as_released": lta_windows,
+    "pnr.frame_sampling": frame_sampling, "pnr.metrics": keyframe_metrics,
+    "pnr.heads_and_losses": state_heads, "pnr.resize": square,
+    "metric.aued": aued, "metric.transpositions": transpositions,
     "linear.classifier": linear_classifier, "metric.topk": topk,
     "metric.epic_official": epic_official}}
 
