@@ -2,6 +2,8 @@
 
     command line     Parser, parse, launch             one line per error, exit status 0, 1 or 2
     processes        init_distributed, gather, settle  the same code on one process or on many
+    annotations      read_table, read_json, Fields     a fault names the file, the line or the key
+    evaluation       predict                           every item once, by all processes
     runs             StepSampler, SkipBroken, Log, save, resume, load_weights, write
     video and sound  read_clip, read_audio, probe      exact to the frame and to the sample
     pictures         draw_curve, draw_panel, font      Pillow alone
@@ -13,6 +15,7 @@ Times are seconds in float, counted from the first picture of a file. Video in m
 
 import argparse
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -36,7 +39,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class UserError(Exception):
@@ -218,6 +221,17 @@ def settle(model: nn.Module, *inputs: torch.Tensor) -> None:
     model.load_state_dict(state)
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the batch-norm statistics of process 0."""
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+
+
+def seed_step(seed: int, step: int, part: int) -> None:
+    """Make dropout a function of (seed, step, part of the batch)."""
+    torch.manual_seed(int(np.random.default_rng((seed, step, part)).integers(2 ** 63)))
+
+
 def autocast(device: torch.device, precision: str):
     """The context for a forward pass: bfloat16 where `precision` says so, else nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
@@ -278,6 +292,118 @@ class SkipBroken(Dataset):
                 faults.append(str(e))
                 i = int(rng.integers(len(self.dataset)))
         raise VideoError(f"{faults[-1]} ({self.tries} samples in a row could not be read)")
+
+
+# ---- annotation files --------------------------------------------------------------------------
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
+    """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it comes with the official annotations") from None
+    except UnicodeDecodeError as e:
+        line = data[:e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not in UTF-8") from e
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        raise UserError(f"{path}:{line}: holds a NUL byte")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        lacking = [c for c in columns if c not in (reader.fieldnames or [])]
+        if lacking:
+            raise UserError(f"{path}:1: column {lacking[0]} is missing")
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
+                                f"the {len(reader.fieldnames)} columns")
+            rows.append({**row, "_line": reader.line_num})
+        return rows
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.reader.line_num}: not in CSV form ({e})") from e
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; UserError names file and line."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it comes with the official annotations") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not in JSON form ({e.msg})") from None
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise UserError(f"{path}: not in JSON form ({type(e).__name__})") from None
+
+
+class Fields:
+    """Checked access to one entry of an annotation file: a fault names the file, entry and key.
+
+    where: the file and the entry in it, as a message shall begin.
+    """
+
+    def __init__(self, where: str, entry: dict):
+        self.where, self.entry = where, entry
+
+    def fault(self, key: str, why: str) -> UserError:
+        return UserError(f"{self.where}.{key}: {self.entry.get(key)!r:.300} {why}")
+
+    def name(self, key: str, needed: bool = True) -> str:
+        """An identifier that will become a file name; "" for null or no key, unless `needed`."""
+        value = self.entry.get(key)
+        if value is None and not needed:
+            return ""
+        if not isinstance(value, str) or not re.fullmatch(r"[\w-]{1,100}", value, re.ASCII):
+            raise self.fault(key, "is no identifier of letters, digits and hyphens")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number; `default` for null or no key, if it is not None."""
+        value = self.entry.get(key)
+        if value is None and default is not None:
+            return default
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not real or not abs(value) < 1e9:                  # NaN fails
+            raise self.fault(key, "is no number")
+        return value
+
+    def label(self, key: str, n: int) -> int:
+        """A class number below n; -1 for null or no key."""
+        value = self.number(key, -1)
+        if value not in range(n) and self.entry.get(key) is not None:
+            raise self.fault(key, f"is no class number below {n}")
+        return int(value)
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def predict(args: argparse.Namespace, device: torch.device, dataset: Dataset,
+            network: Callable[[list[int], torch.Tensor], Sequence[torch.Tensor]], what: str,
+            group: int = 8) -> list[np.ndarray]:
+    """[outputs of every item, stacked], in the dataset's order, each item computed once.
+
+    network: ([item], their stacked tensors on the device) -> a list of (B, ...) tensors. Items go
+    through it in fixed groups of 8, dealt out among the processes, so that the numbers do not
+    depend on how many there are. An item that cannot be read raises: nothing is left out.
+    """
+    rows = {}
+    mine = [list(range(i, min(i + group, len(dataset))))
+            for i in range(rank() * group, len(dataset), world_size() * group)]
+    loader = DataLoader(dataset, batch_sampler=mine, num_workers=args.workers,
+                        generator=torch.Generator())
+    began = shown = time.perf_counter()
+    for n, (items, clips) in enumerate(zip(mine, loader), 1):
+        with autocast(device, args.precision):
+            out = network(items, clips.to(device))
+        rows |= {i: [x[k].float().cpu().numpy() for x in out] for k, i in enumerate(items)}
+        if time.perf_counter() - shown > 10:
+            shown = time.perf_counter()
+            left = (shown - began) / n * (len(mine) - n)
+            say(f"{what} {n}/{len(mine)} groups of this process, ETA {left:.0f} s")
+    rows = gather(rows, expect=len(dataset))
+    return [np.stack(column) for column in zip(*rows.values())]
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------

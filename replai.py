@@ -30,7 +30,6 @@ official code. Where paper, official code and this file differ, grep NOTE in thi
 
 import argparse
 import contextlib
-import csv
 import functools
 import io
 import itertools
@@ -576,40 +575,11 @@ class Actions(NamedTuple):
     noun: np.ndarray
 
 
-def read_table(path, columns):
-    """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it comes with the official annotations") from None
-    except UnicodeDecodeError as e:
-        line = data[:e.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: is not in UTF-8") from e
-    if "\0" in text:
-        line = text[:text.index("\0")].count("\n") + 1
-        raise UserError(f"{path}:{line}: holds a NUL byte")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        lacking = [c for c in columns if c not in (reader.fieldnames or [])]
-        if lacking:
-            raise UserError(f"{path}:1: column {lacking[0]} is missing")
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
-                                f"the {len(reader.fieldnames)} columns")
-            rows.append({**row, "_line": reader.line_num})
-        return rows
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.reader.line_num}: not in CSV form ({e})") from e
-
-
 def read_actions(root, split):
     """`Actions` of split train, validation or test."""
     path = root / "annotations" / f"EPIC_100_{split}{'_timestamps' * (split == 'test')}.csv"
     labels = [] if split == "test" else ["verb_class", "noun_class"]
-    rows = read_table(path, ["narration_id", "participant_id", "video_id", "start_timestamp",
+    rows = common.read_table(path, ["narration_id", "participant_id", "video_id", "start_timestamp",
                              "stop_timestamp", *labels])
     kept, seen = [], set()
     for r in rows:
@@ -644,7 +614,7 @@ def read_subsets(root):
     """(tail verb classes, tail noun classes, unseen participants) of the validation split."""
     def column(name, key, kind):
         path, values = root / "annotations" / f"EPIC_100_{name}.csv", set()
-        for r in read_table(path, [key]):
+        for r in common.read_table(path, [key]):
             try:
                 values.add(kind(r[key]))
             except ValueError:
@@ -735,7 +705,7 @@ def fho_file(root, name, split):
 def read_fho(root, name, split):
     """(path, entries) of an annotation file: an object with the list `clips`, or a bare list."""
     path = fho_file(root, name, split)
-    value = read_json(path)
+    value = common.read_json(path)
     entries = value.get("clips") if isinstance(value, dict) else value
     if not isinstance(entries, list):
         raise UserError(f"{path}: is neither a list nor an object with the list `clips`")
@@ -745,61 +715,15 @@ def read_fho(root, name, split):
     return path, entries
 
 
-def read_json(path):
-    """The value of a JSON file; UserError names file and line."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it comes with Ego4D's FHO annotations") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not in JSON form ({e.msg})") from None
-    except (UnicodeDecodeError, RecursionError) as e:
-        raise UserError(f"{path}: not in JSON form ({type(e).__name__})") from None
-
-
-class Fields:
-    """Checked access to one annotation entry: a fault becomes a line with file, entry and key."""
-
-    def __init__(self, path, i, entry):
-        self.where, self.entry = f"{path}: clips[{i}]", entry
-
-    def fault(self, key, why):
-        return UserError(f"{self.where}.{key}: {self.entry.get(key)!r} {why}"[:500])
-
-    def uid(self, key, needed=True):
-        """An identifier that will become a file name; "" for null or no key, unless `needed`."""
-        value = self.entry.get(key)
-        if value is None and not needed:
-            return ""
-        if not isinstance(value, str) or not re.fullmatch(r"[\w-]{1,100}", value, re.ASCII):
-            raise self.fault(key, "is no identifier of letters, digits and hyphens")
-        return value
-
-    def number(self, key, default=None):
-        """A finite number; `default` for null or no key, if it is not None."""
-        value = self.entry.get(key)
-        if value is None and default is not None:
-            return default
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not real or not abs(value) < 1e9:                  # NaN fails
-            raise self.fault(key, "is no number")
-        return value
-
-    def span(self, name):
-        """(start, stop) seconds: `<name>_start_sec` and `_end_sec`, else the frames at 30 fps."""
-        start, stop = (
-            self.number(f"{name}_{end}_frame") / FPS if self.entry.get(f"{name}_{end}_sec") is None
-            else self.number(f"{name}_{end}_sec") for end in ("start", "end"))
-        if stop <= start:
-            raise self.fault(f"{name}_end_sec", f"is not after the start, {start:g} s")
-        return start, stop
-
-    def label(self, key, n):
-        """A class number below n; -1 for null or no key."""
-        value = self.number(key, -1)
-        if value not in range(n) and self.entry.get(key) is not None:
-            raise self.fault(key, f"is no class number below {n}")
-        return int(value)
+def span(fields, name):
+    """(start, stop) seconds of `<name>_start_sec` and `_end_sec`, else of the frames at 30 fps."""
+    start, stop = (
+        fields.number(f"{name}_{end}_frame") / FPS
+        if fields.entry.get(f"{name}_{end}_sec") is None else fields.number(f"{name}_{end}_sec")
+        for end in ("start", "end"))
+    if stop <= start:
+        raise fields.fault(f"{name}_end_sec", f"is not after the start, {start:g} s")
+    return start, stop
 
 
 class FhoActions(NamedTuple):
@@ -814,7 +738,7 @@ class FhoActions(NamedTuple):
 def read_taxonomy(root):
     """(number of verbs, number of nouns): 115 and 478 in Ego4D v1, 117 and 521 in v2."""
     path = root / "annotations" / "fho_lta_taxonomy.json"
-    table = read_json(path)
+    table = common.read_json(path)
     for key in ("verbs", "nouns"):
         if not isinstance(table, dict) or not isinstance(table.get(key), list) or not table[key]:
             raise UserError(f"{path}: has no list `{key}`")
@@ -826,11 +750,11 @@ def read_fho_actions(root, split, num_classes):
     path, entries = read_fho(root, "lta", split)
     rows, seen = [], {}
     for i, entry in enumerate(entries):
-        f = Fields(path, i, entry)
-        key = f.uid("clip_uid"), int(f.number("action_idx"))
+        f = common.Fields(f"{path}: clips[{i}]", entry)
+        key = f.name("clip_uid"), int(f.number("action_idx"))
         if seen.setdefault(key, i) != i:
             raise f.fault("action_idx", f"is there twice in this clip, also in clips[{seen[key]}]")
-        rows.append((*key, f.span("action_clip"), *(
+        rows.append((*key, span(f, "action_clip"), *(
             f.label(k, n) for k, n in zip(("verb_label", "noun_label"), num_classes))))
     order = {clip: n for n, clip in enumerate(dict.fromkeys(r[0] for r in rows))}
     rows.sort(key=lambda r: (order[r[0]], r[1]))              # clips as in the file
@@ -881,17 +805,17 @@ class Changes(NamedTuple):
 
 def read_change(f, null_is_change):
     """(unique_id, seconds, frames, state, pnr) of one entry, checked."""
-    name, state, span = f.entry.get("unique_id"), f.entry.get("state_change"), f.span("parent")
+    name, state, seconds = f.entry.get("unique_id"), f.entry.get("state_change"), span(f, "parent")
     if not isinstance(name, str):
         raise f.fault("unique_id", "is no text")
     if state not in (True, False, None):
         raise f.fault("state_change", "is neither true, false nor null")
     frames = [int(f.number(f"parent_{end}_frame", math.floor(FPS * second + 1e-6)))
-              for end, second in zip(("start", "end"), span)]
+              for end, second in zip(("start", "end"), seconds)]
     if frames[1] - frames[0] < 2:
         raise f.fault("parent_end_frame", "leaves no frames")
     state = int(null_is_change if state is None else state) if "state_change" in f.entry else -1
-    return name, span, frames, state, int(f.number("parent_pnr_frame", -1)) if state else -1
+    return name, seconds, frames, state, int(f.number("parent_pnr_frame", -1)) if state else -1
 
 
 def read_changes(args, split):
@@ -904,12 +828,12 @@ def read_changes(args, split):
                                                                ("clips", "")))
     rows, uids, used, known, astray = [], [], [], set(), 0
     for i, entry in enumerate(entries):
-        f = Fields(path, i, entry)
-        name, span, frames, state, pnr = read_change(f, args.compat == "released")
+        f = common.Fields(f"{path}: clips[{i}]", entry)
+        name, seconds, frames, state, pnr = read_change(f, args.compat == "released")
         if name in known:
             raise f.fault("unique_id", "is there twice")
         known.add(name)
-        video, clip = f.uid("video_uid"), f.uid("clip_uid", needed=False)
+        video, clip = f.name("video_uid"), f.name("clip_uid", needed=False)
         file, shift = whole.get(video), 0
         if file is None and clip in cut and entry.get("clip_start_frame") is not None:
             file, shift = cut[clip], int(f.number("clip_start_frame")) - frames[0]
@@ -918,7 +842,7 @@ def read_changes(args, split):
         if pnr >= 0 and not frames[0] <= pnr <= frames[1]:
             astray, pnr = astray + 1, -1
         if file is not None:
-            rows.append((name, os.fsencode(file), span, frames, shift, state, pnr))
+            rows.append((name, os.fsencode(file), seconds, frames, shift, state, pnr))
     tell_used(split, "clips", uids, used)
     if astray:
         common.say(f"warning: {path}: {astray} key frames lie outside of their "
@@ -1489,12 +1413,6 @@ def step_lr(lr, epoch, milestones, gamma=0.1):
     return lr * gamma ** sum(epoch >= m for m in milestones)
 
 
-def share_buffers(model):
-    """Give every process the batch-norm statistics of process 0."""
-    for buffer in model.buffers():
-        dist.broadcast(buffer, 0)
-
-
 def linear(args, device):
     """Verb and noun classifiers on the frozen video network, then the metrics of the benchmark.
 
@@ -1530,7 +1448,7 @@ def linear(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         if args.legacy_bn:                                    # as DDP does before each forward
-            share_buffers(model.backbone)
+            common.share_buffers(model.backbone)
         clips = batch["clip"].to(device, non_blocking=True)
         with common.autocast(device, args.precision):
             x = model.features(clips, chunk=len(clips) if args.legacy_bn else 8)
@@ -1554,32 +1472,6 @@ def linear(args, device):
     evaluate(args, model, device, *held_out)
 
 
-@torch.inference_mode()
-def predict(args, device, dataset, network, split, group=8):
-    """[outputs of every item, stacked], in the dataset's order, each item computed once.
-
-    network: ([item], their clips (B, N, 3, T, H, W) on the device) -> a list of (B, ...) tensors.
-    Items go through it in fixed groups of 8, dealt out among the processes, so that the numbers
-    do not depend on how many there are.
-    """
-    rows = {}
-    mine = [list(range(i, min(i + group, len(dataset))))
-            for i in range(common.rank() * group, len(dataset), common.world_size() * group)]
-    loader = DataLoader(dataset, batch_sampler=mine, num_workers=args.workers,
-                        generator=torch.Generator())
-    began = shown = time.perf_counter()
-    for n, (items, clips) in enumerate(zip(mine, loader), 1):
-        with common.autocast(device, args.precision):
-            out = network(items, clips.to(device))
-        rows |= {i: [x[k].float().cpu().numpy() for x in out] for k, i in enumerate(items)}
-        if time.perf_counter() - shown > 10:
-            shown = time.perf_counter()
-            left = (shown - began) / n * (len(mine) - n)
-            common.say(f"{split} {n}/{len(mine)} groups of this process, ETA {left:.0f} s")
-    rows = common.gather(rows, expect=len(dataset))
-    return [np.stack(column) for column in zip(*rows.values())]
-
-
 def score(args, model, device, actions, split):
     """(row numbers, verb scores (R, 97), noun scores (R, 300)): each row once.
 
@@ -1592,7 +1484,8 @@ def score(args, model, device, actions, split):
         x = model.features(clips.flatten(0, 1))
         return [v.float().softmax(-1).unflatten(0, clips.shape[:2]).mean(1).clamp_min(1e-30).log()
                 for v in model.classify(x, args.normalize_feats).values()]
-    return located[0], *predict(args, device, TestClips(args, actions, located), network, split)
+    dataset = TestClips(args, actions, located)
+    return located[0], *common.predict(args, device, dataset, network, split)
 
 
 def read_test_splits(args):
@@ -1604,7 +1497,7 @@ def read_test_splits(args):
 
 def evaluate(args, model, device, actions, subsets, test):
     """Validation metrics, and submission files for validation and, if its videos exist, test."""
-    share_buffers(model.backbone)                             # of --legacy_bn: process 0's
+    common.share_buffers(model.backbone)                             # of --legacy_bn: process 0's
     rows, verb, noun = score(args, model, device, actions, "validation")
     metrics = {"rows": len(rows), "rows_absent": len(actions.id) - len(rows), **epic_metrics(
         verb, noun, actions.verb[rows], actions.noun[rows], actions.participant[rows], *subsets)}
@@ -1694,11 +1587,6 @@ def warmup_cosine(lr, step, warmup, steps):
     return lr * step / warmup if step < warmup else cosine(lr, step - warmup, steps - warmup)
 
 
-def seed_step(seed, step, part):
-    """Make dropout a function of (seed, step, part of the batch)."""
-    torch.manual_seed(int(np.random.default_rng((seed, step, part)).integers(2 ** 63)))
-
-
 def optimizer_of(args, model):
     """Adam for anticipation, else Nesterov SGD; no decay on parameters with `bn` in their name.
 
@@ -1772,7 +1660,7 @@ def finetune(args, device):
         optimizer.zero_grad(set_to_none=True)
         parts, means = parts_of(args, batch, device), {}
         for n, (number, part) in enumerate(parts, 1):
-            seed_step(args.seed, step, number)
+            common.seed_step(args.seed, step, number)
             with ddp.no_sync() if n < len(parts) else contextlib.nullcontext():
                 with common.autocast(device, args.precision):
                     out = ddp(pixels(args, part["clip"]))
@@ -1840,13 +1728,15 @@ def assess(args, model, device, train, val, test=None, selecting=False):
     task = TASKS[args.stage]
     if selecting:
         args = argparse.Namespace(**{**vars(args), "clips": 1, "clip": "even"})
-    share_buffers(model)                                      # of --legacy_bn: process 0's
+    common.share_buffers(model)                                      # of --legacy_bn: process 0's
     model.eval()
     for split, dataset in (("_val", val), ("", test)):
         if dataset is None:
             continue
-        out = predict(args, device, task.views(args, dataset), lambda items, clips: task.outputs(
-            args, model, items, pixels(args, clips)), split or "test")
+
+        def network(items, clips):
+            return task.outputs(args, model, items, pixels(args, clips))
+        out = common.predict(args, device, task.views(args, dataset), network, split or "test")
         if dataset is val:
             metrics = task.metrics(train, val, *out)
         if not selecting and common.rank() == 0:

@@ -582,9 +582,9 @@ def recognition(case):
 
 def anticipation(case):
     """The state lacks the sinusoid: it is ours, and is not loaded."""
-    c = case.config
+    c, kind = case.config, case.config["aggregator"].removesuffix("Aggregator").lower()
     model = replai.Anticipation(
-        c["width"], c["depth"], c["num_classes"], c["aggregator"].removesuffix("Aggregator").lower(),
+        c["width"], c["depth"], c["num_classes"], kind,
         c["multi_input_features"], c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
     pe = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".pe")}
     case.load(model, replai.PROBE_LAYOUTS, "")
