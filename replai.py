@@ -77,8 +77,9 @@ AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
 def parse_args(argv=None):
     p = common.Parser(__doc__)
     g = p.add_argument_group("data")
-    g.add_argument("--stage", choices=["pretrain", "linear", *EGO4D_STAGES, "segments", "moments",
-                                        "convert"], default="pretrain", help="what to do")
+    stages = ["pretrain", "linear", *EGO4D_STAGES, "segments", "moments", "convert"]
+    g.add_argument("--stage", choices=stages, default="pretrain", metavar="STAGE",
+                   help=f"what to do: {', '.join(stages)}")
     g.add_argument("--dataset", choices=["epic", "ego4d"], default="ego4d",
                    help="EPIC-KITCHENS-100 or Ego4D; sets the defaults below to its recipe")
     g.add_argument("--data", type=Path, metavar="DIR", help="its folder, official layout (README)")
@@ -141,8 +142,8 @@ def parse_args(argv=None):
     g.add_argument("--raw_pixels", action="store_true",
                    help="statechange on pictures of 0..255, not normalised, as in the benchmark")
 
-    g = p.add_argument_group("optimization (SGD with momentum, anticipation Adam; published "
-                             "values: commands/*.sh, statechange's config was never released)")
+    g = p.add_argument_group("optimization", "SGD with momentum, anticipation Adam; published "
+                             "values:\ncommands/*.sh, statechange's config was never released")
     g.add_argument("--epochs", type=int,
                    help="passes over the segments or annotations; OneCycle needs ten or more")
     g.add_argument("--batch_size", type=int,
@@ -2150,7 +2151,7 @@ def draw_segment(args, index, i, path):
 
 
 def main(args):
-    if not args.data.is_dir():
+    if not args.data.is_dir() and args.stage != "convert":
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
     device = common.start_run(args, gpu=args.stage in ("pretrain", "linear", *EGO4D_STAGES))
