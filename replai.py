@@ -756,13 +756,13 @@ def ego4d_files(root, *folders):
     return found
 
 
-def tell_used(split, what, uids, used):
-    """One line: how many annotations are used, and which videos are not there. UserError: none."""
-    absent = sorted({str(u) for u, ok in zip(uids, used) if not ok})
-    common.say(f"{split}: {sum(used)} of {len(used)} {what}" + (
+def tell_absent(path, what, uids, here):
+    """One line: for how many annotations the video is there, and which are not. UserError: none."""
+    absent = sorted({str(u) for u, ok in zip(uids, here) if not ok})
+    common.say(f"{path.name}: {sum(here)} of {len(here)} {what}" + (
         f"; {len(absent)} videos are absent ({', '.join(absent[:5])})" if absent else ""))
-    if not any(used):
-        raise UserError(f"none of the {split} videos is there; see README for the layout")
+    if not any(here):
+        raise UserError(f"{path}: none of its videos is there; see README for the layout")
 
 
 def action_windows(clips, inputs, future, extra=False):
@@ -810,7 +810,7 @@ def read_changes(args, split):
     path, entries = read_fho(args.data, "oscc-pnr", split)
     whole, cut = (ego4d_files(args.data, *names) for names in (("videos", "full_scale"),
                                                                ("clips", "")))
-    rows, uids, used, known, astray = [], [], [], set(), 0
+    rows, uids, here, known, astray = [], [], [], set(), 0
     for i, entry in enumerate(entries):
         f = common.Fields(f"{path}: clips[{i}]", entry)
         name, seconds, frames, state, pnr = read_change(f, args.compat == "released")
@@ -822,12 +822,12 @@ def read_changes(args, split):
         if file is None and clip in cut and entry.get("clip_start_frame") is not None:
             file, shift = cut[clip], int(f.number("clip_start_frame")) - frames[0]
         uids.append(video)
-        used.append(file is not None)
+        here.append(file is not None)
         if pnr >= 0 and not frames[0] <= pnr <= frames[1]:
             astray, pnr = astray + 1, -1
         if file is not None:
             rows.append((name, os.fsencode(file), seconds, frames, shift, state, pnr))
-    tell_used(split, "clips", uids, used)
+    tell_absent(path, "clips", uids, here)
     if astray:
         common.say(f"warning: {path}: {astray} key frames lie outside of their "
                    "clip and do not count")
@@ -1631,9 +1631,9 @@ def finetune(args, device):
     dataset = common.SkipBroken(train, args.seed)
 
     def loader(start, steps):
-        return DataLoader(dataset, num_workers=args.workers, pin_memory=device.type == "cuda",
-                          generator=torch.Generator(), batch_sampler=common.StepSampler(
-                              len(train), args.batch_size, args.seed, start, steps))
+        sampler = common.StepSampler(len(train), args.batch_size, args.seed, start, steps)
+        return DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
+                          pin_memory=device.type == "cuda", generator=torch.Generator())
 
     log = common.Log(args, start, steps, per_epoch)
     ddp.train()
@@ -1681,8 +1681,8 @@ def finetune(args, device):
 
 
 @torch.no_grad()
-def estimate_norms(args, model, batches, device, most=200):
-    """Batch-norm statistics for evaluation: means over those of the epoch's first 200 batches.
+def estimate_norms(args, model, batches, device):
+    """Batch-norm statistics for evaluation: means over the epoch's first 200 batches (tiny: 4).
 
     Each part of a batch gives one set; averaging them in order makes the result independent of
     the number of processes. NOTE: the release does this for recognition; for statechange, whose
@@ -1692,7 +1692,7 @@ def estimate_norms(args, model, batches, device, most=200):
     rows = {}
     for m in norms:
         m.momentum = 1.0                                      # running statistics = this part's
-    for k, batch in enumerate(itertools.islice(batches, most)):
+    for k, batch in enumerate(itertools.islice(batches, 4 if args.tiny else 200)):
         parts = parts_of(args, batch, device)
         for number, part in parts:
             with common.autocast(device, args.precision):
@@ -1712,7 +1712,7 @@ def assess(args, model, device, train, val, test=None, selecting=False):
     task = TASKS[args.stage]
     if selecting:
         args = argparse.Namespace(**{**vars(args), "clips": 1, "clip": "even"})
-    common.share_buffers(model)                                      # of --legacy_bn: process 0's
+    common.share_buffers(model)                               # of --legacy_bn: process 0's
     model.eval()
     for split, dataset in (("_val", val), ("", test)):
         if dataset is None:
@@ -1752,7 +1752,7 @@ def action_data(args, split):
                         "that a window needs")
     here = np.array([c in files for c in clips])
     known = ((verb >= 0) & (noun >= 0)).all(1) | (split not in ("train", "val"))
-    tell_used(split, "samples", clips, here)
+    tell_absent(fho_file(args.data, "lta", split), "samples", clips, here)
     if not known.all():
         common.say(f"warning: {split}: {int((~known).sum())} samples without labels are not used")
     use = np.flatnonzero(here & known)[:args.limit]
@@ -1893,7 +1893,7 @@ def statechange_metrics(train, val, keyframe, state):
         return keyframe_errors(scores, *c.frames.T, c.seconds[:, 1] - c.seconds[:, 0], c.pnr)[
             (c.state == 1) & (c.pnr >= 0)]
     t, c, frames = train.changes, val.changes, keyframe.shape[1]
-    always = [errors(np.tile(np.eye(frames)[k], (len(t.id), 1)), t).mean() for k in range(frames)]
+    always = [errors(np.tile(np.eye(frames)[k], (len(t.id), 1)), t).sum() for k in range(frames)]
     usual = np.tile(np.eye(frames)[int(np.argmin(always))], (len(c.id), 1))
     return {"StCC acc": 100.0 * float((state.argmax(1) == c.state).mean()),
             "PNR err (s)": mean_or_none(errors(keyframe, c)),
