@@ -64,11 +64,39 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line per error, printed by one process only (exit status 2)."""
+    """argparse with the flags that mean the same in every script: the groups `data` and `run`.
 
-    def __init__(self, description: str):
+    The first stage and the first dataset are the defaults. A wrong flag is one line, printed by
+    one process only (exit status 2).
+    """
+
+    def __init__(self, description: str, stages: Sequence[str], datasets: Sequence[str]):
         super().__init__(description=description, formatter_class=HelpFormatter,
                          allow_abbrev=False)
+        self.data = g = self.add_argument_group("data")
+        g.add_argument("--stage", choices=stages, default=stages[0], metavar="STAGE",
+                       help=f"what to do: {', '.join(stages)}")
+        g.add_argument("--dataset", choices=datasets, default=datasets[0],
+                       help="which videos; its published recipe becomes the defaults below")
+        g.add_argument("--data", type=Path, metavar="DIR",
+                       help="its folder, in the official layout (README)")
+        g.add_argument("--limit", type=int, metavar="N", help="use only N samples of each split")
+        g.add_argument("--workers", type=int, default=8, help="decoding processes per GPU")
+
+    def add_run_flags(self):
+        g = self.add_argument_group("run")
+        g.add_argument("--out", type=Path, metavar="DIR",
+                       help="run folder, continued if used before (runs/SCRIPT_DATASET_STAGE)")
+        g.add_argument("--tiny", action="store_true", help="CPU size: small pictures, narrow "
+                       "network, short recipe, one thread; not the paper's")
+        g.add_argument("--seed", type=int, default=0, help="all randomness follows from it")
+        g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+                       help="of the networks; auto: bf16 on CUDA, else fp32; losses are fp32")
+        g.add_argument("--compile", action="store_true", help="torch.compile the networks")
+        g.add_argument("--save_every", type=int, default=500, metavar="N",
+                       help="steps between checkpoints; one more ends each epoch")
+        g.add_argument("--log_every", type=int, default=20, metavar="N",
+                       help="steps between log lines")
 
     def error(self, message: str):
         line = f"error: {message} ({self.prog} --help lists the flags)\n"
@@ -84,6 +112,7 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")              # Greek letters on ASCII terminals
     argv = sys.argv[1:] if argv is None else list(argv)
+    parser.add_run_flags()
     chosen, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     parser.set_defaults(**recipe(chosen))
     args = parser.parse_args(argv)
@@ -473,6 +502,8 @@ def start_run(args: argparse.Namespace, gpu: bool = True) -> torch.device:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out}: --out must be a folder, this is a file")
     device = init_distributed(gpu)
+    if args.tiny and device.type == "cpu":                    # not slower at this size, and the
+        torch.set_num_threads(1)                              # same bits on any number of cores
     if rank() == 0:
         try:
             args.out.mkdir(parents=True, exist_ok=True)

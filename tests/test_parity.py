@@ -584,8 +584,8 @@ def anticipation(case):
     """The state lacks the sinusoid: it is ours, and is not loaded."""
     c, kind = case.config, case.config["aggregator"].removesuffix("Aggregator").lower()
     model = replai.Anticipation(
-        c["width"], c["depth"], c["num_classes"], kind,
-        c["multi_input_features"], c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
+        c["width"], c["depth"], c["num_classes"], kind, c["multi_input_features"],
+        c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
     pe = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".pe")}
     case.load(model, replai.PROBE_LAYOUTS, "")
     model.load_state_dict(pe, strict=False)
