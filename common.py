@@ -362,7 +362,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; it comes with the official annotations") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not in JSON form ({e.msg})") from None
-    except (UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:                 # not UTF-8, endless numbers, too deep
         raise UserError(f"{path}: not in JSON form ({type(e).__name__})") from None
 
 
