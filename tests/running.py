@@ -169,6 +169,7 @@ def arm(event, k):
                 buffer = io.BytesIO()
                 content(buffer)
                 whole = buffer.getvalue()
+            whole = whole.encode() if isinstance(whole, str) else whole
 
             def half(f):
                 f.write(whole[:len(whole) // 2])

@@ -1,4 +1,4 @@
-"""Ego4D's tasks in replai.py, from annotations to submissions, and the conversion of checkpoints."""
+"""Ego4D's tasks in replai.py, from annotations to submissions; conversion of checkpoints."""
 
 import functools
 import itertools
@@ -397,7 +397,8 @@ def test_an_action_that_overruns_the_file_ends_with_it(ego, unchanged):
     args = arguments(ego, "--stage", "recognition", "--crop", 112, "--num_frames", 32)
     d = replai.action_data(args, "val")
     d.actions.seconds[:] = [[7.5, 12.0]]
-    for clip in (d[0, 0]["clip"], d[1, 0]["clip"], replai.TASKS["recognition"].views(args, d)[0][0]):
+    views = replai.TASKS["recognition"].views(args, d)
+    for clip in (d[0, 0]["clip"], d[1, 0]["clip"], views[0][0]):
         got = numbers(clip)
         assert got[-1] == LENGTH - 1 and min(got) >= LENGTH - 65 and -1 not in got
 
@@ -441,7 +442,8 @@ def test_the_clips_of_a_sample_share_scale_crop_and_mirroring(ego, monkeypatch):
 
 @pytest.mark.parametrize("where", ["whole", "cut"])
 def test_state_pictures_are_exactly_the_frames_that_were_sampled(where, ego, unchanged):
-    args = arguments(ego, "--stage", "statechange", "--crop", 225, "--num_frames", 16, "--limit", 99)
+    args = arguments(ego, "--stage", "statechange", "--crop", 225, "--num_frames", 16,
+                     "--limit", 99)
     d = replai.statechange_data(args, "train")
     views, shift = replai.TASKS["statechange"].views(args, d), {"whole": 0, "cut": 300}[where]
     rows = np.flatnonzero(d.changes.shift == -shift)
@@ -459,7 +461,7 @@ def test_state_pictures_are_exactly_the_frames_that_were_sampled(where, ego, unc
                 gaps = [abs(f - d.changes.pnr[i]) for f in frames]
                 assert item["keyframe"] == gaps.index(min(gaps))
             again = d[epoch, i]
-            assert torch.equal(again["clip"], item["clip"]) and again["keyframe"] == item["keyframe"]
+            assert all(np.array_equal(again[k], item[k]) for k in item)
 
 
 def test_a_random_part_keeps_the_key_frame_and_stays_inside(ego):
@@ -623,8 +625,9 @@ def slow_state_metrics(c, keyframe, state):
 
 def test_state_metrics_equal_slow_ones_and_the_first_of_a_tie_counts():
     rng = np.random.default_rng(0)
-    rows = [(s, s + 200 + int(rng.integers(41)), i % 2, s + int(rng.integers(200)) if i % 2 and i > 2
-             else -1) for i, s in enumerate(rng.integers(0, 900, 21).tolist())]
+    rows = [(s, s + 200 + int(rng.integers(41)), i % 2,
+             s + int(rng.integers(200)) if i % 2 and i > 2 else -1)
+            for i, s in enumerate(rng.integers(0, 900, 21).tolist())]
     d = changes_of(rows)
     keyframe, state = rng.integers(0, 3, (21, 16)).astype(float), rng.integers(0, 2, (21, 2))
     m = replai.statechange_metrics(d, d, keyframe, state)
@@ -809,3 +812,414 @@ def test_defaults_are_those_of_the_published_recipe(flags, want, monkeypatch, ca
         replai.parse_args(["--stage", flags, "--dataset", "epic"])
     lines = capsys.readouterr().err.splitlines()
     assert e.value.code == 2 and len(lines) == 1 and "--dataset ego4d" in lines[0]
+
+
+# ---- whole runs --------------------------------------------------------------------------------
+
+OUTPUTS = {"statechange": {"oscc", "pnr"}, "recognition": {"outputs"}, "anticipation": {"outputs"}}
+
+
+def flags_of(stage, data, *more):
+    return [*MINI, "--stage", stage, "--data", data, *more]
+
+
+@pytest.fixture(scope="module")
+def done(ego, tmp_path_factory):
+    """done(stage, n) -> folder of a run to the end on n processes, made once for all tests."""
+    @functools.lru_cache(None)
+    def run(stage, n=1):
+        folder = tmp_path_factory.mktemp(f"{stage}{n}")
+        r = quick(folder, *flags_of(stage, ego), "--out", folder / "out", n=n)
+        assert r.code == 0 and r.err == "", r
+        return folder / "out"
+    return run
+
+
+def model_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def metrics_of(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_leaves_what_is_promised(stage, done):
+    out, task = done(stage), replai.TASKS[stage]
+    files = {f"{name}{end}.json" for name in OUTPUTS[stage] for end in ("", "_val")}
+    assert set(contents(out)) == files | {"args.json", "log.jsonl", "last.pt", "best.pt",
+                                          "metrics.json", "curve.png"}
+    rows = [json.loads(x) for x in (out / "log.jsonl").read_text().splitlines()]
+    per_epoch = 2 if stage == "anticipation" else 3
+    assert [(r["epoch"], r["step"]) for r in rows] == [
+        (k // per_epoch, k) for k in range(2 * per_epoch)]
+    args = vars(arguments(out, "--stage", stage))
+    for r in rows:
+        assert set(r) - {task.best} == {"stage", "epoch", "step", "loss", *task.parts, "lr",
+                                        "broken", "clips_per_s", "data_wait", "eta_s"}
+        assert r["loss"] == pytest.approx(sum(r[k] for k in task.parts), rel=1e-4)
+        assert r["lr"] == pytest.approx(replai.cosine(args["lr"], r["step"], len(rows)), rel=1e-4)
+        assert (task.best in r) == ((r["step"] + 1) % per_epoch == 0)
+    best = [r[task.best] for r in rows if task.best in r]
+    kept = torch.load(out / "best.pt", weights_only=True)
+    chosen = max(range(2), key=lambda k: (task.sign * best[k], -k))
+    assert kept["step"] == per_epoch * (chosen + 1) and set(kept) == {
+        "model", "step", "args", "versions"}
+    if stage != "anticipation":                               # whose futures are drawn for groups
+        assert metrics_of(out)[task.best] == pytest.approx(best[chosen], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_give_the_same_bits_as_one(stage, done):
+    one, two = (contents(done(stage, n)) for n in (1, 2))
+    for name in one:
+        if name.endswith(".json") and name != "args.json":
+            assert one[name] == two[name], name
+    for name in ("best.pt", "last.pt"):
+        a, b = (model_of(done(stage, n) / name) for n in (1, 2))
+        for k in a:
+            assert torch.equal(a[k], b[k]) or k.endswith("num_batches_tracked"), (name, k)
+    logs = [[json.loads(x) for x in f["log.jsonl"].decode().splitlines()] for f in (one, two)]
+    assert [r["loss"] for r in logs[0]] == pytest.approx([r["loss"] for r in logs[1]], rel=1e-5)
+
+
+KILLS = {("statechange", 1): [("step", 2), ("torn:best.pt", 1), ("torn:pnr_val.json", 1)],
+         ("statechange", 2): [("renamed", 4), "outside"],
+         ("recognition", 1): [("torn", 2), ("line", 2), ("torn:metrics.json", 1)],
+         ("recognition", 2): [("step", 2), ("torn", 2)],
+         ("anticipation", 1): [("torn:best.pt", 1), ("step", 1), "outside"],
+         ("anticipation", 2): [("torn", 3), ("torn:outputs.json", 1)]}
+
+
+@pytest.mark.parametrize("stage, n", KILLS)
+def test_a_killed_run_ends_in_the_same_bytes(stage, n, done, ego, tmp_path):
+    whole, out, killed = contents(done(stage, n)), tmp_path / "out", 0
+    flags = [*flags_of(stage, ego), "--out", out, "--save_every", 1]
+    flags += ["--workers", 2] if (stage, n) == ("anticipation", 1) else []
+    for kill in KILLS[stage, n]:
+        how = {"die": kill}
+        if kill == "outside":                                 # other moments in every test run
+            how = {"kill": (out / "log.jsonl", 2, np.random.default_rng().uniform(0, 0.1))}
+        r = quick(tmp_path / "q", *flags, n=n, **how)
+        assert r.code == -9 or kill == "outside", (kill, r)
+        killed += r.code == -9
+    r = quick(tmp_path / "q", *flags, n=n)
+    assert r.code == 0 and "continuing" in r.out and killed >= len(KILLS[stage, n]) - 1, r
+    own = contents(out)
+    assert set(own) == set(whole)
+    for name in set(whole) - {"args.json", "log.jsonl", "curve.png"}:
+        assert own[name] == whole[name], f"{name} differs"
+    a, b = ([json.loads(x) for x in f["log.jsonl"].decode().splitlines()] for f in (whole, own))
+    assert [(r["step"], r["loss"], r["lr"]) for r in a] == [
+        (r["step"], r["loss"], r["lr"]) for r in b]
+    if (stage, n) == ("recognition", 1):                      # finished, and started once more
+        r = quick(tmp_path / "q", *flags)
+        again = contents(out)
+        assert r.code == 0 and all(again[k] == own[k] for k in own if k != "curve.png")
+
+
+@pytest.fixture(scope="module")
+def untested(ego, tmp_path_factory):
+    """The small world without its test split."""
+    root = only_videos(ego, tmp_path_factory.mktemp("untested"))
+    shutil.copytree(ego / "annotations", root / "annotations",
+                    ignore=shutil.ignore_patterns("*test*"))
+    return root
+
+
+SWITCHES = ["statechange --compat released --pnr_frame relative",
+            "statechange --raw_pixels --groups 4",
+            "recognition --compat released --clips 2 --groups 4 --crop 40",
+            "recognition --clip random --depth 18",
+            "anticipation --legacy_bn --extra_window --aggregator mean",
+            "anticipation --samples 1 --aggregator concat --clip random"]
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
+def test_every_switch_runs_and_without_a_test_file_nothing_is_submitted(flags, untested, tmp_path):
+    stage, *more = flags.split()
+    out = tmp_path / "out"
+    r = quick(tmp_path, *flags_of(stage, untested, *more), "--epochs", 1, "--out", out)
+    assert r.code == 0 and r.err == "", r
+    assert {p.name for p in out.glob("*.json")} == {
+        "args.json", "metrics.json", *(f"{name}_val.json" for name in OUTPUTS[stage])}
+    sent = json.loads((out / f"{max(OUTPUTS[stage])}_val.json").read_text())
+    if "--samples 1" in flags:
+        assert {len(s[k]) for s in sent.values() for k in s} == {1}
+    if "relative" in flags:
+        assert all(0 <= s["pnr_frame"] < 238 for s in sent)
+    if "--legacy_bn" in flags:                                # the trunk's statistics have moved
+        torch.manual_seed(0)
+        fresh = replai.TASKS[stage].model(arguments(untested, "--stage", stage, *more))
+        for k, v in model_of(out / "last.pt").items():
+            if k.startswith("backbone.c") and "tmp_bn2" not in k:
+                assert torch.equal(v, fresh.state_dict()[k]) == (
+                    k.endswith(("weight", "bias"))), k
+
+
+def test_the_frozen_trunk_of_a_run_is_what_it_began_with(done, ego):
+    torch.manual_seed(0)
+    fresh = replai.TASKS["anticipation"].model(arguments(ego, "--stage", "anticipation"))
+    for k, v in model_of(done("anticipation") / "last.pt").items():
+        frozen = k.startswith("backbone.c") or k.endswith(".pe")
+        assert torch.equal(v, fresh.state_dict()[k]) == frozen, k
+
+
+def windows_of(ego, split, inputs=4, future=20):
+    """{name of a window: the future entries}, in the challenge's order, from the raw file."""
+    clips = {}
+    for e in read_clips(ego, f"fho_lta_{split}"):
+        clips.setdefault(e["clip_uid"], []).append(e)
+    found = {}
+    for uid, entries in clips.items():
+        entries.sort(key=lambda e: e["action_idx"])
+        for i in range(len(entries) - inputs - future):
+            last = entries[i + inputs - 1]["action_idx"]
+            found[f"{uid}_{last}"] = entries[i + inputs:i + inputs + future]
+    return found
+
+
+def test_the_anticipation_submission_has_the_official_form(done, ego):
+    for name, split in (("outputs", "test_unannotated"), ("outputs_val", "val")):
+        sent = json.loads((done("anticipation") / f"{name}.json").read_text())
+        assert set(sent) == set(windows_of(ego, split))       # those of absent clips, too
+        for s in sent.values():
+            assert set(s) == {"verb", "noun"}
+            for kind, n in (("verb", VERBS), ("noun", NOUNS)):
+                assert [len(x) for x in s[kind]] == [20] * 5
+                assert all(type(x) is int and 0 <= x < n for row in s[kind] for x in row)
+    sent = json.loads((done("anticipation") / "outputs.json").read_text())
+    filled = [s for name, s in sent.items() if name.startswith("clip-x1_")]
+    assert len(filled) == 4 and all(s == filled[0] for s in filled)
+    assert len({json.dumps(s) for s in sent.values()}) == 5
+
+
+def test_the_anticipation_metrics_follow_from_the_submitted_futures(done, ego):
+    sent = json.loads((done("anticipation") / "outputs_val.json").read_text())
+    truth, m = windows_of(ego, "val"), metrics_of(done("anticipation"))
+    kinds = {"verb": lambda s: [s["verb"]], "noun": lambda s: [s["noun"]],
+             "action": lambda s: [s["verb"], s["noun"]]}
+    for kind, parts in kinds.items():
+        keys = {"verb": ["verb"], "noun": ["noun"], "action": ["verb", "noun"]}[kind]
+        ed = []
+        for z in range(1, 21):
+            each = []
+            for name, s in sent.items():
+                future = [tuple(e[f"{k}_label"] for k in keys) for e in truth[name]][:z]
+                each.append(min(levenshtein(list(zip(*(row[:z] for row in rows))), future)
+                                for rows in zip(*parts(s))) / z)
+            ed.append(np.mean(each))
+        assert m[f"{kind} ED@20"] == pytest.approx(ed[-1], abs=1e-12)
+        assert m[f"{kind} AUED"] == pytest.approx(np.trapezoid(ed) / 19, abs=1e-12)
+        assert 0 < m[f"{kind} ED@20 of chance"] <= 1
+
+
+def test_the_recognition_metrics_follow_from_the_submitted_classes(done, ego):
+    for name, split in (("outputs", "test_unannotated"), ("outputs_val", "val")):
+        sent = json.loads((done("recognition") / f"{name}.json").read_text())
+        truth = {f"{e['clip_uid']}_{e['action_idx']}": e
+                 for e in read_clips(ego, f"fho_lta_{split}")}
+        assert len(sent) == 12 and set(sent) <= set(truth)
+        for s in sent.values():
+            for kind, n in (("verb", VERBS), ("noun", NOUNS)):
+                assert len(set(s[kind])) == 5 and set(s[kind]) <= set(range(n))
+    m = metrics_of(done("recognition"))
+    hits = {(kind, k): np.mean([truth[i][f"{kind}_label"] in s[kind][:k] for i, s in sent.items()])
+            for kind in ("verb", "noun") for k in (1, 5)}
+    assert {f"{kind}@{k}": m[f"{kind}@{k}"] for kind, k in hits} == pytest.approx(
+        {f"{kind}@{k}": 100 * v for (kind, k), v in hits.items()})
+    assert m["action@1"] == pytest.approx(100 * np.mean(
+        [truth[i]["verb_label"] == s["verb"][0] and truth[i]["noun_label"] == s["noun"][0]
+         for i, s in sent.items()]))
+
+
+def test_the_state_metrics_follow_from_the_submissions_of_the_official_form(done, ego):
+    out, m = done("statechange"), metrics_of(done("statechange"))
+    for end, split in (("", "test_unannotated"), ("_val", "val")):
+        oscc, pnr = (json.loads((out / f"{k}{end}.json").read_text()) for k in ("oscc", "pnr"))
+        rows = [e for e in read_clips(ego, f"fho_oscc-pnr_{split}") if "x1" not in e["video_uid"]]
+        names = [e["unique_id"] for e in rows][:12]
+        assert [s["unique_id"] for s in oscc] == [s["unique_id"] for s in pnr] == names
+        assert all(set(s) == {"unique_id", "state_change"} and type(s["state_change"]) is bool
+                   for s in oscc)
+        assert all(set(s) == {"unique_id", "pnr_frame"} and type(s["pnr_frame"]) is float
+                   for s in pnr)
+        for e, s in zip(rows, pnr):                           # absolute: the start is in it
+            share = (s["pnr_frame"] - e["parent_start_frame"]) / (
+                e["parent_end_frame"] - e["parent_start_frame"])
+            assert 4 * share == pytest.approx(round(4 * share)) and 0 <= share < 1
+    hits, errors = [], []
+    for e, s, p in zip(rows, oscc, pnr):
+        hits.append(s["state_change"] == e["state_change"])
+        if e["state_change"]:
+            fps = (e["parent_end_frame"] - e["parent_start_frame"] + 1) / (
+                e["parent_end_sec"] - e["parent_start_sec"])
+            errors.append(abs(p["pnr_frame"] - e["parent_pnr_frame"]) / fps)
+    assert m["StCC acc"] == pytest.approx(100 * np.mean(hits))
+    assert m["PNR err (s)"] == pytest.approx(np.mean(errors)) and len(errors) > 3
+
+
+def broken(path):
+    size = path.stat().st_size
+    path.unlink()                                             # the link, not the world's
+    path.write_bytes(bytes(size))
+
+
+@pytest.mark.parametrize("stage, name", [("recognition", "clip-v0.mp4"),
+                                         ("statechange", "videos/video-v1.mp4")])
+def test_a_broken_validation_video_stops_the_evaluation(stage, name, untested, tmp_path):
+    data = linked(untested, tmp_path / "data")
+    broken(data / name)
+    r = quick(tmp_path, *flags_of(stage, data), "--epochs", 1, "--out", tmp_path / "out",
+              "--workers", int(stage == "recognition"))
+    assert one_error(r).startswith(f"{data / name}: ")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_broken_training_video_is_replaced_and_counted(untested, tmp_path):
+    data = linked(untested, tmp_path / "data")
+    broken(data / "clips" / "clip-t1.mp4")
+    r = quick(tmp_path, *flags_of("anticipation", data), "--out", tmp_path / "out")
+    assert r.code == 0 and len(r.err.splitlines()) == 1, r
+    assert r.err.startswith(f"warning: {data / 'clips' / 'clip-t1.mp4'}: ")
+    assert r.err.endswith("; sample replaced\n")
+    rows = [json.loads(x) for x in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert sum(r["broken"] for r in rows) == 8                # 4 of the 8 windows, in two epochs
+
+
+# ---- conversion --------------------------------------------------------------------------------
+
+WRITTEN = {"checkpoint_latest-ego.pth", "replai.pt", "avid.pth.tar", "replai.pth.tar"}
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """State of a small RepLAI whose statistics are not those of a fresh one."""
+    torch.manual_seed(3)
+    model = replai.RepLAI(8, 10)
+    for k, v in model.state_dict().items():
+        if k.endswith("running_mean"):
+            v.copy_(random(*v.shape))
+    return state_of(model)
+
+
+def convert(source, out):
+    args = replai.parse_args(["--stage", "convert", "--init", str(source), "--out", str(out)])
+    replai.convert(args, torch.device("cpu"))
+    return {p.name for p in out.iterdir()}
+
+
+SOURCES = {**PROBES, "a run": lambda s: None}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_layout_is_converted_there_and_back(name, weights, tmp_path):
+    source = tmp_path / "c.pt"
+    if name == "a run":
+        state = SimpleNamespace(state_dict=lambda: weights)
+        common.save(source, 7, arguments(tmp_path), model=state, samples=9)
+    else:
+        torch.save(SOURCES[name](weights), source)
+    kinds = {"linear probe": ["video"], "model.backbone": ["video"], "video alone": ["video"],
+             "AVID": ["video", "audio"]}.get(name, ["video", "audio", "heads"])
+    files = WRITTEN - ({"replai.pth.tar"} if "heads" not in kinds else set()) - (
+        {"avid.pth.tar"} if "audio" not in kinds else set())
+    assert convert(source, tmp_path / "one") == files
+    kept = tuple({"video": "backbone.video.", "audio": "backbone.audio.", "heads": "mlp."}[k]
+                 for k in kinds)
+    want = {k: v for k, v in weights.items() if k.startswith(kept)}
+    for file in files:
+        convert(tmp_path / "one" / file, tmp_path / file)     # back, from each of them
+        got = torch.load(tmp_path / file / "replai.pt", weights_only=True)["model"]
+        share = {"checkpoint_latest-ego.pth": "backbone.video.", "avid.pth.tar": "backbone."}
+        part = {k: v for k, v in want.items() if k.startswith(share.get(file, ""))}
+        assert set(got) == set(part) and all(torch.equal(got[k], v) for k, v in part.items())
+        if file != "replai.pt":
+            a, b = (torch.load(tmp_path / x / file, weights_only=True) for x in ("one", file))
+            assert a.keys() == b.keys()
+            for k in ("model", "state_dict"):
+                assert list(a.get(k, ())) == list(b.get(k, ()))
+
+
+@pytest.mark.parametrize("file", sorted(WRITTEN))
+def test_every_written_file_fills_every_network(file, weights, tmp_path):
+    torch.save({"model": weights}, tmp_path / "c.pt")
+    convert(tmp_path / "c.pt", tmp_path / "out")
+    small = (8, 10, (VERBS, NOUNS))
+    models = {"linear": (replai.LinearProbe(8, 10), replai.PROBE_LAYOUTS, "backbone.", "backbone."),
+              "recognition": (replai.Recognition(*small), *replai.TASKS["recognition"].layouts, ""),
+              "anticipation": (replai.Anticipation(*small, features=32, layers=1, heads=4),
+                               *replai.TASKS["anticipation"].layouts, "backbone."),
+              "statechange": (replai.StateChange(8, 10, 32), *replai.TASKS["statechange"].layouts,
+                              "backbone.")}
+    trunk = {k.removeprefix("backbone.video."): v for k, v in weights.items() if "video." in k
+             and k.startswith("backbone.")}
+    for name, (model, layouts, required, prefix) in models.items():
+        common.load_weights(model, tmp_path / "out" / file, layouts, required)
+        own = model.state_dict()
+        for k, v in trunk.items():
+            assert torch.equal(own[prefix + k], v), (name, k)
+    model = replai.RepLAI(8, 10)
+    if file == "checkpoint_latest-ego.pth":                   # holds the video network alone
+        with pytest.raises(UserError):
+            common.load_weights(model, tmp_path / "out" / file, replai.PRETRAIN_LAYOUTS,
+                                "backbone.")
+        return
+    common.load_weights(model, tmp_path / "out" / file, replai.PRETRAIN_LAYOUTS, "backbone.")
+    for k, v in model.state_dict().items():
+        if k.startswith("backbone.") or file != "avid.pth.tar":
+            assert torch.equal(v, weights[k]), k
+
+
+@pytest.mark.parametrize("case", ["missing tensor", "missing audio tensor", "no video network",
+                                  "no file", "none", "other network"])
+def test_what_cannot_be_converted_is_one_line_and_nothing_is_written(case, weights, tmp_path):
+    path = tmp_path / "c.pt"
+    lost = {"missing tensor": "backbone.video.conv4x.0.out_bn.weight",
+            "missing audio tensor": "backbone.audio.block2.bn1.bias"}.get(case)
+    tensors = {k: v for k, v in weights.items() if k != lost}
+    if case == "no video network":
+        tensors = {k: v for k, v in tensors.items() if "video" not in k}
+    if case == "other network":
+        tensors = {"layer1.0.weight": torch.zeros(3)}
+    if case not in ("no file", "none"):
+        torch.save({"model": tensors}, path)
+    init = "none" if case == "none" else path
+    words = {"none": "--init FILE", "no file": "no such checkpoint"}.get(
+        case, f"the first is {lost}" if lost else "no video network")
+    if case == "missing tensor":                              # as a user sees it
+        message = one_error(quick(tmp_path / "q", "--stage", "convert", "--init", init,
+                                  "--out", tmp_path / "out"))
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {"args.json"}
+    else:
+        with pytest.raises(UserError) as e:
+            convert(init, tmp_path / "out")
+        message = str(e.value)
+        assert not (tmp_path / "out").exists()
+    assert words in message and (case == "none" or message.startswith(f"{path}: "))
+
+
+def test_a_released_checkpoint_keeps_its_function_through_the_conversion(tmp_path):
+    file = json.loads((test_parity.HERE / "replai.json").read_text())
+    case = next(c for c in file["cases"] if c["id"] == "backbone.video_small")
+    make = test_parity.recipe.parameter
+    state = {k: make(k, shape) for k, shape in file["states"]["criterion"].items()}
+    for kind in ("video", "audio"):
+        state |= {f"backbone.{kind}.{k}": make(k, shape)
+                  for k, shape in file["states"][f"{kind}_backbone"].items()}
+    state = {f"module.{k}": torch.from_numpy(np.asarray(v)) for k, v in state.items()}
+    torch.save({"model": state, "optimizer": {}, "sampler": {}, "epoch": 1}, tmp_path / "c.pth.tar")
+    convert(tmp_path / "c.pth.tar", tmp_path / "out")
+    back = torch.load(tmp_path / "out" / "replai.pth.tar", weights_only=True)["model"]
+    assert back.keys() == state.keys() and all(torch.equal(back[k], v) for k, v in state.items())
+    model = replai.Recognition().eval()
+    common.load_weights(model, tmp_path / "out" / "checkpoint_latest-ego.pth",
+                        *replai.TASKS["recognition"].layouts)
+    x = test_parity.Case("replai", file, case).input("x")
+    with torch.inference_mode():
+        maps = common.R2Plus1D.forward(model, x, return_embs=True)
+    for name, want in case["outputs"].items():
+        if name in maps:
+            bound = test_parity.bounds(case["tolerance"], name, {})
+            assert test_parity.faults(maps[name], want, *bound, name) == []
+    assert {"conv1", "conv5x", "pool"} <= set(case["outputs"])
