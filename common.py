@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter,
                          allow_abbrev=False)
         self.data = g = self.add_argument_group("data")
-        g.add_argument("--stage", choices=stages, default=stages[0], help="what to do")
+        g.add_argument("--stage", choices=stages, default=stages[0], metavar="STAGE",
+                       help=f"what to do: {', '.join(stages)}")
         g.add_argument("--dataset", choices=datasets, default=datasets[0],
                        help="which videos; its published recipe becomes the defaults below")
         g.add_argument("--data", type=Path, metavar="DIR",
@@ -361,7 +362,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: no such file; it comes with the official annotations") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not in JSON form ({e.msg})") from None
-    except (UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:                 # not UTF-8, endless numbers, too deep
         raise UserError(f"{path}: not in JSON form ({type(e).__name__})") from None
 
 

@@ -137,8 +137,8 @@ def parse_args(argv=None):
     g.add_argument("--raw_pixels", action="store_true",
                    help="statechange on pictures of 0..255, not normalised")
 
-    g = p.add_argument_group("optimization (SGD with momentum, for anticipation Adam; values of "
-                             "commands/*.sh, for statechange the benchmark's)")
+    g = p.add_argument_group("optimization", "SGD with momentum, for anticipation Adam; values of "
+                             "commands/*.sh,\nfor statechange the benchmark's")
     g.add_argument("--epochs", type=int,
                    help="passes over the segments or annotations; OneCycle needs ten or more")
     g.add_argument("--batch_size", type=int,
@@ -696,6 +696,8 @@ def read_fho(root, name, split):
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{path}: clips[{i}] is no object")
+    if not entries:
+        raise UserError(f"{path}: has no clips")
     return path, entries
 
 
@@ -742,8 +744,6 @@ def read_fho_actions(root, split, num_classes):
             f.label(k, n) for k, n in zip(("verb_label", "noun_label"), num_classes))))
     order = {clip: n for n, clip in enumerate(dict.fromkeys(r[0] for r in rows))}
     rows.sort(key=lambda r: (order[r[0]], r[1]))              # clips as in the file
-    if not rows:
-        raise UserError(f"{path}: has no clips")
     return FhoActions(*(np.array(column) for column in zip(*rows)))
 
 
@@ -1756,6 +1756,8 @@ def action_data(args, split):
     if not known.all():
         common.say(f"warning: {split}: {int((~known).sum())} samples without labels are not used")
     use = np.flatnonzero(here & known)[:args.limit]
+    if not len(use):
+        raise UserError(f"{fho_file(args.data, 'lta', split)}: no sample with its video has labels")
     absent = [f"{actions.clip[r]}_{actions.index[r]}" for r in rows[~here, -1]]
     if args.stage == "recognition":
         verb, noun = verb[:, 0], noun[:, 0]
@@ -1867,6 +1869,9 @@ def statechange_data(args, split):
     if not known.all():
         common.say(f"warning: {split}: {int((~known).sum())} clips without `state_change` are "
                    "not used")
+    if not known.any():
+        raise UserError(f"{fho_file(args.data, 'oscc-pnr', split)}: no clip with its video has a "
+                        "label, `state_change`")
     return StateClips(args, Changes(*(x[known] for x in changes)))
 
 
@@ -2134,7 +2139,7 @@ def draw_segment(args, index, i, path):
 
 
 def main(args):
-    if not args.data.is_dir():
+    if not args.data.is_dir() and args.stage != "convert":
         raise UserError(f"{args.data}: no such folder; --data is the {args.dataset} folder as "
                         "README lays it out (`make toy` writes a small one, data/toy)")
     device = common.start_run(args, gpu=args.stage in ("pretrain", "linear", *EGO4D_STAGES))

@@ -788,8 +788,9 @@ def test_every_flag_is_explained(monkeypatch):
     plain, seen = common.parse, []
 
     def parse(parser, *rest):
+        args = plain(parser, *rest)
         seen.extend(parser._actions)
-        return plain(parser, *rest)
+        return args
     monkeypatch.setattr(common, "parse", parse)
     replai.parse_args([])
     assert len(seen) > 35
