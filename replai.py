@@ -170,12 +170,12 @@ PUBLISHED = {      # NOTE: of statechange the benchmark's, its config was never 
     "recognition": {"epochs": 30, "batch_size": 32, "lr": 0.01, "weight_decay": 1e-4,
                     "num_frames": 32, "crop": 224},
     "anticipation": {"epochs": 50, "batch_size": 32, "lr": 0.01, "weight_decay": 1e-4,
-                     "num_frames": 32, "crop": 224}}
+                     "num_frames": 32, "crop": 224, "features": 2048, "layers": 6}}
 TINY = {
     "pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0.05},
     "statechange": {"epochs": 20, "lr": 0.01},
-    "recognition": {"epochs": 20, "lr": 0.02, "num_frames": 16},
-    "anticipation": {"epochs": 20, "lr": 1e-3, "num_frames": 16}}
+    "recognition": {"epochs": 10, "lr": 0.02, "num_frames": 16},
+    "anticipation": {"epochs": 60, "lr": 1e-3, "num_frames": 8, "features": 128, "layers": 2}}
 
 
 def recipe(chosen):
@@ -1954,7 +1954,7 @@ TASKS = {
     "anticipation": Task(
         action_data, lambda args, d: TestWindows(args, d.actions, d.files, d.rows, d.verb, d.noun),
         lambda args: Anticipation(args.width, args.depth, read_taxonomy(args.data),
-                                  args.aggregator, 32 * args.width, args.depth // 3,
+                                  args.aggregator, args.features, args.layers,
                                   legacy_bn=args.legacy_bn),
         (PROBE_LAYOUTS, "backbone.conv"), anticipation_losses, anticipation_outputs,
         anticipation_metrics, anticipation_submission, ("verb", "noun"), "verb ED@20", -1)}

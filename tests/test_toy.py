@@ -1,6 +1,7 @@
 """The toy world: deterministic, in the official form, and no single frame gives the verb away."""
 
 import ast
+import collections
 import csv
 import json
 import math
@@ -248,6 +249,237 @@ def test_ego4d_has_its_quirks(tmp_path, ego4d):
     assert sorted(sound.values())[0] == 0 and sum(c > 0 for c in sound.values()) == 3
     levels = [np.abs(common.read_audio(p)[0]).max() for p, c in sound.items() if c]
     assert min(levels) < 1e-3 < 0.1 < max(levels), "one has a silent track"
+
+
+# ---- Ego4D's long-term anticipation ----
+
+CENTRE = 64 / 30                     # seconds that a clip of an action holds, from its middle
+OBSERVED, FUTURE = 4, 20             # actions
+
+
+def ego4d_plan(root, seed=0, scale=1.0):
+    """Annotations alone: {video_uid: video to draw}, {split: {clip_uid: sorted LTA entries}}."""
+    tasks = {v["video_uid"]: v for v in toy.make_ego4d(root, seed, scale, False)}
+    clips = {}
+    for split in ("train", "val", "test_unannotated"):
+        clips[split] = collections.defaultdict(list)
+        path = root / "annotations" / f"fho_lta_{split}.json"
+        for e in json.loads(path.read_text())["clips"]:
+            clips[split][e["clip_uid"]].append(e)
+        for entries in clips[split].values():
+            entries.sort(key=lambda e: e["action_idx"])
+            assert [e["action_idx"] for e in entries] == list(range(len(entries)))
+    return tasks, clips
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    return ego4d_plan(tmp_path_factory.mktemp("plan"))
+
+
+def routines(planned, split):
+    """(video, [(verb, noun) of each action, None where unannotated], entries) of each routine."""
+    tasks, clips = planned
+    for entries in clips[split].values():
+        video = tasks.get(entries[0]["video_uid"], {"kind": "absent"})
+        if video["kind"] == "routine":
+            yield video, [(e.get("verb"), e.get("noun")) for e in entries], entries
+
+
+def windows(actions):
+    """All (observed actions, future actions) of a clip."""
+    for i in range(len(actions) - OBSERVED - FUTURE):
+        yield tuple(actions[i:i + OBSERVED]), tuple(actions[i + OBSERVED:][:FUTURE])
+
+
+def test_routines_have_as_many_windows_as_promised(planned):
+    for split, n, each in (("train", 12, 10), ("val", 12, 6), ("test_unannotated", 2, 6)):
+        counts = [len(list(windows(actions))) for _, actions, _ in routines(planned, split)]
+        assert counts == [each] * n, (split, counts)
+
+
+def test_the_smallest_toy_has_one_routine_of_two_windows_in_every_split(tmp_path):
+    small = ego4d_plan(tmp_path, scale=0.01)
+    for split in small[1]:
+        assert [len(list(windows(a))) for _, a, _ in routines(small, split)] == [2], split
+
+
+def test_all_pairs_of_verb_and_noun_are_as_frequent_in_the_routines(planned):
+    """So neither tells about the other, and a guess without looking is right by chance alone: of
+    the actions as such and of those at each place of the future."""
+    for split in ("train", "val"):
+        actions = [a for _, one, _ in routines(planned, split) for a in one]
+        counts = collections.Counter(actions)
+        assert len(counts) == 24 and len(set(counts.values())) == 1, split
+        futures = [f for _, one, _ in routines(planned, split) for _, f in windows(one)]
+        for place in zip(*futures):
+            for part in zip(*place):
+                counts = collections.Counter(part)
+                assert len(counts) in (4, 6) and len(set(counts.values())) == 1, split
+
+
+def test_four_actions_of_a_routine_tell_the_twenty_after_them(planned):
+    known = collections.defaultdict(set)
+    for split in ("train", "val"):
+        for _, actions, _ in routines(planned, split):
+            for observed, future in windows(actions):
+                known[observed].add(future)
+            verbs, nouns = zip(*actions)
+            assert all(len(set(x[i::2])) == 1 for x in (verbs, nouns) for i in (0, 1))
+            assert len(set(verbs)) == 2
+    assert all(len(f) == 1 for f in known.values()), "one past, several futures"
+    assert len(known) == 24 and len({f for x in known.values() for f in x}) == 24
+    verbs = {tuple(v for v, _ in o): f for o, (f,) in known.items()}
+    assert len(verbs) == 6, "the nouns have to be seen as well"
+
+
+def test_what_is_learnt_from_training_is_asked_for_in_validation(planned):
+    train, val = ({f for _, a, _ in routines(planned, s) for f in windows(a)}
+                  for s in ("train", "val"))
+    assert train == val and len(train) == 24
+
+
+def test_a_routine_clip_shows_one_whole_change_in_the_middle_of_each_action(planned):
+    for split in ("train", "val", "test_unannotated"):
+        for video, actions, entries in routines(planned, split):
+            times, words = zip(*((t, (toy.VERBS[v][1][1], toy.NOUNS[n][1][1]))
+                                 for t, v, n in video["strikes"]))
+            assert split == "test_unannotated" or actions == list(words)
+            for t, e in zip(times, entries, strict=True):
+                start, stop = e["action_clip_start_sec"], e["action_clip_end_sec"]
+                assert 0 <= start and stop <= e["clip_parent_end_sec"]
+                assert 2.39 < stop - start < 3.01
+                low, high = (start + stop - CENTRE) / 2, (start + stop + CENTRE) / 2
+                assert [u for u in times if low < u < high] == [t]
+                assert low + 0.69 < t and t + toy.CHANGE < high
+
+
+def test_actions_of_the_other_clips_are_in_the_middle_of_their_windows_too(planned):
+    """But for a few of 8 s that the beginning or the end of the clip has moved or cut."""
+    tasks, clips = planned
+    for split in clips:
+        off = []
+        for entries in clips[split].values():
+            video, end = tasks.get(entries[0]["video_uid"]), entries[0]["clip_parent_end_sec"]
+            if video is None or video["kind"] == "routine":
+                continue
+            times = [t - video["cut"] for t, *_ in video["strikes"] if t > video["cut"] + 1]
+            for t, e in zip(times, entries, strict=True):
+                stop = min(e["action_clip_end_sec"], end - video["cut"])
+                off.append(abs(t - (e["action_clip_start_sec"] + stop) / 2))
+        assert np.mean(np.array(off) < CENTRE / 2) > 0.95, "the reader would miss the strikes"
+
+
+def test_routines_look_alike_but_for_the_objects(planned, monkeypatch):
+    """Whatever lasts as long as a clip is the same in all of them: size, rate, sound, ground and
+    what floats before it. Light and camera do change, within seconds, and differ."""
+    videos = [v for s in planned[1] for v, *_ in routines(planned, s)]
+    assert len({(v["size"], v["fps"], v["sound"], v["room"]) for v in videos}) == 1
+    monkeypatch.setattr(toy, "WANDER", 1)                     # the camera stands still
+
+    def empty(video):
+        """The first picture without objects, every colour relative to its mean."""
+        frame = next(toy.draw({**video, "strikes": [], "size": (96, 128)})).astype(float)
+        return (frame / frame.mean((0, 1)) - 1).ravel()
+    alike = np.corrcoef([empty(v) for v in videos[::5]])
+    assert alike.min() > 0.8, alike.min()
+    others = [v for v in planned[0].values() if v["kind"] != "routine"][:5]
+    alike = np.corrcoef([empty(v) for v in others])
+    assert np.sort(alike.ravel())[-6] < 0.8, "the test sees no difference"
+
+
+def test_the_routine_decides_on_nothing_but_verbs_and_nouns(planned, tmp_path, monkeypatch):
+    """Times, pictures' random numbers and windows are drawn before and apart from it."""
+    plain = toy.deal_routines
+    monkeypatch.setattr(toy, "deal_routines", lambda v, _: plain(v, np.random.default_rng(99)))
+    other = ego4d_plan(tmp_path)
+    for split in planned[1]:
+        pairs = list(zip(routines(planned, split), routines(other, split), strict=True))
+        assert split == "test_unannotated" or any(a[1] != b[1] for a, b in pairs)
+        for (video, _, entries), (video2, _, entries2) in pairs:
+            assert [t for t, *_ in video["strikes"]] == [t for t, *_ in video2["strikes"]]
+            drop = ("strikes", "files")
+            assert all(video[k] == video2[k] for k in video if k not in drop)
+            words = ("verb", "noun", "verb_label", "noun_label")
+            assert [{k: x for k, x in e.items() if k not in words} for e in entries] == \
+                [{k: x for k, x in e.items() if k not in words} for e in entries2]
+
+
+def test_routines_are_outside_of_pretraining_and_state_change(planned, tmp_path, monkeypatch):
+    """The toy without them is the same but for their videos and their rows at the end."""
+    tasks, _ = planned
+    paths = [p for v in tasks.values() if v["kind"] == "routine"
+             for path, _, links in v["files"] for p in [path, *links]]
+    assert {p.parent.name for p in paths} == {"clips", "videos"} and len(paths) == 2 * 26
+    root = paths[0].parent.parent
+    monkeypatch.setattr(toy, "plan_routines", lambda *a: [])
+    toy.make_ego4d(tmp_path, 0, 1.0, False)
+    files = sorted((tmp_path / "annotations").iterdir())
+    assert len(files) == 7
+    for path in files:
+        with_routines = root / "annotations" / path.name
+        if re.match("fho_lta_(train|val|test)", path.name):
+            a, b = (json.loads(p.read_text())["clips"] for p in (path, with_routines))
+            assert len(a) < len(b) and a == b[:len(a)]
+        else:
+            assert path.read_bytes() == with_routines.read_bytes()
+
+
+def test_the_plan_depends_on_the_seed_alone(planned, tmp_path):
+    again, other = (ego4d_plan(tmp_path / str(seed), seed) for seed in (0, 1))
+
+    def drawn(tasks):
+        return [{k: v for k, v in x.items() if k != "files"} for x in tasks.values()]
+    assert drawn(again[0]) == drawn(planned[0]) and again[1] == planned[1]
+    orders = [[a for _, a, _ in routines(p, "train")] for p in (planned, other)]
+    assert orders[0] != orders[1] and not set(other[0]) & set(planned[0])
+
+
+def test_clips_outside_of_routines_have_windows_that_nobody_can_know(planned):
+    """As many as before there were routines; their verbs and nouns are dealt at random."""
+    tasks, clips = planned
+    for split, want in (("train", [8, 6, 4]), ("val", [8, 6]), ("test_unannotated", [4])):
+        names = {v["clip_uid"] for v in tasks.values() if v["kind"] == "routine"}
+        counts = [len(e) - OBSERVED - FUTURE for k, e in clips[split].items() if k not in names]
+        assert all(0 < n < 9 for n in counts if n > 0)
+        assert len([n for n in counts if n > 0]) == len(want), counts
+
+
+# ---- Ego4D's state change ----
+
+@pytest.mark.parametrize("split", ["train", "val", "test_unannotated"])
+def test_state_change_windows_hold_one_strike_or_none(split, planned):
+    tasks, _ = planned
+    folder = next(iter(tasks.values()))["files"][0][0].parent.parent / "annotations"
+    entries = json.loads((folder / f"fho_oscc-pnr_{split}.json").read_text())["clips"]
+    lengths = {True: [], False: []}
+    for e in entries:
+        start, stop = e["parent_start_sec"], e["parent_end_sec"]
+        assert 3.99 < stop - start < 8.01
+        video = tasks[e["video_uid"]]
+        inside = [t for t, *_ in video["strikes"] if start - toy.CHANGE < t < stop + toy.REACH]
+        assert len(inside) < 2, "not even a change that goes on or a hand that comes"
+        if split == "test_unannotated":
+            continue
+        assert len(inside) == e["state_change"]
+        lengths[e["state_change"]].append(stop - start)
+        if e["state_change"]:
+            (t,), shift = inside, e["parent_start_frame"] - e["clip_start_frame"]
+            assert abs(e["parent_pnr_frame"] / 30 - t) < 1 / 30
+            assert start + 0.5 < t < stop - 0.5
+            assert e["parent_pnr_frame"] - e["clip_pnr_frame"] == shift
+            assert shift == (round(30 * video["cut"]) if e["clip_uid"] else 0)
+        assert e.get("clip_uid") in (None, video["clip_uid"])
+    whole = [round(e["parent_end_sec"] - e["parent_start_sec"], 3) == 8 for e in entries]
+    assert 0.2 < np.mean(whole) < 0.8, "some last 8 s, some less"
+    assert 3 < sum("clip_uid" in e and e["clip_uid"] is None for e in entries) < len(entries) / 2
+    if split != "test_unannotated":
+        a, b = (np.sort(x) for x in lengths.values())
+        assert len(a) == len(b) >= 25 and abs(a.mean() - b.mean()) < 0.4
+        # Who knows the length alone: the best threshold, either way. A difference this large
+        # between two samples of one distribution comes up once in 20 times.
+        gap = max(abs(np.mean(a <= x) - np.mean(b <= x)) for x in (*a, *b))
+        assert gap < 1.36 * math.sqrt(2 / len(a)), gap
 
 
 def test_strikes_are_heard_where_they_are_annotated(epic):

@@ -26,6 +26,14 @@ rest low and high, small and large in every class, and the hand leaves as it cam
 of an unknown moment hardly says what happens; a test measures that. (Who knows that it is from just
 before a strike can rule out four verbs of six: an object that will move up is low.) Objects are
 brighter than the ground everywhere, so that small networks see motion after minutes of training.
+
+Most videos take verbs and nouns at random, so what comes next cannot be known. Ego4D's long-term
+anticipation has routines besides: two verbs that belong together take turns, the noun stays or two
+take turns with them. Who recognises four actions in a row knows the twenty after them; who does not
+look is right as often as by chance, since all 24 pairs of verb and noun are equally frequent.
+Routines are soundless and outside the pre-training pool, and all of them are in the same room: the
+ground and what floats before it would else tell which routine it is.
+
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
 """
@@ -61,6 +69,7 @@ REACH = 0.7          # seconds the hand needs to come, and to go
 SLIDE = 0.4          # seconds an object needs to slide in or out
 CHANGE = 0.9         # seconds after which every change is over
 KEEP = 0.5           # how often a fitting object is struck again
+TURNS = [("up", "down"), ("grow", "shrink"), ("shake", "spin")]                # in a routine
 
 VERBS = {  # change: (EPIC class, its words), (Ego4D class, its word), start state (low, large)
     "up": ((0, ["lift", "raise"]), (41, "lift_(lift,_raise)"), (1, 0)),
@@ -96,6 +105,7 @@ GAP = {  # kind of video: seconds from the i-th strike to the next
     "normal": lambda rng, i: 2.2 + 4 * rng.beta(1, 3.2),
     "dense": lambda rng, i: rng.uniform(1.95, 2.3),
     "calm": lambda rng, i: rng.uniform(9.8, 11) if i % 3 == 1 else rng.uniform(4.4, 6.5),
+    "routine": lambda rng, i: rng.uniform(1.6, 1.9),
 }
 
 
@@ -326,14 +336,15 @@ def draw(video, start=0.0):
     height, width = video["size"]
     fps, margin = video["fps"], WANDER
     times = np.arange(round(video["seconds"] * fps)) / float(fps)
-    ground = noise_texture(rng, height + 2 * margin, width + 2 * margin, rng.uniform(0.15, 0.5))
+    room = np.random.default_rng(video["room"]) if "room" in video else rng
+    ground = noise_texture(room, height + 2 * margin, width + 2 * margin, room.uniform(0.15, 0.5))
     ground = ground.clip(16, 110).astype(np.uint8)
     pan = [smooth_path(rng, times, margin - 1) for _ in range(2)]              # y, x
     tracks = trace(rng, lay_out(rng, video["strikes"]), times, height, width)
-    blobs = [(turned(make_sprite(rng, "blob"), rng.uniform(0.04, 0.1) * height, 0),
-              rng.uniform(0, height) + smooth_path(rng, times, 0.4 * height),
-              rng.uniform(0, width) + smooth_path(rng, times, 0.4 * width))
-             for _ in range(rng.integers(0, 3))]
+    blobs = [(turned(make_sprite(room, "blob"), room.uniform(0.04, 0.1) * height, 0),
+              room.uniform(0, height) + smooth_path(room, times, 0.4 * height),
+              room.uniform(0, width) + smooth_path(room, times, 0.4 * width))
+             for _ in range(room.integers(0, 3))]
     # Colours stay within 16 .. 236, so that adding the noise never wraps around.
     grain = rng.normal(0, 1.2, (8, height, width, 3)).round().clip(-8, 8).astype(np.int8)
     grain, order = grain.view(np.uint8), rng.integers(8, size=len(times))
@@ -407,16 +418,17 @@ def hear(video):
 # ---- planning the videos of a dataset ----
 
 
-def plan_video(seed, name, k, kind, seconds, fps, sound="on"):
-    """When something is struck in video number k; the classes come later (`deal`)."""
+def plan_video(seed, name, k, kind, seconds, fps, sound="on", count=None):
+    """When something is struck in video number k, `count` times or throughout; no classes yet."""
     key = (seed, crc32(name.encode()), k)
     rng = np.random.default_rng(key)
-    times = [rng.uniform(1.2, 3.0)]
-    count = rng.integers(26, 29) if kind == "dense" else None
+    lead, tail = (1.9, 2.0) if kind == "routine" else (1.2, 1.5)     # room for windows of 3 s
+    times = [rng.uniform(lead, lead + 1.8)]
+    count = rng.integers(26, 29) if kind == "dense" else count
     while len(times) < count if count else times[-1] < seconds:
         times.append(times[-1] + GAP[kind](rng, len(times)))
     if count:                                            # as long as so many strikes take
-        seconds = times[-1] + 1.5
+        seconds = times[-1] + tail
     times = [t for t in times if t < seconds - 1.1]
     size = [(96, 128), (96, 128), (104, 136), (96, 144)][rng.integers(4)]
     return {"key": key, "size": size, "fps": Fraction(fps), "sound": sound, "times": times,
@@ -432,6 +444,22 @@ def deal(videos, rng):
         for t in video["times"]:
             deck = deck or [pairs[i] for i in rng.permutation(len(pairs))]
             video["strikes"].append((t, *deck.pop()))
+
+
+def deal_routines(videos, rng):
+    """Give every strike of the routines its classes: 12 routines, all equally often.
+
+    Pairs of verbs times four, of which two keep their noun; so each verb meets each noun alike.
+    """
+    nouns, routines, deck = list(NOUNS), [], []
+    for i, (one, two) in enumerate(TURNS):
+        a, b, c, d = nouns[i:] + nouns[:i]
+        routines += [((one, a), (two, a)), ((two, b), (one, b)),
+                     ((one, c), (two, d)), ((two, c), (one, d))]
+    for video in videos:
+        deck = deck or [routines[i] for i in rng.permutation(len(routines))]
+        turns = deck.pop()
+        video["strikes"] = [(t, *turns[i % 2]) for i, t in enumerate(video["times"])]
 
 
 def counted(n, scale, least):
@@ -548,12 +576,19 @@ def span(name, start, stop):
 
 
 def lta_entries(video, k, rng, labels):
-    """The actions of a clip: windows around the strikes, short ones and some of 8 s."""
+    """The actions of a clip: windows around the strikes, short ones and some of 8 s.
+
+    In a routine the middle 2.13 s hold the whole change and no other strike.
+    """
     entries, end = [], video["seconds"] - video["cut"]
     strikes = [(t - video["cut"], *c) for t, *c in video["strikes"] if t > video["cut"] + 1]
     for i, (t, verb, noun) in enumerate(strikes):
-        length = 8.0 if rng.random() < 0.15 else rng.uniform(2.4, 4.0)
-        start = max(0.0, round(t - length * rng.uniform(0.4, 0.6), 2))
+        if video["kind"] == "routine":
+            length = rng.uniform(2.4, 3.0)
+            start = round(t - length / 2 - rng.uniform(-0.35, 0.15), 2)
+        else:
+            length = 8.0 if rng.random() < 0.15 else rng.uniform(2.4, 4.0)
+            start = max(0.0, round(t - length * rng.uniform(0.4, 0.6), 2))
         stop = round(min(end, start + length), 2)
         if video["overrun"] and i + 1 == len(strikes):
             stop = round(end + 2.5, 2)
@@ -586,7 +621,7 @@ def oscc_entries(video, k, rng, labels):
         name, stop = f"{k}{len(entries):03d}", round(start + length, 1)
         place = f"{start:g}-{stop:g}".replace(".", "_")
         unique = f"{uuid_from(rng)}-{place}" if labels else f"{name}-{place}-{name}"
-        known = video["in_clip"] and start >= video["cut"] and rng.random() < 0.8
+        known = start >= video["cut"] and rng.random() < 0.8
         entry = {"clip_id": name, "unique_id": unique, "video_uid": video["video_uid"],
                  **span("parent", start, stop)}
         if labels and not change:
@@ -603,6 +638,16 @@ def oscc_entries(video, k, rng, labels):
 
 def uuid_from(rng):
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
+
+
+def plan_routines(seed, s, scale):
+    """The routines of split number s: 12, 12 and 2 clips with 10, 6 and 6 windows of 24 actions."""
+    videos, count = [], 26 + 2 * round(min(scale, 1) * (4, 2, 2)[s])
+    for k in range(counted((12, 12, 2)[s], scale, 1)):
+        video, own = plan_video(seed, "routine", 1000 * s + k, "routine", 0, 30, "none", count)
+        videos.append(video | {"own": own, "size": (96, 128), "room": (seed, crc32(b"room"))})
+    deal_routines(videos, np.random.default_rng((seed, crc32(b"routines"), s)))
+    return videos
 
 
 def make_ego4d(root, seed, scale, segments):
@@ -623,21 +668,24 @@ def make_ego4d(root, seed, scale, segments):
             seconds = rng.uniform(52, 60) if kind == "calm" else rng.uniform(30, 38)
             video, own = plan_video(seed, "ego4d", 1000 * s + k, kind, seconds, 30, sound)
             # Where the clip is a part of its video, the video starts 8 s earlier.
-            cut = 8.0 if k == 1 else 0.0
-            video |= {"clip_uid": uuid_from(own), "video_uid": uuid_from(own), "cut": cut,
-                      "own": own, "absent": k == n, "overrun": (s, k) == (0, 2), "in_clip": True}
+            video |= {"cut": 8.0 if k == 1 else 0.0, "own": own, "absent": k == n,
+                      "overrun": (s, k) == (0, 2)}
             videos.append(video)
         deal(videos, rng)
+        for video in plan_routines(seed, s, scale):
+            videos.append(video | {"cut": 0.0, "absent": False, "overrun": False})
         for k, video in enumerate(videos):
             own, labels = video.pop("own"), split != "test_unannotated"
+            video |= {"clip_uid": uuid_from(own), "video_uid": uuid_from(own)}
             lta += lta_entries(video, 100 * s + k, own, labels)
             if video["absent"]:                          # listed, but its file could not be had
                 continue
-            if video["kind"] != "dense":
+            if video["kind"] not in ("dense", "routine"):
                 oscc += oscc_entries(video, 100 * s + k, own, labels)
             clip = root / "clips" / f"{video['clip_uid']}.mp4"
             whole = root / "videos" / f"{video['video_uid']}.mp4"
-            pool = [root / f"{video['clip_uid']}.mp4"] if split == "train" else []
+            pretrain = split == "train" and video["kind"] != "routine"
+            pool = [root / f"{video['clip_uid']}.mp4"] if pretrain else []
             same = [(clip, 0.0, [whole, *pool])]
             parts = [(whole, 0.0, []), (clip, video["cut"], pool)]
             video["files"] = parts if video["cut"] else same
