@@ -1326,6 +1326,14 @@ def one_cycle(max_lr, epochs):
     return values
 
 
+def loader(args, dataset, device, start, steps):
+    """The batches of the steps start .. steps-1; broken samples are replaced."""
+    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
+    return DataLoader(common.SkipBroken(dataset, args.seed), batch_sampler=sampler,
+                      num_workers=args.workers, pin_memory=device.type == "cuda",
+                      generator=torch.Generator())
+
+
 def pretrain(args, device):
     """Self-supervised training of both networks on audible moments."""
     torch.manual_seed(args.seed)                              # the same weights on every process
@@ -1344,16 +1352,13 @@ def pretrain(args, device):
     start, means, best = saved["step"], saved.get("means", {}), saved.get("best", math.inf)
 
     index = SegmentIndex(args, scan(args))
-    dataset = common.SkipBroken(AudibleClips(args, index), args.seed)
+    dataset = AudibleClips(args, index)
     per_epoch = len(dataset) // args.batch_size
     steps, schedule = args.epochs * per_epoch, one_cycle(args.lr, args.epochs)
     common.same_samples(saved, len(dataset), args.out)
-    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())
     log = common.Log(args, start, steps, per_epoch)
     ddp.train()
-    for step, batch in log.steps(loader):
+    for step, batch in log.steps(loader(args, dataset, device, start, steps)):
         epoch, k = divmod(step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = schedule[epoch]
@@ -1421,13 +1426,9 @@ def linear(args, device):
     per_epoch = len(dataset) // args.batch_size
     steps, milestones = args.epochs * per_epoch, (int(0.6 * args.epochs), int(0.8 * args.epochs))
     common.same_samples(saved, len(dataset), args.out)
-    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
-    loader = DataLoader(common.SkipBroken(dataset, args.seed), batch_sampler=sampler,
-                        num_workers=args.workers, pin_memory=device.type == "cuda",
-                        generator=torch.Generator())
     log = common.Log(args, start, steps, per_epoch)
     model.backbone.train(args.legacy_bn)
-    for step, batch in log.steps(loader):
+    for step, batch in log.steps(loader(args, dataset, device, start, steps)):
         lr = step_lr(args.lr, step // per_epoch, milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1628,16 +1629,9 @@ def finetune(args, device):
     steps = args.epochs * per_epoch
     warmup = 0 if args.stage == "statechange" else min(1000, steps // 10)
     common.same_samples(saved, len(train), args.out)
-    dataset = common.SkipBroken(train, args.seed)
-
-    def loader(start, steps):
-        sampler = common.StepSampler(len(train), args.batch_size, args.seed, start, steps)
-        return DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
-                          pin_memory=device.type == "cuda", generator=torch.Generator())
-
     log = common.Log(args, start, steps, per_epoch)
     ddp.train()
-    for step, batch in log.steps(loader(start, steps)):
+    for step, batch in log.steps(loader(args, train, device, start, steps)):
         lr = warmup_cosine(args.lr, step, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1658,7 +1652,8 @@ def finetune(args, device):
         saving, measured = ended or (step + 1) % args.save_every == 0, {}
         if ended:
             if args.stage != "anticipation":
-                estimate_norms(args, model, loader(step + 1 - per_epoch, step + 1), device)
+                estimate_norms(args, model, device, loader(args, train, device,
+                                                           step + 1 - per_epoch, step + 1))
             measured = assess(args, model, device, train, val, selecting=True)
             if best is None or task.sign * (measured[task.best] - best) > 0:
                 best = measured[task.best]
@@ -1681,7 +1676,7 @@ def finetune(args, device):
 
 
 @torch.no_grad()
-def estimate_norms(args, model, batches, device):
+def estimate_norms(args, model, device, batches):
     """Batch-norm statistics for evaluation: means over the epoch's first 200 batches (tiny: 4).
 
     Each part of a batch gives one set; averaging them in order makes the result independent of
