@@ -607,12 +607,13 @@ def find_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]],
-                 required: str = "") -> None:
+                 required: str = "") -> set[str]:
     """Fill `module` from a checkpoint and print what was loaded, left over and left fresh.
 
     layouts: known naming schemes, each {prefix in the file: prefix in the module}; the one that
     matches most tensors is taken. Every entry of the module below the prefix `required` must
     come; a missing one, another shape or no match at all is a UserError, and nothing is changed.
+    Returns the names of the module's entries that were filled.
     """
     tensors, own = find_weights(path), module.state_dict()
 
@@ -636,6 +637,7 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]
     unused, fresh = set(tensors) - set(found.values()), set(own) - set(found)
     say(f"init {path}: {len(found)} tensors loaded, {len(unused)} of the file not used"
         f"{_heads(unused)}, {len(fresh)} of the network left fresh{_heads(fresh)}")
+    return set(found)
 
 
 def _heads(keys: Iterable[str]) -> str:

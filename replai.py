@@ -1326,6 +1326,14 @@ def one_cycle(max_lr, epochs):
     return values
 
 
+def loader(args, dataset, device, start, steps):
+    """The batches of the steps start .. steps-1; broken samples are replaced."""
+    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
+    return DataLoader(common.SkipBroken(dataset, args.seed), batch_sampler=sampler,
+                      num_workers=args.workers, pin_memory=device.type == "cuda",
+                      generator=torch.Generator())
+
+
 def pretrain(args, device):
     """Self-supervised training of both networks on audible moments."""
     torch.manual_seed(args.seed)                              # the same weights on every process
@@ -1344,16 +1352,13 @@ def pretrain(args, device):
     start, means, best = saved["step"], saved.get("means", {}), saved.get("best", math.inf)
 
     index = SegmentIndex(args, scan(args))
-    dataset = common.SkipBroken(AudibleClips(args, index), args.seed)
+    dataset = AudibleClips(args, index)
     per_epoch = len(dataset) // args.batch_size
     steps, schedule = args.epochs * per_epoch, one_cycle(args.lr, args.epochs)
     common.same_samples(saved, len(dataset), args.out)
-    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", generator=torch.Generator())
     log = common.Log(args, start, steps, per_epoch)
     ddp.train()
-    for step, batch in log.steps(loader):
+    for step, batch in log.steps(loader(args, dataset, device, start, steps)):
         epoch, k = divmod(step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"], group["momentum"] = schedule[epoch]
@@ -1421,13 +1426,9 @@ def linear(args, device):
     per_epoch = len(dataset) // args.batch_size
     steps, milestones = args.epochs * per_epoch, (int(0.6 * args.epochs), int(0.8 * args.epochs))
     common.same_samples(saved, len(dataset), args.out)
-    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
-    loader = DataLoader(common.SkipBroken(dataset, args.seed), batch_sampler=sampler,
-                        num_workers=args.workers, pin_memory=device.type == "cuda",
-                        generator=torch.Generator())
     log = common.Log(args, start, steps, per_epoch)
     model.backbone.train(args.legacy_bn)
-    for step, batch in log.steps(loader):
+    for step, batch in log.steps(loader(args, dataset, device, start, steps)):
         lr = step_lr(args.lr, step // per_epoch, milestones)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1628,16 +1629,9 @@ def finetune(args, device):
     steps = args.epochs * per_epoch
     warmup = 0 if args.stage == "statechange" else min(1000, steps // 10)
     common.same_samples(saved, len(train), args.out)
-    dataset = common.SkipBroken(train, args.seed)
-
-    def loader(start, steps):
-        sampler = common.StepSampler(len(train), args.batch_size, args.seed, start, steps)
-        return DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
-                          pin_memory=device.type == "cuda", generator=torch.Generator())
-
     log = common.Log(args, start, steps, per_epoch)
     ddp.train()
-    for step, batch in log.steps(loader(start, steps)):
+    for step, batch in log.steps(loader(args, train, device, start, steps)):
         lr = warmup_cosine(args.lr, step, warmup, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1658,7 +1652,8 @@ def finetune(args, device):
         saving, measured = ended or (step + 1) % args.save_every == 0, {}
         if ended:
             if args.stage != "anticipation":
-                estimate_norms(args, model, loader(step + 1 - per_epoch, step + 1), device)
+                estimate_norms(args, model, device, loader(args, train, device,
+                                                           step + 1 - per_epoch, step + 1))
             measured = assess(args, model, device, train, val, selecting=True)
             if best is None or task.sign * (measured[task.best] - best) > 0:
                 best = measured[task.best]
@@ -1681,7 +1676,7 @@ def finetune(args, device):
 
 
 @torch.no_grad()
-def estimate_norms(args, model, batches, device):
+def estimate_norms(args, model, device, batches):
     """Batch-norm statistics for evaluation: means over the epoch's first 200 batches (tiny: 4).
 
     Each part of a batch gives one set; averaging them in order makes the result independent of
@@ -1968,49 +1963,41 @@ def convert(args, device):
     checkpoint_latest-ego.pth   {"state_dict": video}: the Ego4D tools
     avid.pth.tar                {"model": module.video_model.*, module.audio_model.*}: AVID
     replai.pth.tar              {"model": module.backbone.*, module.mlp.*}: the official RepLAI
-    replai.pt                   {"model": backbone.*, mlp.*}: this script, like each of the others
+    replai.pt                   {"model": backbone.*, mlp.*}: this script, as it reads all of them
 
     What the source does not hold (audio, heads) is left out, and a layout that needs it, too.
     """
     if args.init in ("none", "avid"):
         raise UserError("convert: --init FILE names the checkpoint to convert")
-    tensors = common.find_weights(Path(args.init))
-    found = {}
-    for ours, names, build in (
-            ("backbone.video.", ("backbone.video.", "video_model.", "backbone.", "model.backbone.",
-                                 "model.", ""), common.R2Plus1D),
-            ("backbone.audio.", ("backbone.audio.", "audio_model."), common.SpectrogramCNN)):
-        name = next((n for n in names if f"{n}conv1.0.weight" in tensors), None)
-        if name is None:
-            continue
-        size = [len(tensors[f"{name}conv1.0.weight"])]
-        size += [18 if f"{name}conv2x.1.out_bn.weight" in tensors else 10] * ("video" in ours)
-        keys = build(*size).state_dict().keys()
-        missing = [k for k in keys if name + k not in tensors]
-        if missing:
-            raise UserError(f"{args.init}: {len(missing)} of the network's tensors are missing, "
-                            f"the first is {name}{missing[0]}")
-        found |= {ours + k: tensors[name + k] for k in keys}
-    if "backbone.video.conv1.0.weight" not in found:
-        raise UserError(f"{args.init}: holds no video network of this kind")
-    heads = {k: v for k, v in tensors.items() if k.startswith("mlp.")}
+    path = Path(args.init)
+    tensors = common.find_weights(path)
+    stem = next((k for k, v in tensors.items() if k.endswith("conv1.0.weight") and v.dim() == 5),
+                None)
+    if stem is None:
+        raise UserError(f"{path}: holds no video network of this kind")
+    deep = stem.replace("conv1.0", "conv2x.1.out_bn") in tensors
+    model = RepLAI(len(tensors[stem]), 18 if deep else 10)
+    loaded = common.load_weights(model, path, [*PRETRAIN_LAYOUTS, *(
+        {a: f"backbone.video.{b}" for a, b in s.items()} for s in BARE_LAYOUTS)], "backbone.video.")
 
-    def renamed(pairs, entries):
-        return {new + k[len(old):]: v for old, new in pairs.items()
-                for k, v in entries.items() if k.startswith(old)}
-    both = any(k.startswith("backbone.audio.") for k in found)
-    files = {"checkpoint_latest-ego.pth": {"state_dict": renamed({"backbone.video.": ""}, found)},
-             "replai.pt": {"model": found | heads}}
-    if both:
-        files["avid.pth.tar"] = {"epoch": 0, "model": renamed(
-            {"backbone.video.": "module.video_model.", "backbone.audio.": "module.audio_model."},
-            found)}
-    if both and heads:
-        files["replai.pth.tar"] = {"epoch": 0, "model": renamed({"": "module."}, found | heads)}
+    def part(old, new):
+        names = [k for k in model.state_dict() if k.startswith(old)]
+        missing = [k for k in names if k not in loaded]
+        if missing and len(missing) < len(names):
+            raise UserError(f"{path}: tensors are missing, the first is {missing[0]}")
+        return {} if missing else {new + k[len(old):]: model.state_dict()[k] for k in names}
+    video, audio, heads = "backbone.video.", "backbone.audio.", "mlp."
+    files = {"checkpoint_latest-ego.pth": {"state_dict": part(video, "")},
+             "replai.pt": {"model": part(video, video) | part(audio, audio) | part(heads, heads)}}
+    if part(audio, ""):
+        files["avid.pth.tar"] = {"epoch": 0, "model": {
+            **part(video, "module.video_model."), **part(audio, "module.audio_model.")}}
+    if part(audio, "") and part(heads, ""):
+        files["replai.pth.tar"] = {"epoch": 0, "model": part("", "module.")}
     for name, content in files.items():
         common.write(args.out / name, functools.partial(torch.save, content))
-    common.say(f"done: {', '.join(files)} in {args.out}" + "; the others need "
-               f"{'the heads' if both else 'the audio network'}" * (len(files) < 4))
+    common.say(f"done: {', '.join(files)} in {args.out}" + "; the others need the audio network "
+               "and the heads" * (len(files) < 4))
 
 
 # ---- segments and pictures ---------------------------------------------------------------------
