@@ -153,6 +153,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         if isinstance(e, OSError) and e.filename:
             text = f"{e.filename}: {e.strerror}"
         print(f"error: {text}", file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print("error: the GPU's memory is full: lower --batch_size", file=sys.stderr)
     except Exception:
         time.sleep(3 if world_size() > 1 else 0)              # most often another rank's fault
         import traceback

@@ -66,6 +66,7 @@ GREY = (0.45,) * 3, (0.225,) * 3               # mean and std that the forecasti
 FPS = 30                        # of Ego4D's canonical videos, which its frame numbers count
 ACTION_SECONDS = 32 * 2 / FPS   # of a clip for recognition and anticipation
 INPUTS, FUTURE = 4, 20          # actions that anticipation sees, and Z, those that it foretells
+TEST = "test_unannotated"       # the split whose labels nobody has
 EGO4D_STAGES = ("statechange", "recognition", "anticipation")
 common.FREE_FLAGS |= {"moments", "clips", "clip", "eval_resize", "pnr_frame"}
 AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
@@ -113,14 +114,16 @@ def parse_args(argv=None):
     g.add_argument("--extra_window", action="store_true",
                    help="anticipation trains on each clip's last window too (its later tools)")
     g.add_argument("--groups", type=int, default=8, metavar="N",
-                   help="parts of a batch that batch norm sees apart: the release's 8 GPUs")
+                   help="parts of a batch that batch norm sees apart, as far as batch and "
+                        "processes divide: the release's 8 GPUs")
     g.add_argument("--pnr_frame", choices=["absolute", "relative"], default="absolute",
                    help="submitted key frames count in the video, or from the clip's start (which "
                         "of them the challenge wants is unverified)")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--clips", type=int, default=1, metavar="N",
-                   help="evenly spaced clips per action, scores averaged; 1: the centre (ours)")
+                   help="evenly spaced clips per action, scores averaged, in linear and "
+                        "recognition; 1: the centre (ours)")
     g.add_argument("--clip", choices=["even", "random"], default="even",
                    help="random: at random places fixed by --seed (released protocol, with N 1)")
     g.add_argument("--eval_resize", choices=["nearest", "bilinear"], default="nearest",
@@ -145,8 +148,8 @@ def parse_args(argv=None):
                    help="samples per step over all GPUs; batch norm sees one GPU's share")
     g.add_argument("--lr", type=float,
                    help="peak of OneCycle; linear: first value, x0.1 at 3/5 and 4/5 of the epochs; "
-                        "Ego4D's tasks: first value of a cosine, after 1000 steps of warm-up but "
-                        "in statechange")
+                        "Ego4D's tasks: first value of a cosine, after 1000 steps of warm-up "
+                        "(at most a tenth of all) but in statechange")
     g.add_argument("--weight_decay", type=float,
                    help="on every parameter, norms and biases too (configs/optim/sgd.yaml); "
                         "Ego4D's tasks: none on parameters named bn")
@@ -170,7 +173,8 @@ PUBLISHED = {      # NOTE: of statechange the benchmark's, its config was never 
     "recognition": {"epochs": 30, "batch_size": 32, "lr": 0.01, "weight_decay": 1e-4,
                     "num_frames": 32, "crop": 224},
     "anticipation": {"epochs": 50, "batch_size": 32, "lr": 0.01, "weight_decay": 1e-4,
-                     "num_frames": 32, "crop": 224, "features": 2048, "layers": 6}}
+                     "num_frames": 32, "crop": 224, "features": 2048, "layers": 6,
+                     "save_every": 5000}}                     # 2 GB each time
 TINY = {
     "pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0.05},
     "statechange": {"epochs": 20, "lr": 0.01},
@@ -239,7 +243,7 @@ def list_media(args, pieces=True):
                         "`--stage segments` finish")
     files = mp4_files(args.data, "segments/*") if pieces else []
     if args.dataset == "ego4d":
-        whole = mp4_files(args.data, "*")
+        whole = mp4_files(args.data, "*") or mp4_files(args.data, "clips/*")
         uncut = {f.stem for f in whole} - {f.stem.rsplit("_", 2)[0] for f in files}
         if files and uncut:
             common.say(f"{len(uncut)} of {len(whole)} videos have no piece in segments/: not used")
@@ -732,19 +736,20 @@ def read_taxonomy(root):
 
 
 def read_fho_actions(root, split, num_classes):
-    """`FhoActions` of fho_lta_<split>.json."""
+    """(path, `FhoActions`) of fho_lta_<split>.json."""
     path, entries = read_fho(root, "lta", split)
-    rows, seen = [], {}
+    rows = {}
     for i, entry in enumerate(entries):
         f = common.Fields(f"{path}: clips[{i}]", entry)
         key = f.name("clip_uid"), int(f.number("action_idx"))
-        if seen.setdefault(key, i) != i:
-            raise f.fault("action_idx", f"is there twice in this clip, also in clips[{seen[key]}]")
-        rows.append((*key, span(f, "action_clip"), *(
+        rows.setdefault(key, (*key, span(f, "action_clip"), *(
             f.label(k, n) for k, n in zip(("verb_label", "noun_label"), num_classes))))
-    order = {clip: n for n, clip in enumerate(dict.fromkeys(r[0] for r in rows))}
-    rows.sort(key=lambda r: (order[r[0]], r[1]))              # clips as in the file
-    return FhoActions(*(np.array(column) for column in zip(*rows)))
+    if len(rows) < len(entries):
+        common.say(f"warning: {path}: {len(entries) - len(rows)} actions are there twice (the same "
+                   "clip_uid and action_idx), the first counts")
+    order = {clip: n for n, clip in enumerate(dict.fromkeys(clip for clip, _ in rows))}
+    table = sorted(rows.values(), key=lambda r: (order[r[0]], r[1]))      # clips as in the file
+    return path, FhoActions(*(np.array(column) for column in zip(*table)))
 
 
 def ego4d_files(root, *folders):
@@ -756,13 +761,27 @@ def ego4d_files(root, *folders):
     return found
 
 
-def tell_absent(path, what, uids, here):
-    """One line: for how many annotations the video is there, and which are not. UserError: none."""
+def tell_here(path, what, uids, here, kept):
+    """Say how many annotations are used and which videos are absent; False: all, of the test split.
+
+    UserError if they are all absent in train or val. Of annotations that are there twice the
+    first is kept.
+    """
     absent = sorted({str(u) for u, ok in zip(uids, here) if not ok})
-    common.say(f"{path.name}: {sum(here)} of {len(here)} {what}" + (
-        f"; {len(absent)} videos are absent ({', '.join(absent[:5])})" if absent else ""))
-    if not any(here):
+    common.say(f"{path.name}: {kept} of {len(here)} {what}"
+               + f"; {sum(here) - kept} are there twice" * (kept < sum(here))
+               + (f"; videos absent: {len(absent)} ({', '.join(absent[:5])})" if absent else ""))
+    if not kept and TEST not in path.name:
         raise UserError(f"{path}: none of its videos is there; see README for the layout")
+    return kept > 0
+
+
+def tell_labels(path, labelled):
+    """Say how many annotations have no labels; UserError: none has."""
+    if not labelled.all():
+        common.say(f"warning: {path}: {int((~labelled).sum())} without labels are not used")
+    if not labelled.any():
+        raise UserError(f"{path}: no annotation whose video is there has a label")
 
 
 def action_windows(clips, inputs, future, extra=False):
@@ -782,56 +801,52 @@ class Changes(NamedTuple):
     file: np.ndarray                                          # (R,) path in --data, as bytes
     seconds: np.ndarray                                       # (R, 2) start, stop in the video
     frames: np.ndarray                                        # (R, 2) the same in frames
-    shift: np.ndarray                                         # of frames, video to file
     state: np.ndarray                                         # 1 change, 0 none, -1 not known
     pnr: np.ndarray                                           # frame of no return, -1 for none
 
 
 def read_change(f, null_is_change):
-    """(unique_id, seconds, frames, state, pnr) of one entry, checked."""
+    """(unique_id, seconds, frames, state, pnr) of one entry, checked.
+
+    NOTE: the benchmark asserts that the key frame is in its clip; here it counts as not known.
+    """
     name, state, seconds = f.entry.get("unique_id"), f.entry.get("state_change"), span(f, "parent")
     if not isinstance(name, str):
         raise f.fault("unique_id", "is no text")
     if state not in (True, False, None):
         raise f.fault("state_change", "is neither true, false nor null")
-    frames = [int(f.number(f"parent_{end}_frame", math.floor(FPS * second + 1e-6)))
-              for end, second in zip(("start", "end"), seconds)]
-    if frames[1] - frames[0] < 2:
+    first, last = (int(f.number(f"parent_{end}_frame", math.floor(FPS * second + 1e-6)))
+                   for end, second in zip(("start", "end"), seconds))
+    if last - first < 2:
         raise f.fault("parent_end_frame", "leaves no frames")
     state = int(null_is_change if state is None else state) if "state_change" in f.entry else -1
-    return name, seconds, frames, state, int(f.number("parent_pnr_frame", -1)) if state else -1
+    pnr = f.number("parent_pnr_frame", -1) if state else -1
+    return name, seconds, (first, last), state, int(pnr) if first <= pnr <= last else -1
 
 
 def read_changes(args, split):
-    """`Changes` of fho_oscc-pnr_<split>.json whose video is there, whole or as its clip.
+    """`Changes` of fho_oscc-pnr_<split>.json whose video is there; None for an absent test split.
 
     NOTE: the release takes everything but `false` for a change, null too (--compat released).
     """
     path, entries = read_fho(args.data, "oscc-pnr", split)
-    whole, cut = (ego4d_files(args.data, *names) for names in (("videos", "full_scale"),
-                                                               ("clips", "")))
-    rows, uids, here, known, astray = [], [], [], set(), 0
+    files = ego4d_files(args.data, "videos", "full_scale")
+    rows, videos, lost = {}, [], 0
     for i, entry in enumerate(entries):
         f = common.Fields(f"{path}: clips[{i}]", entry)
-        name, seconds, frames, state, pnr = read_change(f, args.compat == "released")
-        if name in known:
-            raise f.fault("unique_id", "is there twice")
-        known.add(name)
-        video, clip = f.name("video_uid"), f.name("clip_uid", needed=False)
-        file, shift = whole.get(video), 0
-        if file is None and clip in cut and entry.get("clip_start_frame") is not None:
-            file, shift = cut[clip], int(f.number("clip_start_frame")) - frames[0]
-        uids.append(video)
-        here.append(file is not None)
-        if pnr >= 0 and not frames[0] <= pnr <= frames[1]:
-            astray, pnr = astray + 1, -1
-        if file is not None:
-            rows.append((name, os.fsencode(file), seconds, frames, shift, state, pnr))
-    tell_absent(path, "clips", uids, here)
-    if astray:
-        common.say(f"warning: {path}: {astray} key frames lie outside of their "
-                   "clip and do not count")
-    return Changes(*(np.array(column) for column in zip(*rows[:args.limit])))
+        name, *row = read_change(f, args.compat == "released")
+        videos.append(f.name("video_uid"))
+        lost += row[2] == 1 and row[3] < 0
+        if videos[-1] in files:
+            rows.setdefault(name, (name, os.fsencode(files[videos[-1]]), *row))
+    if lost:
+        common.say(f"warning: {path}: {lost} changes have no key frame in their clip")
+    if not tell_here(path, "clips", videos, [v in files for v in videos], len(rows)):
+        return None
+    changes = Changes(*(np.array(column) for column in zip(*rows.values())))
+    known = (changes.state >= 0) | (split == TEST)
+    tell_labels(path, known)
+    return Changes(*(x[known][:args.limit] for x in changes))
 
 
 # ---- data: Ego4D clips ---------------------------------------------------------------------------
@@ -841,7 +856,8 @@ class ActionWindows(Dataset):
 
     rows (N, inputs): of `actions`; verb, noun: (N,) or (N, 20) labels. In training at a random
     place; scale, crop and mirroring are one choice for all clips of a sample, as released.
-    NOTE: the release reduces a clip to 64 pictures and these to 32; at 30 fps they are the same.
+    NOTE: for anticipation the release reduces a clip to 64 pictures and these to 32; at 30 fps
+    they are the same. It normalises before it resizes, we after: half a grey level of rounding.
     """
 
     def __init__(self, args, actions, files, rows, verb, noun, absent=()):
@@ -921,15 +937,21 @@ class StateClips(Dataset):
         return len(self.changes.id)
 
     def read(self, i, frames):
-        """NOTE: as released, the aspect is not kept; its frames were stored 384 high before."""
-        c, crop = self.changes, self.args.crop
-        times = (frames + c.shift[i] + 0.5) / FPS             # the middle of each picture's time
-        path = self.args.data / os.fsdecode(c.file[i])
+        """Pictures of the clip's video at frame numbers (30 fps) -> (3, T, crop, crop) uint8.
+
+        NOTE: as released, the aspect is not kept; its frames were stored 384 high before.
+        """
+        crop, times = self.args.crop, (frames + 0.5) / FPS    # the middle of each picture's time
+        path = self.args.data / os.fsdecode(self.changes.file[i])
         pictures = common.read_clip(path, [times], math.ceil(384 / 225 * crop))[0]
         return resize_crop_flip(pictures, (crop, crop), 0, 0, crop, False, "tensor")
 
     def part(self, rng, i):
-        """First and last frame of a random part of the clip that keeps the key frame."""
+        """First and last frame of a random part, 5 to 8 s, of the clip that keeps the key frame.
+
+        NOTE: the benchmark calls np.random.uniform(8 - length), which draws the start between
+        8 - length and 1 s; surely between 0 and 8 - length was meant, and is what we draw.
+        """
         (first, last), pnr = self.changes.frames[i], self.changes.pnr[i]
         length = rng.uniform(5, 8)
         begin = self.changes.seconds[i, 0] + rng.uniform(0, 8 - length)
@@ -943,8 +965,8 @@ class StateClips(Dataset):
         frames = sample_frames(*self.part(np.random.default_rng((self.args.seed, epoch, i)), i),
                                self.args.num_frames)
         c = self.changes
-        return {"clip": self.read(i, frames), "state": c.state[i], "known": float(c.pnr[i] >= 0),
-                "keyframe": keyframe_index(frames, c.pnr[i])}
+        return {"clip": self.read(i, frames), "state": c.state[i],
+                "keyframe": keyframe_index(frames, c.pnr[i]), "has_keyframe": c.pnr[i] >= 0}
 
 
 class TestStates(StateClips):
@@ -1157,7 +1179,7 @@ class StateHeads(nn.Module):
     """Where, and whether, an object changes its state; names as in the hands-and-objects benchmark.
 
     Both average the last map over windows of `pool` x `pool`, which leaves 2 x 2 places of the
-    paper's 8 x 8, and the second over time, too.
+    8 x 8, and the second over time, too.
     """
 
     def __init__(self, channels, side=8, pool=7, dropout=0.5):
@@ -1295,16 +1317,15 @@ def anticipation_losses(out, batch):
 
 
 def statechange_losses(out, batch):
-    """Key frame and state.      out: logits (B, 1, T), (B, 2, 1); state, keyframe, known (B,)
+    """The same for (B, 1, T), (B, 2, 1) and state, keyframe, has_keyframe (B,)
 
         keyframe = mean_b state_b · CE(logits_b, nearest frame to the point of no return)
 
-    The mean is over ALL clips, those without a change count as zero. `known`: 0 for a change
-    whose key frame nobody annotated.
+    The mean is over ALL clips, those without a change, or without a known key frame, as zeros.
     """
     keyframe, state = out[0].float().flatten(1), out[1].float().flatten(1)
     each = F.cross_entropy(keyframe, batch["keyframe"], reduction="none")
-    return {"keyframe": (batch["state"] * batch["known"] * each).mean(),
+    return {"keyframe": (batch["state"] * batch["has_keyframe"] * each).mean(),
             "state": F.cross_entropy(state, batch["state"])}
 
 
@@ -1588,7 +1609,10 @@ def optimizer_of(args, model):
 
 
 def parts_of(args, batch, device):
-    """This process's share of a batch as [(number of the part, part)], on the device."""
+    """This process's share of a batch as [(number of the part, part)], on the device.
+
+    As many parts as --groups says in all, or the nearest number that divides the shares evenly.
+    """
     share = len(batch["clip"])
     n = math.gcd(share, max(1, args.groups // common.world_size()))
     tensors = {k: x.split(share // n) for k, x in batch.items() if torch.is_tensor(x)}
@@ -1611,7 +1635,7 @@ def finetune(args, device):
     which is also what the paper reports.
     """
     task = TASKS[args.stage]
-    train, val, test = (task.data(args, split) for split in ("train", "val", "test_unannotated"))
+    train, val, test = (task.data(args, split) for split in ("train", "val", TEST))
     torch.manual_seed(args.seed)                              # the same weights on every process
     model = task.model(args).to(device)
     if not (args.out / "last.pt").exists():
@@ -1627,6 +1651,7 @@ def finetune(args, device):
 
     per_epoch = len(train) // args.batch_size
     steps = args.epochs * per_epoch
+    # NOTE: at most a tenth of a run, which is less than the published 1000 steps in short runs.
     warmup = 0 if args.stage == "statechange" else min(1000, steps // 10)
     common.same_samples(saved, len(train), args.out)
     log = common.Log(args, start, steps, per_epoch)
@@ -1642,15 +1667,16 @@ def finetune(args, device):
             with ddp.no_sync() if n < len(parts) else contextlib.nullcontext():
                 with common.autocast(device, args.precision):
                     out = ddp(pixels(args, part["clip"]))
-                losses = task.losses(out, part)
-                (sum(losses.values()) / len(parts)).backward()
-            means = {k: means.get(k, 0.0) + v.detach() / len(parts) for k, v in losses.items()}
+                terms = task.losses(out, part)
+                (sum(terms.values()) / len(parts)).backward()
+            means = {k: means.get(k, 0.0) + v.detach() / len(parts) for k, v in terms.items()}
         log.guard(step, **means)
         optimizer.step()
 
         ended = (step + 1) % per_epoch == 0
         saving, measured = ended or (step + 1) % args.save_every == 0, {}
         if ended:
+            began = time.perf_counter()
             if args.stage != "anticipation":
                 estimate_norms(args, model, device, loader(args, train, device,
                                                            step + 1 - per_epoch, step + 1))
@@ -1659,6 +1685,7 @@ def finetune(args, device):
                 best = measured[task.best]
                 common.save(args.out / "best.pt", step + 1, args, model=model)
             ddp.train()
+            log.since += time.perf_counter() - began          # not part of the training speed
         log(step, saving, loss=sum(means.values()), **means, lr=lr,
             **{k: v for k, v in measured.items() if k == task.best})
         if saving:
@@ -1670,14 +1697,14 @@ def finetune(args, device):
     if common.rank() == 0:
         common.write_json(args.out / "metrics.json", metrics)
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
-                          ["loss", *task.parts, task.best, "lr"])
+                          ["loss", *task.terms, task.best, "lr"])
     common.say(f"val, {len(val)} samples, best epoch: " + "  ".join(
         f"{k} {v:.4g}" for k, v in metrics.items() if v is not None))
 
 
 @torch.no_grad()
 def estimate_norms(args, model, device, batches):
-    """Batch-norm statistics for evaluation: means over the epoch's first 200 batches (tiny: 4).
+    """Batch-norm statistics for evaluation: means over the epoch's first 6400 samples (tiny: 64).
 
     Each part of a batch gives one set; averaging them in order makes the result independent of
     the number of processes. NOTE: the release does this for recognition; for statechange, whose
@@ -1687,7 +1714,8 @@ def estimate_norms(args, model, device, batches):
     rows = {}
     for m in norms:
         m.momentum = 1.0                                      # running statistics = this part's
-    for k, batch in enumerate(itertools.islice(batches, 4 if args.tiny else 200)):
+    most = max(1, (64 if args.tiny else 6400) // args.batch_size)         # released: 200 of 32
+    for k, batch in enumerate(itertools.islice(batches, most)):
         parts = parts_of(args, batch, device)
         for number, part in parts:
             with common.autocast(device, args.precision):
@@ -1709,31 +1737,31 @@ def assess(args, model, device, train, val, test=None, selecting=False):
         args = argparse.Namespace(**{**vars(args), "clips": 1, "clip": "even"})
     common.share_buffers(model)                               # of --legacy_bn: process 0's
     model.eval()
-    for split, dataset in (("_val", val), ("", test)):
+    for split, suffix, dataset in (("val", "_val", val), ("test", "", test)):
         if dataset is None:
             continue
 
         def network(items, clips):
             return task.outputs(args, model, items, pixels(args, clips))
-        out = common.predict(args, device, task.views(args, dataset), network, split or "test")
+        out = common.predict(args, device, task.for_test(args, dataset), network, split)
         if dataset is val:
             metrics = task.metrics(train, val, *out)
         if not selecting and common.rank() == 0:
             for name, value in task.submission(args, dataset, *out).items():
-                common.write_json(args.out / f"{name}{split}.json", value)
+                common.write_json(args.out / f"{name}{suffix}.json", value)
     return metrics
 
 
 # ---- Ego4D: the data, metrics and submissions of each task ---------------------------------------
 
 def action_data(args, split):
-    """`ActionWindows` of recognition or anticipation; None for a test split without its file.
+    """`ActionWindows` of recognition or anticipation; None: the test split is not there.
 
     Samples without labels are left out in train and val, those without their video everywhere.
     """
-    if split not in ("train", "val") and not fho_file(args.data, "lta", split).exists():
+    if split == TEST and not fho_file(args.data, "lta", split).exists():
         return None
-    actions = read_fho_actions(args.data, split, read_taxonomy(args.data))
+    path, actions = read_fho_actions(args.data, split, read_taxonomy(args.data))
     files = ego4d_files(args.data, "clips", "")
     if args.stage == "recognition":
         rows = targets = np.arange(len(actions.clip))[:, None]
@@ -1741,18 +1769,15 @@ def action_data(args, split):
         extra = args.extra_window and split == "train"
         windows = action_windows(actions.clip, INPUTS, FUTURE, extra)
         rows, targets = windows[:, :INPUTS], windows[:, INPUTS:]
+    if not len(rows) and split != TEST:
+        raise UserError(f"{path}: no clip has the {INPUTS} + {FUTURE + 1} actions of a window")
     verb, noun, clips = actions.verb[targets], actions.noun[targets], actions.clip[rows[:, 0]]
-    if not len(rows):
-        raise UserError(f"{args.data}: no {split} clip has the {INPUTS} + {FUTURE + 1} actions "
-                        "that a window needs")
-    here = np.array([c in files for c in clips])
-    known = ((verb >= 0) & (noun >= 0)).all(1) | (split not in ("train", "val"))
-    tell_absent(fho_file(args.data, "lta", split), "samples", clips, here)
-    if not known.all():
-        common.say(f"warning: {split}: {int((~known).sum())} samples without labels are not used")
-    use = np.flatnonzero(here & known)[:args.limit]
-    if not len(use):
-        raise UserError(f"{fho_file(args.data, 'lta', split)}: no sample with its video has labels")
+    here = np.array([c in files for c in clips], bool)
+    if not tell_here(path, "samples", clips, here, int(here.sum())):
+        return None
+    labelled = ((verb >= 0) & (noun >= 0)).all(1) | (split == TEST)
+    tell_labels(path, labelled[here])
+    use = np.flatnonzero(here & labelled)[:args.limit]
     absent = [f"{actions.clip[r]}_{actions.index[r]}" for r in rows[~here, -1]]
     if args.stage == "recognition":
         verb, noun = verb[:, 0], noun[:, 0]
@@ -1765,13 +1790,16 @@ def recognition_outputs(args, model, items, clips):
 
 
 def recognition_metrics(train, val, verb, noun):
-    """Percent of actions whose label is the best, or among the five best; chance: train's mode."""
+    """Percent of actions whose label is the best, or one of the five best.
+
+    Prior: train's commonest.
+    """
     metrics = {f"{kind}@{k}": top_k(scores, labels, k) for k in (1, 5) for kind, scores, labels in
                (("verb", verb, val.verb), ("noun", noun, val.noun))}
     metrics["action@1"] = action_top_k(verb, noun, val.verb, val.noun, 1)
     for kind, seen, labels in (("verb", train.verb, val.verb), ("noun", train.noun, val.noun)):
         usual = np.bincount(seen).argmax()
-        metrics[f"{kind}@1 of chance"] = 100.0 * float((labels == usual).mean())
+        metrics[f"{kind}@1 of prior"] = 100.0 * float((labels == usual).mean())
     return metrics
 
 
@@ -1823,17 +1851,18 @@ def edit_metrics(pred, label):
 
 
 def anticipation_metrics(train, val, verb, noun):
-    """ED@Z and AUED of verbs, nouns and pairs; chance: futures drawn from train's actions."""
+    """ED@Z and AUED of verbs, nouns and pairs; prior: futures drawn from train's actions."""
     metrics, pairs = {}, 1 << 20                              # one number for verb and noun
+    verb, noun = verb.astype(np.int64), noun.astype(np.int64)
     drawn = np.random.default_rng(0).integers(train.verb.size, size=verb.shape)
-    for kind, pred, label, chance in (
+    for kind, pred, label, prior in (
             ("verb", verb, val.verb, train.verb.ravel()[drawn]),
             ("noun", noun, val.noun, train.noun.ravel()[drawn]),
             ("action", verb * pairs + noun, val.verb * pairs + val.noun,
              (train.verb * pairs + train.noun).ravel()[drawn])):
-        ed, area = edit_metrics(pred.astype(np.int64), label)
+        ed, area = edit_metrics(pred, label)
         metrics |= {f"{kind} ED@{len(ed)}": float(ed[-1]), f"{kind} AUED": area,
-                    f"{kind} ED@{len(ed)} of chance": float(edit_metrics(chance, label)[0][-1])}
+                    f"{kind} ED@{len(ed)} of prior": float(edit_metrics(prior, label)[0][-1])}
     return metrics
 
 
@@ -1846,8 +1875,8 @@ def anticipation_submission(args, dataset, verb, noun):
     futures = {name: {"verb": v.tolist(), "noun": n.tolist()}
                for name, v, n in zip(dataset.ids(), verb, noun)}
     if dataset.absent:
-        common.say(f"warning: {len(dataset.absent)} windows of absent clips are filled in: "
-                   f"{', '.join(dataset.absent[:3])}")
+        common.say(f"warning: {len(dataset.absent)} windows of absent clips are filled in, the "
+                   f"first is {dataset.absent[0]}")
         fill = {k: np.full(x.shape[1:], np.bincount(x.ravel()).argmax()).tolist()
                 for k, x in (("verb", verb), ("noun", noun))}
         futures |= dict.fromkeys(dataset.absent, fill)
@@ -1855,19 +1884,11 @@ def anticipation_submission(args, dataset, verb, noun):
 
 
 def statechange_data(args, split):
-    """`StateClips`; None for a test split without its file."""
-    if split not in ("train", "val"):
-        exists = fho_file(args.data, "oscc-pnr", split).exists()
-        return StateClips(args, read_changes(args, split)) if exists else None
+    """`StateClips`; None: the test split is not there."""
+    if split == TEST and not fho_file(args.data, "oscc-pnr", split).exists():
+        return None
     changes = read_changes(args, split)
-    known = changes.state >= 0
-    if not known.all():
-        common.say(f"warning: {split}: {int((~known).sum())} clips without `state_change` are "
-                   "not used")
-    if not known.any():
-        raise UserError(f"{fho_file(args.data, 'oscc-pnr', split)}: no clip with its video has a "
-                        "label, `state_change`")
-    return StateClips(args, Changes(*(x[known] for x in changes)))
+    return changes and StateClips(args, changes)
 
 
 def probabilities(keyframe, state):
@@ -1887,7 +1908,7 @@ def keyframe_errors(keyframe, start, stop, seconds, pnr):
 def statechange_metrics(train, val, keyframe, state):
     """Accuracy in percent, key-frame error in seconds over the clips with an annotated one.
 
-    Chance: train's commoner state, and its commonest place of the key frame.
+    Prior: train's commoner state, and its commonest place of the key frame.
     """
     def errors(scores, c):
         return keyframe_errors(scores, *c.frames.T, c.seconds[:, 1] - c.seconds[:, 0], c.pnr)[
@@ -1897,8 +1918,8 @@ def statechange_metrics(train, val, keyframe, state):
     usual = np.tile(np.eye(frames)[int(np.argmin(always))], (len(c.id), 1))
     return {"StCC acc": 100.0 * float((state.argmax(1) == c.state).mean()),
             "PNR err (s)": mean_or_none(errors(keyframe, c)),
-            "StCC acc of chance": 100.0 * float((c.state == np.bincount(t.state).argmax()).mean()),
-            "PNR err (s) of chance": mean_or_none(errors(usual, c))}
+            "StCC acc of prior": 100.0 * float((c.state == np.bincount(t.state).argmax()).mean()),
+            "PNR err (s) of prior": mean_or_none(errors(usual, c))}
 
 
 def mean_or_none(x):
@@ -1922,14 +1943,14 @@ def statechange_submission(args, dataset, keyframe, state):
 class Task(NamedTuple):
     """What tells the three tasks apart; the rest is `finetune`."""
     data: Callable         # (args, split) -> dataset of training; None: no test split
-    views: Callable        # (args, dataset) -> the same for evaluation
+    for_test: Callable     # (args, dataset) -> the same for evaluation
     model: Callable        # (args) -> network
     layouts: tuple         # naming schemes that --init knows, prefix of what it has to fill
     losses: Callable       # (outputs, batch) -> {part: loss}, to be added up
     outputs: Callable      # (args, model, items, clips) -> [(B, ...) tensors]
     metrics: Callable      # (train, val, *outputs) -> {name: number}
     submission: Callable   # (args, dataset, *outputs) -> {name of the file: value}
-    parts: tuple           # of the loss
+    terms: tuple           # names of the loss parts
     best: str              # the metric that chooses the checkpoint
     sign: int              # +1: more is better, -1: less
 

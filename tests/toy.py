@@ -32,7 +32,8 @@ anticipation has routines besides: two verbs that belong together take turns, th
 take turns with them. Who recognises four actions in a row knows the twenty after them; who does not
 look is right as often as by chance, since all 24 pairs of verb and noun are equally frequent.
 Routines are soundless and outside the pre-training pool, and all of them are in the same room: the
-ground and what floats before it would else tell which routine it is.
+ground and what floats before it would else tell which routine it is. The change of state needs many
+rooms to be learned from nothing: short quiet videos, soundless and outside the pool, too.
 
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
@@ -68,6 +69,7 @@ WANDER = 16          # pixels that the camera strays from the middle
 REACH = 0.7          # seconds the hand needs to come, and to go
 SLIDE = 0.4          # seconds an object needs to slide in or out
 CHANGE = 0.9         # seconds after which every change is over
+SMALL = (72, 96)     # pictures of videos that are there for one task only
 KEEP = 0.5           # how often a fitting object is struck again
 TURNS = [("up", "down"), ("grow", "shrink"), ("shake", "spin")]                # in a routine
 
@@ -106,6 +108,7 @@ GAP = {  # kind of video: seconds from the i-th strike to the next
     "dense": lambda rng, i: rng.uniform(1.95, 2.3),
     "calm": lambda rng, i: rng.uniform(9.8, 11) if i % 3 == 1 else rng.uniform(4.4, 6.5),
     "routine": lambda rng, i: rng.uniform(1.6, 1.9),
+    "quiet": lambda rng, i: rng.uniform(9.8, 10.6),
 }
 
 
@@ -352,7 +355,7 @@ def draw(video, start=0.0):
     # The light changes its colour all the time: else colours would tell which video it is.
     waves = 2 * np.pi * times[:, None] / rng.uniform(3, 8, 3) + rng.uniform(0, 2 * np.pi, 3)
     light = np.round(15.5 + 15.5 * np.sin(waves)).astype(int)                  # (pictures, 3)
-    shades = (np.arange(256) * np.linspace(0.55, 1, 32)[:, None]).astype(np.uint8)
+    shades = np.linspace(141, 256, 32).astype(np.uint16)                       # of 256
     for i in range(begin, len(times)):
         top, left = round(margin + pan[0][i]), round(margin + pan[1][i])
         frame = ground[top:top + height, left:left + width].copy()
@@ -367,9 +370,7 @@ def draw(video, start=0.0):
                 # The object is near: it follows the camera but for a small rest.
                 blend(frame, cache[k][1], y[j] - 0.2 * pan[0][i], x[j] - 0.2 * pan[1][i])
         frame += grain[order[i]]
-        for c in range(3):
-            frame[..., c] = shades[light[i, c]][frame[..., c]]
-        yield frame
+        yield (frame * shades[light[i]] >> 8).astype(np.uint8)
 
 
 # ---- the sound of a video ----
@@ -641,12 +642,22 @@ def uuid_from(rng):
 
 
 def plan_routines(seed, s, scale):
-    """The routines of split number s: 12, 12 and 2 clips with 10, 6 and 6 windows of 24 actions."""
-    videos, count = [], 26 + 2 * round(min(scale, 1) * (4, 2, 2)[s])
+    """The routines of split number s: 12, 12 and 2 clips with 10, 4 and 4 windows of 24 actions."""
+    videos, count = [], 26 + 2 * round(min(scale, 1) * (4, 1, 1)[s])
     for k in range(counted((12, 12, 2)[s], scale, 1)):
         video, own = plan_video(seed, "routine", 1000 * s + k, "routine", 0, 30, "none", count)
-        videos.append(video | {"own": own, "size": (96, 128), "room": (seed, crc32(b"room"))})
+        videos.append(video | {"own": own, "size": SMALL, "room": (seed, crc32(b"room"))})
     deal_routines(videos, np.random.default_rng((seed, crc32(b"routines"), s)))
+    return videos
+
+
+def plan_quiet(seed, s, scale):
+    """Short videos of split number s with one strike in ten seconds, for the change of state."""
+    videos = []
+    for k in range(counted((20, 8, 1)[s], scale, 1)):
+        video, own = plan_video(seed, "quiet", 1000 * s + k, "quiet", 20, 30, "none")
+        videos.append(video | {"own": own, "size": SMALL})
+    deal(videos, np.random.default_rng((seed, crc32(b"quiet"), s)))
     return videos
 
 
@@ -664,7 +675,7 @@ def make_ego4d(root, seed, scale, segments):
         n = counted(len(pattern), scale, (4, 2, 2)[s])
         for k in range(n + (split == "train")):
             kind = pattern[k % len(pattern)] if k < n else "normal"
-            sound = {2: "none", 3: "silent", 5: "none"}.get(k, "on") if s == 0 else "on"
+            sound = {2: "none", 3: "silent", 5: "none"}.get(k, "on") if s == 0 else "none"
             seconds = rng.uniform(52, 60) if kind == "calm" else rng.uniform(30, 38)
             video, own = plan_video(seed, "ego4d", 1000 * s + k, kind, seconds, 30, sound)
             # Where the clip is a part of its video, the video starts 8 s earlier.
@@ -672,19 +683,20 @@ def make_ego4d(root, seed, scale, segments):
                       "overrun": (s, k) == (0, 2)}
             videos.append(video)
         deal(videos, rng)
-        for video in plan_routines(seed, s, scale):
+        for video in plan_routines(seed, s, scale) + plan_quiet(seed, s, scale):
             videos.append(video | {"cut": 0.0, "absent": False, "overrun": False})
         for k, video in enumerate(videos):
             own, labels = video.pop("own"), split != "test_unannotated"
             video |= {"clip_uid": uuid_from(own), "video_uid": uuid_from(own)}
-            lta += lta_entries(video, 100 * s + k, own, labels)
+            if video["kind"] != "quiet":
+                lta += lta_entries(video, 100 * s + k, own, labels)
             if video["absent"]:                          # listed, but its file could not be had
                 continue
             if video["kind"] not in ("dense", "routine"):
                 oscc += oscc_entries(video, 100 * s + k, own, labels)
             clip = root / "clips" / f"{video['clip_uid']}.mp4"
             whole = root / "videos" / f"{video['video_uid']}.mp4"
-            pretrain = split == "train" and video["kind"] != "routine"
+            pretrain = split == "train" and video["kind"] not in ("routine", "quiet")
             pool = [root / f"{video['clip_uid']}.mp4"] if pretrain else []
             same = [(clip, 0.0, [whole, *pool])]
             parts = [(whole, 0.0, []), (clip, video["cut"], pool)]
