@@ -767,9 +767,9 @@ def tell_here(path, what, uids, here, kept):
     UserError if they are all absent in train or val. Of annotations that are there twice the
     first is kept.
     """
-    absent = sorted({str(u) for u, ok in zip(uids, here) if not ok})
+    absent, twice = sorted({str(u) for u, ok in zip(uids, here) if not ok}), sum(here) - kept
     common.say(f"{path.name}: {kept} of {len(here)} {what}"
-               + f"; {sum(here) - kept} are there twice" * (kept < sum(here))
+               + (f"; {twice} are there twice" if twice else "")
                + (f"; videos absent: {len(absent)} ({', '.join(absent[:5])})" if absent else ""))
     if not kept and TEST not in path.name:
         raise UserError(f"{path}: none of its videos is there; see README for the layout")

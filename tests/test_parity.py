@@ -636,7 +636,7 @@ def state_heads(case):
     keyframe, state = case.load(heads, [{"": ""}], "")(case.input("map"))
     losses = replai.statechange_losses((keyframe, state), {
         "state": torch.tensor(c["state_labels"]), "keyframe": torch.tensor(c["keyframe_index"]),
-        "known": torch.ones(len(c["state_labels"]))})
+        "has_keyframe": torch.tensor(c["state_labels"]) > 0})
     probs = replai.probabilities(keyframe, state)
     return {"keyframe_logits": keyframe, "state_logits": state, "keyframe_probs": probs[0][:, None],
             "state_probs": probs[1][:, :, None], "keyframe_loss": losses["keyframe"],

@@ -654,7 +654,7 @@ def plan_routines(seed, s, scale):
 def plan_quiet(seed, s, scale):
     """Short videos of split number s with one strike in ten seconds, for the change of state."""
     videos = []
-    for k in range(counted((20, 8, 1)[s], scale, 1)):
+    for k in range(counted((24, 8, 1)[s], scale, 1)):
         video, own = plan_video(seed, "quiet", 1000 * s + k, "quiet", 20, 30, "none")
         videos.append(video | {"own": own, "size": SMALL})
     deal(videos, np.random.default_rng((seed, crc32(b"quiet"), s)))
@@ -683,7 +683,7 @@ def make_ego4d(root, seed, scale, segments):
                       "overrun": (s, k) == (0, 2)}
             videos.append(video)
         deal(videos, rng)
-        for video in plan_routines(seed, s, scale) + plan_quiet(seed, s, scale):
+        for video in plan_quiet(seed, s, scale) + plan_routines(seed, s, scale):
             videos.append(video | {"cut": 0.0, "absent": False, "overrun": False})
         for k, video in enumerate(videos):
             own, labels = video.pop("own"), split != "test_unannotated"
@@ -703,10 +703,13 @@ def make_ego4d(root, seed, scale, segments):
             video["files"] = parts if video["cut"] else same
             video["segments"] = None
             tasks.append(video)
-        # As many positives as negatives.
-        some = {c: [e for change, e in oscc if change == c] for c in (True, False)}
-        fewest = min(map(len, some.values()))
-        keep = [e[i] for e in some.values() for i in rng.permutation(len(e))[:fewest]]
+        # As many positives as negatives of every length, in seconds.
+        keep = []
+        for length in range(4, 9):
+            some = [[e for change, e in oscc if change == c and length == (
+                e["parent_end_frame"] - e["parent_start_frame"]) // 30] for c in (True, False)]
+            fewest = min(map(len, some))
+            keep += [e[i] for e in some for i in rng.permutation(len(e))[:fewest]]
         keep = [keep[i] for i in rng.permutation(len(keep))]
         write_json(folder / f"fho_lta_{split}.json", split, lta)
         write_json(folder / f"fho_oscc-pnr_{split}.json", split, keep)
