@@ -790,9 +790,10 @@ def action_windows(clips, inputs, future, extra=False):
     clips: (R,) their uids, clip by clip. NOTE: a clip of n actions has n - inputs - future
     windows, the challenge's convention; one more fits, which its tools later used in training.
     """
-    edges = np.flatnonzero(np.r_[True, clips[1:] != clips[:-1], True]) if len(clips) else [0]
-    starts = [np.arange(a, b - inputs - future + bool(extra)) for a, b in zip(edges, edges[1:])]
-    return np.concatenate([np.zeros(0, int), *starts])[:, None] + np.arange(inputs + future)
+    borders = np.flatnonzero(clips[1:] != clips[:-1]) + 1     # where another clip begins
+    starts = [np.arange(a, b - inputs - future + bool(extra))
+              for a, b in zip((0, *borders), (*borders, len(clips)))]
+    return np.concatenate(starts)[:, None] + np.arange(inputs + future)
 
 
 class Changes(NamedTuple):
@@ -873,7 +874,7 @@ class ActionWindows(Dataset):
         return [f"{a.clip[r]}_{a.index[r]}" for r in self.rows[:, -1]]
 
     def read(self, i, places):
-        """Pictures of each of the sample's actions at shares 0 .. 1 of the room it leaves."""
+        """Pictures of each of the sample's actions; places: 0 its earliest clip, 1 its latest."""
         start, stop = self.actions.seconds[self.rows[i]].T                  # (inputs,) each
         room = np.maximum(0.0, stop - start - ACTION_SECONDS)
         windows = [Window(t, ACTION_SECONDS, self.args.num_frames) for t in start + places * room]
@@ -1640,12 +1641,15 @@ def finetune(args, device):
     model = task.model(args).to(device)
     if not (args.out / "last.pt").exists():
         initialise(model, args, *task.layouts)
+        if args.stage == "anticipation" and args.init == "none":
+            common.say("warning: its network is frozen and stays random: --init a trained one")
     if args.compile:
         model.compile()
     ddp = DDP(model, gradient_as_bucket_view=True)
     optimizer = optimizer_of(args, model)
-    common.settle(ddp, torch.zeros(2, *(INPUTS,) * (args.stage == "anticipation"), 3,
-                                   args.num_frames, args.crop, args.crop, device=device))
+    sample = (3, args.num_frames, args.crop, args.crop)
+    sample = (INPUTS, *sample) if args.stage == "anticipation" else sample
+    common.settle(ddp, torch.zeros(2, *sample, device=device))
     saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
     start, best = saved["step"], saved.get("best")
 
@@ -1695,7 +1699,8 @@ def finetune(args, device):
     model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
     metrics = assess(args, model, device, train, val, test)
     if common.rank() == 0:
-        common.write_json(args.out / "metrics.json", metrics)
+        common.write_json(args.out / "metrics.json", {
+            **metrics, "samples": len(val), "training_samples_broken": log.total("broken")})
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
                           ["loss", *task.terms, task.best, "lr"])
     common.say(f"val, {len(val)} samples, best epoch: " + "  ".join(
@@ -1822,6 +1827,7 @@ def draw_futures(logits, samples, seed, items):
 
 
 def anticipation_outputs(args, model, items, clips):
+    """Futures of verbs and of nouns, (B, Z, K) each, drawn apart from one another."""
     return [draw_futures(x.float(), args.samples, (args.seed, k), items)
             for k, x in enumerate(model(clips))]
 
@@ -1833,7 +1839,7 @@ def edit_distances(pred, label):
     """
     n, length, k = pred.shape
     d = np.zeros((length + 1, length + 1, n, k), np.int16)    # of the first i and the first j
-    d[:, 0], d[0] = [np.arange(length + 1)[:, None, None]] * 2
+    d[:, 0] = d[0] = np.arange(length + 1)[:, None, None]
     for i, j in itertools.product(range(1, length + 1), repeat=2):
         differ = pred[:, i - 1] != label[:, j - 1, None]
         d[i, j] = np.minimum(np.minimum(d[i - 1, j], d[i, j - 1]) + 1, d[i - 1, j - 1] + differ)
@@ -1910,21 +1916,17 @@ def statechange_metrics(train, val, keyframe, state):
 
     Prior: train's commoner state, and its commonest place of the key frame.
     """
-    def errors(scores, c):
-        return keyframe_errors(scores, *c.frames.T, c.seconds[:, 1] - c.seconds[:, 0], c.pnr)[
-            (c.state == 1) & (c.pnr >= 0)]
-    t, c, frames = train.changes, val.changes, keyframe.shape[1]
-    always = [errors(np.tile(np.eye(frames)[k], (len(t.id), 1)), t).sum() for k in range(frames)]
-    usual = np.tile(np.eye(frames)[int(np.argmin(always))], (len(c.id), 1))
+    def error(scores, c):
+        counts = (c.state == 1) & (c.pnr >= 0)
+        each = keyframe_errors(scores, *c.frames.T, c.seconds[:, 1] - c.seconds[:, 0], c.pnr)
+        return float(each[counts].mean()) if counts.any() else None
+    t, c, one_hot = train.changes, val.changes, np.eye(keyframe.shape[1])
+    always = [error(np.tile(row, (len(t.id), 1)), t) or 0.0 for row in one_hot]
+    usual = np.tile(one_hot[int(np.argmin(always))], (len(c.id), 1))
     return {"StCC acc": 100.0 * float((state.argmax(1) == c.state).mean()),
-            "PNR err (s)": mean_or_none(errors(keyframe, c)),
+            "PNR err (s)": error(keyframe, c),
             "StCC acc of prior": 100.0 * float((c.state == np.bincount(t.state).argmax()).mean()),
-            "PNR err (s) of prior": mean_or_none(errors(usual, c))}
-
-
-def mean_or_none(x):
-    """Mean, None of nothing."""
-    return float(np.mean(x)) if len(x) else None
+            "PNR err (s) of prior": error(usual, c)}
 
 
 def statechange_submission(args, dataset, keyframe, state):
