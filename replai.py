@@ -850,7 +850,7 @@ def read_changes(args, split):
     return Changes(*(x[known][:args.limit] for x in changes))
 
 
-# ---- data: Ego4D clips ---------------------------------------------------------------------------
+# ---- data: Ego4D clips (official files: ptv_dataset_helper.py, StateChange...Localisation.py) --
 
 class ActionWindows(Dataset):
     """Clips of 2.13 s, one in each of a sample's actions: one for recognition, 4 for anticipation.
@@ -1582,7 +1582,7 @@ def write_submission(path, ids, verb, noun):
     common.write(path, buffer.getvalue())
 
 
-# ---- Ego4D: state change, recognition, anticipation ----------------------------------------------
+# ---- Ego4D: state change, recognition, anticipation (Tab. 2) -----------------------------------
 
 def cosine(lr, step, steps):
     """Learning rate that falls from lr to 0 along half a cosine."""
@@ -1757,7 +1757,7 @@ def assess(args, model, device, train, val, test=None, selecting=False):
     return metrics
 
 
-# ---- Ego4D: the data, metrics and submissions of each task ---------------------------------------
+# ---- Ego4D: metrics (official files: lta_metrics.py, metrics.py) and submissions ---------------
 
 def action_data(args, split):
     """`ActionWindows` of recognition or anticipation; None: the test split is not there.
@@ -1978,7 +1978,7 @@ TASKS = {
         anticipation_metrics, anticipation_submission, ("verb", "noun"), "verb ED@20", -1)}
 
 
-# ---- conversion ----------------------------------------------------------------------------------
+# ---- conversion --------------------------------------------------------------------------------
 
 def convert(args, device):
     """Write the networks of --init in every layout that other code reads, all into --out:

@@ -521,6 +521,52 @@ def test_the_gap_between_the_clips_follows_its_flag(painted, monkeypatch):
     assert last < item["t"] - 0.5 < item["t"] + 0.5 <= first < item["t"] + 0.54
 
 
+def slope(clip):
+    """Change of the first colour per pixel, to the right and downwards."""
+    x = clip[0, 0].float()
+    return (x[:, -1] - x[:, 0]).mean() / (x.shape[1] - 1), (x[-1] - x[0]).mean() / (x.shape[0] - 1)
+
+
+@pytest.mark.parametrize("flags, swap", [([], False), (["--legacy_aspect"], True),
+                                         (["--compat", "released"], True)])
+def test_the_aspect_is_kept_or_squeezed_as_released(flags, swap):
+    """A ramp of one grey level per pixel, to the right or downwards, in pictures of 240 x 120."""
+    args, got = replai.parse_args(["--tiny", *flags]), []
+    for axis in (1, 0):
+        ramp = np.broadcast_to(np.expand_dims(np.arange((120, 240)[axis]), 1 - axis), (120, 240))
+        frames = np.stack([ramp.astype(np.uint8)] * 3, -1)[None]
+        clip = replai.augment(frames, np.random.default_rng(3), 56, args.legacy_aspect)
+        got.append(abs(slope(clip)[1 - axis]))
+    wide, high = got                                          # grey levels per pixel after resizing
+    assert wide / high == pytest.approx(4 if swap else 1, rel=0.1)
+
+
+def test_evaluation_is_resized_by_nearest_neighbour_or_bilinearly(monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 256, (1, 120, 160, 3), np.uint8)
+    monkeypatch.setattr(replai.ActionClips, "read", lambda self, i, starts: [frames])
+    actions, located = replai.Actions(*[np.zeros(1, int)] * 7), ([0], [b"x"], [(0.0, 2.0)])
+    seen = set(frames.reshape(-1, 3)[:, 0].tolist())
+    for how in ("nearest", "bilinear"):
+        args = replai.parse_args(f"--stage linear --dataset epic --tiny --eval_resize {how}".split())
+        clip = replai.TestClips(args, actions, located)[0][0]
+        assert clip.shape == (3, 1, 56, 56)
+        assert torch.equal(clip, replai.centre(frames, 56, how))
+        columns = [int((np.arange(64) + 0.5)[y] * 120 / 64) for y in range(4, 60)]
+        rows = [int((np.arange(85) + 0.5)[x] * 160 / 85) for x in range(14, 70)]
+        picked = torch.from_numpy(frames[0][np.ix_(columns, rows)]).permute(2, 0, 1)
+        assert torch.equal(clip[:, 0], picked) == (how == "nearest")
+    assert len(seen) > 250
+
+
+def test_features_are_normalised_over_themselves_or_to_signs():
+    probe = replai.LinearProbe(2, 10, {"verb_class": 3, "noun_class": 4})
+    x = torch.tensor([[3.0, -4.0] + [0.0] * 14, [0.1] * 16])
+    for how, want in (("off", x), ("sign", x.sign()), ("l2", x / x.norm(dim=1, keepdim=True))):
+        got = probe.classify(x, how)
+        for k, layer in probe.fc.items():
+            torch.testing.assert_close(got[k], layer(want))
+
+
 def test_an_augmented_clip_is_one_place_in_all_its_pictures():
     """A still picture stays still, is scaled within the range, mirrored half of the time."""
     ramp = np.arange(320, dtype=np.float32)[None, :, None] / 320 * 255
