@@ -1703,7 +1703,7 @@ def finetune(args, device):
             **metrics, "samples": len(val), "training_samples_broken": log.total("broken")})
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
                           ["loss", *task.terms, task.best, "lr"])
-    common.say(f"val, {len(val)} samples, best epoch: " + "  ".join(
+    common.say(f"val, {len(val)} samples, best epoch, seed {args.seed}: " + "  ".join(
         f"{k} {v:.4g}" for k, v in metrics.items() if v is not None))
 
 
