@@ -179,7 +179,7 @@ TINY = {
     "pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0.05},
     "statechange": {"epochs": 20, "lr": 0.01},
     "recognition": {"epochs": 10, "lr": 0.02, "num_frames": 16},
-    "anticipation": {"epochs": 60, "lr": 1e-3, "num_frames": 8, "features": 128, "layers": 2}}
+    "anticipation": {"epochs": 60, "lr": 3e-3, "num_frames": 8, "features": 64, "layers": 1}}
 
 
 def recipe(chosen):
