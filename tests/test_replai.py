@@ -547,7 +547,8 @@ def test_evaluation_is_resized_by_nearest_neighbour_or_bilinearly(monkeypatch):
     actions, located = replai.Actions(*[np.zeros(1, int)] * 7), ([0], [b"x"], [(0.0, 2.0)])
     seen = set(frames.reshape(-1, 3)[:, 0].tolist())
     for how in ("nearest", "bilinear"):
-        args = replai.parse_args(f"--stage linear --dataset epic --tiny --eval_resize {how}".split())
+        args = replai.parse_args(
+            f"--stage linear --dataset epic --tiny --eval_resize {how}".split())
         clip = replai.TestClips(args, actions, located)[0][0]
         assert clip.shape == (3, 1, 56, 56)
         assert torch.equal(clip, replai.centre(frames, 56, how))
