@@ -910,6 +910,36 @@ class TestWindows(ActionWindows):
         return torch.stack([centre(c, self.args.crop, "tensor") for c in self.read(i, places)])
 
 
+def action_data(args, split):
+    """`ActionWindows` of recognition or anticipation; None: the test split is not there.
+
+    Samples without labels are left out in train and val, those without their video everywhere.
+    """
+    if split == TEST and not fho_file(args.data, "lta", split).exists():
+        return None
+    path, actions = read_fho_actions(args.data, split, read_taxonomy(args.data))
+    files = ego4d_files(args.data, "clips", "")
+    if args.stage == "recognition":
+        rows = targets = np.arange(len(actions.clip))[:, None]
+    else:
+        extra = args.extra_window and split == "train"
+        windows = action_windows(actions.clip, INPUTS, FUTURE, extra)
+        rows, targets = windows[:, :INPUTS], windows[:, INPUTS:]
+    if not len(rows) and split != TEST:
+        raise UserError(f"{path}: no clip has the {INPUTS} + {FUTURE + 1} actions of a window")
+    verb, noun, clips = actions.verb[targets], actions.noun[targets], actions.clip[rows[:, 0]]
+    here = np.array([c in files for c in clips], bool)
+    if not tell_here(path, "samples", clips, here, int(here.sum())):
+        return None
+    labelled = ((verb >= 0) & (noun >= 0)).all(1) | (split == TEST)
+    tell_labels(path, labelled[here])
+    use = np.flatnonzero(here & labelled)[:args.limit]
+    absent = [f"{actions.clip[r]}_{actions.index[r]}" for r in rows[~here, -1]]
+    if args.stage == "recognition":
+        verb, noun = verb[:, 0], noun[:, 0]
+    return ActionWindows(args, actions, files, rows[use], verb[use], noun[use], absent)
+
+
 def sample_frames(start, stop, wanted):
     """`wanted` frame numbers of start .. stop-1: the first multiples of a step that fit.
 
@@ -971,10 +1001,18 @@ class StateClips(Dataset):
 
 
 class TestStates(StateClips):
-    """The whole clip, for evaluation."""
+    """16 pictures of the whole clip, for evaluation: (3, T, H, W)."""
 
     def __getitem__(self, i):
         return self.read(i, sample_frames(*self.changes.frames[i], self.args.num_frames))
+
+
+def statechange_data(args, split):
+    """`StateClips`; None: the test split is not there."""
+    if split == TEST and not fho_file(args.data, "oscc-pnr", split).exists():
+        return None
+    changes = read_changes(args, split)
+    return changes and StateClips(args, changes)
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -1088,22 +1126,18 @@ class Recognition(common.R2Plus1D):
 
 
 class ClipEncoder(common.R2Plus1D):
-    """The trunk, to be frozen, and a layer on its averaged features, which is trained."""
+    """The frozen trunk, and a layer on its averaged features, which is trained."""
 
     def __init__(self, width, depth, features):
         super().__init__(width, depth)
         fan_out_normal(self)
+        self.requires_grad_(False)                            # of all but what follows
         self.head = nn.Module()
         self.head.projection = classifier(self.out_dim, features)
 
-    def freeze(self):
-        for name, p in self.named_parameters():
-            p.requires_grad_(name.startswith("head."))
-
     def forward(self, clip):
         """(B, 3, T, H, W) -> (B, features)"""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.conv1[0].weight.requires_grad):
-            x = super().forward(clip).mean((2, 3, 4))                                 # (B, D)
+        x = super().forward(clip).mean((2, 3, 4))             # (B, D), of frozen weights
         return self.head.projection(F.dropout(x, 0.5, self.training))
 
 
@@ -1152,7 +1186,6 @@ class Anticipation(nn.Module):
         super().__init__()
         self.num_classes, self.legacy_bn = list(num_classes), legacy_bn
         self.backbone = ClipEncoder(width, depth, features)
-        self.backbone.freeze()
         self.clip_aggregator = Aggregator(aggregator, features, inputs, layers, heads)
         self.decoder = nn.Module()
         self.decoder.head = nn.Module()
@@ -1759,36 +1792,6 @@ def assess(args, model, device, train, val, test=None, selecting=False):
 
 # ---- Ego4D: metrics (official files: lta_metrics.py, metrics.py) and submissions ---------------
 
-def action_data(args, split):
-    """`ActionWindows` of recognition or anticipation; None: the test split is not there.
-
-    Samples without labels are left out in train and val, those without their video everywhere.
-    """
-    if split == TEST and not fho_file(args.data, "lta", split).exists():
-        return None
-    path, actions = read_fho_actions(args.data, split, read_taxonomy(args.data))
-    files = ego4d_files(args.data, "clips", "")
-    if args.stage == "recognition":
-        rows = targets = np.arange(len(actions.clip))[:, None]
-    else:
-        extra = args.extra_window and split == "train"
-        windows = action_windows(actions.clip, INPUTS, FUTURE, extra)
-        rows, targets = windows[:, :INPUTS], windows[:, INPUTS:]
-    if not len(rows) and split != TEST:
-        raise UserError(f"{path}: no clip has the {INPUTS} + {FUTURE + 1} actions of a window")
-    verb, noun, clips = actions.verb[targets], actions.noun[targets], actions.clip[rows[:, 0]]
-    here = np.array([c in files for c in clips], bool)
-    if not tell_here(path, "samples", clips, here, int(here.sum())):
-        return None
-    labelled = ((verb >= 0) & (noun >= 0)).all(1) | (split == TEST)
-    tell_labels(path, labelled[here])
-    use = np.flatnonzero(here & labelled)[:args.limit]
-    absent = [f"{actions.clip[r]}_{actions.index[r]}" for r in rows[~here, -1]]
-    if args.stage == "recognition":
-        verb, noun = verb[:, 0], noun[:, 0]
-    return ActionWindows(args, actions, files, rows[use], verb[use], noun[use], absent)
-
-
 def recognition_outputs(args, model, items, clips):
     """Logits, averaged over the clips of an action: the release's test adds them up."""
     return [x.float().unflatten(0, clips.shape[:2]).mean(1) for x in model(clips.flatten(0, 1))]
@@ -1889,14 +1892,6 @@ def anticipation_submission(args, dataset, verb, noun):
     return {"outputs": futures}
 
 
-def statechange_data(args, split):
-    """`StateClips`; None: the test split is not there."""
-    if split == TEST and not fho_file(args.data, "oscc-pnr", split).exists():
-        return None
-    changes = read_changes(args, split)
-    return changes and StateClips(args, changes)
-
-
 def probabilities(keyframe, state):
     """Logits (B, 1, T), (B, 2, 1) -> of the key frame (B, T), of no change and change (B, 2)."""
     return [x.float().flatten(1).softmax(1) for x in (keyframe, state)]
@@ -1986,7 +1981,7 @@ def convert(args, device):
     checkpoint_latest-ego.pth   {"state_dict": video}: the Ego4D tools
     avid.pth.tar                {"model": module.video_model.*, module.audio_model.*}: AVID
     replai.pth.tar              {"model": module.backbone.*, module.mlp.*}: the official RepLAI
-    replai.pt                   {"model": backbone.*, mlp.*}: this script, as it reads all of them
+    replai.pt                   {"model": backbone.*, mlp.*}: this script, which reads all four
 
     What the source does not hold (audio, heads) is left out, and a layout that needs it, too.
     """

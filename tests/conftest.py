@@ -37,3 +37,17 @@ def ego4d(tmp_path_factory):
         m.setitem(toy.MAKERS, "ego4d", lambda *a: list(maker(*a)))
         toy.make("ego4d", folder, scale=0.01, workers=2)
     return folder / "ego4d"
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """State of a RepLAI as --tiny --width 8 makes it, its statistics not those of a fresh one."""
+    import torch
+
+    import replai
+    torch.manual_seed(3)
+    model = replai.RepLAI(8, 10)
+    for k, v in model.state_dict().items():
+        if k.endswith("running_mean"):
+            v.normal_()
+    return {k: v.clone() for k, v in model.state_dict().items()}

@@ -1107,17 +1107,6 @@ def test_a_broken_training_video_is_replaced_and_counted(untested, tmp_path):
 WRITTEN = {"checkpoint_latest-ego.pth", "replai.pt", "avid.pth.tar", "replai.pth.tar"}
 
 
-@pytest.fixture(scope="module")
-def weights():
-    """State of a small RepLAI whose statistics are not those of a fresh one."""
-    torch.manual_seed(3)
-    model = replai.RepLAI(8, 10)
-    for k, v in model.state_dict().items():
-        if k.endswith("running_mean"):
-            v.copy_(random(*v.shape))
-    return state_of(model)
-
-
 def convert(source, out):
     args = replai.parse_args(["--stage", "convert", "--init", str(source), "--out", str(out)])
     replai.convert(args, torch.device("cpu"))

@@ -910,17 +910,6 @@ def state_of(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-@pytest.fixture(scope="module")
-def weights():
-    """State of a small RepLAI as --tiny --width 8 makes it."""
-    torch.manual_seed(3)
-    model = replai.RepLAI(8, 10)
-    for k, v in model.state_dict().items():
-        if k.endswith("running_mean"):
-            v.copy_(random(*v.shape))
-    return state_of(model)
-
-
 @pytest.mark.parametrize("case", ["absent folder", "empty folder", "absent file", "other network",
                                   "damaged", "empty file", "code", "out is a file",
                                   "out below a file", "few segments"])
