@@ -5,9 +5,9 @@
     annotations      read_table, read_json, Fields     a fault names the file, the line or the key
     evaluation       predict                           every item once, by all processes
     runs             StepSampler, SkipBroken, Log, save, resume, load_weights, write
-    video and sound  read_clip, read_audio, probe      exact to the frame and to the sample
+    video and sound  read_clip, read_frames, read_audio  exact to the frame and to the sample
     pictures         draw_curve, draw_panel, font      Pillow alone
-    backbones        R2Plus1D, SpectrogramCNN          plain nn.Modules, no dataset, no method
+    backbones        R2Plus1D, SpectrogramCNN, ...     plain nn.Modules, no dataset, no method
 
 Times are seconds in float, counted from the first picture of a file. Video in memory is uint8
 (T, H, W, 3) as read and (B, C, T, H, W) in a network; sound is float32 (channels, samples).
@@ -28,7 +28,7 @@ import time
 import warnings
 from datetime import timedelta
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -546,12 +546,22 @@ def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
         write(path, lambda f: torch.save(state, f))
 
 
+# A number of NumPy, as released checkpoints hold (their best accuracy): its maker, which NumPy 1
+# names differently from NumPy 2, and the types it may have. None of them can run code.
+_scalar = np.float64(0).__reduce__()[0]
+NUMPY_NUMBERS = [(_scalar, "numpy.core.multiarray.scalar"),
+                 (_scalar, "numpy._core.multiarray.scalar"), np.dtype,
+                 *(type(np.dtype(t)) for t in ("f2", "f4", "f8", "i4", "i8", "?"))]
+
+
 def load_file(path: Path) -> Any:
-    """`torch.load(weights_only=True)` on the CPU; UserError for what is no such file."""
+    """`torch.load(weights_only=True)` on the CPU, numbers of NumPy allowed; UserError for what is
+    no such file.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_NUMBERS):
             warnings.simplefilter("ignore")                   # of pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:                                    # pickle, zip and torch errors alike
@@ -594,14 +604,14 @@ def same_samples(saved: dict, samples: int, out: Path) -> None:
 
 def find_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of any checkpoint: under `model`, `model_av`, `state_dict`, `model_state` or
-    bare, without DDP's `module.`.
+    bare, without the `module.` of DDP and DataParallel, however often it stands there.
     """
     found = load_file(path)
     for key in ("model", "model_av", "state_dict", "model_state"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
-    tensors = {str(k).removeprefix("module."): v for k, v in found.items()
+    tensors = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in found.items()
                if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
     if not tensors:
         raise UserError(f"{path}: holds no named weights")
@@ -609,12 +619,13 @@ def find_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]],
-                 required: str = "") -> set[str]:
+                 required: str = "", spare: Sequence[str] | None = None) -> set[str]:
     """Fill `module` from a checkpoint and print what was loaded, left over and left fresh.
 
     layouts: known naming schemes, each {prefix in the file: prefix in the module}; the one that
     matches most tensors is taken. Every entry of the module below the prefix `required` must
     come; a missing one, another shape or no match at all is a UserError, and nothing is changed.
+    spare: beginnings of names of which the file may hold more than the module takes; None: of all.
     Returns the names of the module's entries that were filled.
     """
     tensors, own = find_weights(path), module.state_dict()
@@ -635,8 +646,12 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]
         if tensors[old].shape != own[new].shape:
             raise UserError(f"{path}: {old} is {tuple(tensors[old].shape)}, "
                             f"the network needs {tuple(own[new].shape)}")
-    module.load_state_dict({new: tensors[old] for new, old in found.items()}, strict=False)
     unused, fresh = set(tensors) - set(found.values()), set(own) - set(found)
+    strange = sorted(k for k in unused if spare is not None and not k.startswith(tuple(spare)))
+    if strange:
+        raise UserError(f"{path}: {len(strange)} of its tensors have no place in this network, "
+                        f"the first is {strange[0]}")
+    module.load_state_dict({new: tensors[old] for new, old in found.items()}, strict=False)
     say(f"init {path}: {len(found)} tensors loaded, {len(unused)} of the file not used"
         f"{_heads(unused)}, {len(fresh)} of the network left fresh{_heads(fresh)}")
     return set(found)
@@ -736,6 +751,9 @@ def _step_of(line: str) -> int:
 
 # ---- video -----------------------------------------------------------------------------------
 
+JPG = "image_{:05d}.jpg"        # names of extracted pictures, from 1
+
+
 class Window(NamedTuple):
     """`num_frames` pictures spread evenly over those that start in [start, start + span).
 
@@ -834,6 +852,49 @@ def read_clip(path: Path, windows: Sequence[Window | Sequence[float]],
             for i, clip in zip(group, pictures):
                 clips[i] = clip
         return clips if sound is None else (clips, heard)
+
+
+def count_frames(path: Path) -> int:
+    """How many pictures really decode, whatever the header says; of a folder, how many there are.
+
+    A folder holds image_00001.jpg, image_00002.jpg, ... VideoError if one of these is missing.
+    """
+    if path.is_dir():
+        names = [f.name for f in os.scandir(path) if re.fullmatch(r"image_\d{5,}\.jpg", f.name)]
+        lost = {JPG.format(i + 1) for i in range(len(names))} - set(names)
+        if lost or not names:
+            raise VideoError(f"{path}: {min(lost, default=JPG.format(1))} is missing")
+        return len(names)
+    with _open(path) as c:
+        v, number = _video_stream(c, path), 0
+        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
+        for p in c.demux(v):
+            with contextlib.suppress(av.InvalidDataError, av.EOFError):   # as the ffmpeg program
+                number += len(p.decode())
+        return number
+
+
+def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
+    """Pictures by number, from 0 in the order they are shown: uint8 (T, H, W, 3) at full size.
+
+    numbers: ascending. Of a video file with a constant frame rate, or of a folder as
+    `count_frames` describes it. Raises VideoError.
+    """
+    if not path.is_dir():
+        with _open(path) as c:
+            rate = float(_rate(_video_stream(c, path)))
+        return read_clip(path, [(np.asarray(numbers) + 0.25) / rate])[0]
+    from PIL import Image, UnidentifiedImageError
+    pictures = []
+    for n in numbers:
+        name = path / JPG.format(n + 1)
+        try:
+            pictures.append(np.asarray(Image.open(name).convert("RGB")))
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
+            raise VideoError(f"{name}: cannot be read ({type(e).__name__})") from e
+    if len({p.shape for p in pictures}) > 1:
+        raise VideoError(f"{path}: its pictures differ in size")
+    return np.stack(pictures)
 
 
 def _span(window) -> tuple[float, float]:
@@ -1282,3 +1343,64 @@ class SpectrogramCNN(nn.Module):
                             "conv4x": "block3", "conv5x": "block4"}.items():
             maps[name] = x = getattr(self, stage)(x)
         return {**maps, "pool": F.adaptive_max_pool2d(x, 1)} if return_embs else x
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut (arXiv 1512.03385); `last`: without the final ReLU."""
+
+    def __init__(self, conv, norm, cin: int, cout: int, stride: int, last: bool):
+        super().__init__()
+        self.conv1, self.bn1 = conv(cin, cout, 3, stride), norm(cout)
+        self.conv2, self.bn2 = conv(cout, cout, 3, 1), norm(cout)
+        self.downsample = None
+        if stride != 1 or cin != cout:
+            self.downsample = nn.Sequential(conv(cin, cout, 1, stride), norm(cout))
+        self.last = last
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = y + (x if self.downsample is None else self.downsample(x))
+        return y if self.last else F.relu(y)
+
+
+class PredictiveResNet(nn.Module):
+    """ResNet of predictive coding: 256 channels at the end, no last ReLU, no pooling, no classes.
+
+    2-D, of single pictures: (B, 3, H, W) -> (B, 4·width, H/32, W/32), sizes rounded up. `blocks`,
+    the 2D3D-ResNet of DPC (arXiv 1909.04656): (B, 3, T, H, W) -> (B, 4·width, T/4, H/32, W/32),
+    its last two stages with kernels and strides in time. Names as released, without `fc`.
+    """
+
+    def __init__(self, net: str = "resnet18", width: int = 64, blocks: bool = False,
+                 track_running_stats: bool = True):
+        super().__init__()
+
+        def conv(temporal):
+            def make(cin, cout, k, stride):
+                if not blocks:
+                    return nn.Conv2d(cin, cout, k, stride, k // 2, bias=False)
+                t, s = (k, stride) if temporal else (1, 1)
+                return nn.Conv3d(cin, cout, (t, k, k), (s, stride, stride),
+                                 (t // 2, k // 2, k // 2), bias=False)
+            return make
+
+        norm = partial(nn.BatchNorm3d if blocks else nn.BatchNorm2d,
+                       track_running_stats=track_running_stats)
+        depth = {"resnet10": [1, 1, 1, 1], "resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3]}[net]
+        w = [width, width, 2 * width, 4 * width, 4 * width]
+        self.out_dim = w[-1]
+        self.conv1, self.bn1 = conv(False)(3, width, 7, 2), norm(width)
+        self.maxpool = (nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)) if blocks
+                        else nn.MaxPool2d(3, 2, 1))
+        for n, count in enumerate(depth):
+            make = partial(ResidualBlock, conv(n > 1), norm)
+            stage = [make(w[n] if k == 0 else w[n + 1], w[n + 1], 2 if n and k == 0 else 1,
+                          n == 3 and k == count - 1) for k in range(count)]
+            setattr(self, f"layer{n + 1}", nn.Sequential(*stage))
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.Conv3d)):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))                 # H/4
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))      # H/32
