@@ -48,8 +48,8 @@ their place and it begins anew:
 
 What does not change stands anywhere in its range, drawn anew every time. So every picture has the
 same distribution in all classes and tells nothing at all; two pictures do, if one knows which is
-the earlier. Nothing depends on left and right. A group (a film of HMDB51) is a room and what the
-objects look like, and each of them occurs in all classes.
+the earlier. Nothing depends on left and right, on colours or on brightness. A group (or a film of
+HMDB51) is a room and five objects, of which three are seen; each group occurs in all classes.
 
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
@@ -130,7 +130,7 @@ GAP = {  # kind of video: seconds from the i-th strike to the next
 RANGES = {  # of the actions: what a number between 0 and 1 stands for, in picture heights
     "height": lambda s: 0.15 + 0.7 * s,          # of the middle of the three objects
     "size": lambda s: 0.095 * 2.8**s,            # their radius
-    "spread": lambda s: 0.03 + 0.4 * s,          # their distance from the middle
+    "spread": lambda s: 0.03 + 0.35 * s,         # their distance from the middle
     "length": lambda s: 4.5**s,                  # length over breadth, the area stays
 }
 MOTIONS = {  # action: (what changes, does it grow)
@@ -448,12 +448,12 @@ def draw_action(video):
     rng = np.random.default_rng((*video["key"], 1))
     height, width = video["size"]
     times = np.arange(round(video["seconds"] * video["fps"])) / float(video["fps"])
+    at, turn = states(rng, video["motion"], times)
     # The light is another one in each video: else colours would tell which group it is.
-    light = np.append(rng.uniform(0.6, 1, 3), 1)
+    light = np.append(rng.uniform(0.7, 1, 3), 1)
     ground, sprites = room_of(video["room"], height, width)
     ground = (ground * light[:3]).astype(np.uint8)
     sprites = (sprites * light).astype(np.float32)
-    at, turn = states(rng, video["motion"], times)
     pan = np.stack([smooth_path(rng, times, DRIFT - 1) for _ in range(2)], 1) + DRIFT
     pan = pan.round().astype(int)                                              # y, x
     grain = rng.normal(0, 1, (height + 8, width + 8, 3)).round().clip(-8, 8).astype(np.int8)
@@ -906,21 +906,21 @@ def make_hmdb51(root, seed, scale, segments):
     folder, tasks = root / "testTrainMulti_7030_splits", []
     folder.mkdir(parents=True)
     rng = np.random.default_rng((seed, crc32(b"hmdb51")))
-    films, clips = counted(11, scale, 4), counted(3, scale, 1)
+    films, clips = counted(len(FILMS), min(scale, 1), 4), counted(3, scale, 1)
     shapes = [(68, int(w)) for w in rng.choice(range(88, 122, 2), films)]
-    tested = round(0.3 * (films - 1))                    # in each split; one film is unused
+    tested = max(1, 3 * (films - 1) // 10)               # in each split; one film is unused
     for c, name in enumerate(HMDB_MOTIONS):
         rows = []
         for film in range(films):
-            source = FILMS[film % len(FILMS)] + "_more" * (film // len(FILMS))
             for clip in range(clips):
-                video, own = plan_action(seed, "hmdb51", 100000 * c + 100 * film + clip,
-                                         HMDB_MOTIONS[name], film, 30, shapes[film])
+                k = 100000 * c + 1000 * film + clip
+                video, own = plan_action(seed, "hmdb51", k, HMDB_MOTIONS[name], film, 30,
+                                         shapes[film])
                 short = own.random() < 0.04 or (c, film, clip) == (0, 0, 0)
                 frames = int(own.integers(17, 25)) if short else 40 + int(40 * own.beta(1, 4))
                 tags = [own.choice(x.split()) for x in (
                     "h u f l", "cm nm", "np1 np2", "fr ba le ri", "bad med goo")]
-                file = "_".join([source, name, *tags, f"{clip}.avi"])
+                file = "_".join([FILMS[film], name, *tags, f"{clip}.avi"])
                 video |= {"seconds": frames / 30,
                           "files": [(root / "hmdb51_org" / name / file, 0.0, [])]}
                 tasks.append(video)
