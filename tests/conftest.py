@@ -40,6 +40,24 @@ def ego4d(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def ucf101(tmp_path_factory):
+    """The smallest toy UCF101: 8 classes, one clip in each of the groups 1, 8, 15, 22, 24, 25."""
+    import toy
+    folder = tmp_path_factory.mktemp("toy_ucf101")
+    toy.make("ucf101", folder, scale=0.01, workers=2)
+    return folder / "ucf101"
+
+
+@pytest.fixture(scope="session")
+def hmdb51(tmp_path_factory):
+    """The smallest toy HMDB51: 6 classes, one clip of each of four films."""
+    import toy
+    folder = tmp_path_factory.mktemp("toy_hmdb51")
+    toy.make("hmdb51", folder, scale=0.01, workers=2)
+    return folder / "hmdb51"
+
+
+@pytest.fixture(scope="session")
 def weights():
     """State of a RepLAI as --tiny --width 8 makes it, its statistics not those of a fresh one."""
     import torch

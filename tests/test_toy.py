@@ -3,10 +3,12 @@
 import ast
 import collections
 import csv
+import itertools
 import json
 import math
 import re
 
+import av
 import numpy as np
 import pytest
 import running  # noqa: F401 (paths, one thread)
@@ -56,12 +58,12 @@ def strikes():
 
 
 def accuracy(train, test, strength):
-    """Of ridge regression onto one-hot verbs."""
+    """Of ridge regression onto one-hot classes."""
     (x, y), (u, z) = ((a.reshape(len(a), -1), b) for a, b in (train, test))
-    mean = x.mean(0)
+    mean, n = x.mean(0), y.max() + 1
     x, u = x - mean, u - mean
     gram = x @ x.T + strength * np.eye(len(x))
-    w = x.T @ np.linalg.solve(gram, np.eye(6)[y] - 1 / 6)
+    w = x.T @ np.linalg.solve(gram, np.eye(n)[y] - 1 / n)
     return ((u @ w).argmax(1) == z).mean()
 
 
@@ -97,16 +99,68 @@ def test_every_verb_and_noun_is_as_frequent_as_any_other(strikes):
     assert counts.max() - counts.min() <= 4
 
 
+@pytest.fixture(scope="module")
+def actions():
+    """Small pictures (15 x 11) of planned actions, one every 0.2 s, [split][video][moment], their
+    rounds and their classes, the toy UCF101's: groups 10 .. 29, and 0 .. 9 to test."""
+    names, out = list(toy.UCF_MOTIONS.values()), []
+    for groups in (range(10, 30), range(10)):
+        x, turns = [], []
+        for c, g in itertools.product(range(8), groups):
+            video, _ = toy.plan_action(7, "test", 100 * c + g, names[c], g, 25, (68, 92))
+            frames = list(toy.draw_action(video | {"seconds": 26 / 25}))[::5]
+            x.append([f[1:67, 1:91].reshape(11, 6, 15, 6, 3).mean((1, 3)) / 255 for f in frames])
+            rng = np.random.default_rng((*video["key"], 1))
+            turns.append(toy.states(rng, names[c], np.arange(26) / 25)[1][::5])
+        out.append((np.array(x), np.array(turns), np.repeat(np.arange(8), len(groups))))
+    return out
+
+
+def test_a_picture_of_an_action_does_not_tell_its_class(actions):
+    train, test = [(x.reshape(-1, *x.shape[2:]), np.repeat(y, x.shape[1])) for x, _, y in actions]
+    for strength in (10.0, 100.0, 1000.0):
+        share = accuracy(train, test, strength)
+        assert share < 0.20, f"ridge {strength}: {share:.2f} of 8 classes"
+
+
+def test_two_pictures_of_a_round_tell_it_if_one_knows_which_is_the_earlier(actions):
+    """What gives the test above its power: differences over 0.4 s, the same classifier."""
+    pairs = []
+    for x, turns, y in actions:
+        inside = turns[:, 2:] == turns[:, :-2]               # no round ends between the two
+        pairs.append(((x[:, 2:] - x[:, :-2])[inside], y[np.nonzero(inside)[0]]))
+    train, (u, z) = pairs
+    best = max((3.0, 10.0, 30.0), key=lambda s: accuracy(train, (u, z), s))
+    assert accuracy(train, (u, z), best) > 0.40
+    # Backwards each class is its partner: what finds the class forwards finds that.
+    motions = [toy.MOTIONS[m] for m in toy.UCF_MOTIONS.values()]
+    partner = np.array([motions.index((what, not grows)) for what, grows in motions])
+    assert accuracy(train, (-u, partner[z]), best) > 0.40 > 0.20 > accuracy(train, (-u, z), best)
+
+
+def test_the_numbers_of_an_action_have_the_same_distribution_in_all_classes():
+    """At any moment: the one that runs and the ones that stand, forwards and backwards."""
+    times = np.array([0, 0.33, 1.0])
+    for what in toy.RANGES:
+        edges = toy.RANGES[what](np.linspace(0, 1, 6)[1:-1])
+        for motion in toy.MOTIONS:
+            got = np.array([toy.states(np.random.default_rng((5, k)), motion, times)[0][what]
+                            for k in range(500)])
+            for moment in got.T:
+                shares = np.bincount(np.digitize(moment, edges), minlength=5) / 500
+                assert abs(shares - 0.2).max() < 0.07, (what, motion, shares)
+
+
 # ---- the same bytes ----
 
-@pytest.mark.parametrize("name", ["epic", "ego4d"])
+@pytest.mark.parametrize("name", ["epic", "ego4d", "ucf101", "hmdb51"])
 def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp_path, monkeypatch):
     plain = toy.MAKERS[name]
 
     def two(*a):                                              # the two shortest are enough
         tasks = sorted(plain(*a), key=lambda v: v["seconds"] * len(v["files"]))[:2]
         return [{**v, "seconds": min(v["seconds"], 14.0),
-                 "strikes": [s for s in v["strikes"] if s[0] < 12.5]} for v in tasks]
+                 "strikes": [s for s in v.get("strikes", ()) if s[0] < 12.5]} for v in tasks]
     monkeypatch.setitem(toy.MAKERS, name, two)
     for folder, seed, workers in (("one", 3, 1), ("two", 3, 2), ("other", 4, 2)):
         toy.make(name, tmp_path / folder, seed=seed, scale=0.01, workers=workers)
@@ -119,8 +173,9 @@ def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp
     assert len(one) > 6 and one == files("two")
     other = files("other")
     assert all(one[k] != other[k] for k in set(one) & set(other)
-               if k.endswith(("train.csv", "train.json")))
-    assert set(one) != set(other) or name == "epic"           # Ego4D's names are random
+               if k.endswith(("train.csv", "train.json", ".avi")))
+    # The names of Ego4D and HMDB51 are random.
+    assert set(one) != set(other) or name in ("epic", "ucf101")
 
 
 def test_a_finished_toy_is_kept_and_a_strange_folder_is_not_touched(epic, tmp_path, capsys):
@@ -480,6 +535,126 @@ def test_state_change_windows_hold_one_strike_or_none(split, planned):
         # between two samples of one distribution comes up once in 20 times.
         gap = max(abs(np.mean(a <= x) - np.mean(b <= x)) for x in (*a, *b))
         assert gap < 1.36 * math.sqrt(2 / len(a)), gap
+
+
+# ---- UCF101's and HMDB51's form ----
+
+def lines(path, end):
+    """The lines of a text file, all of which end with `end`."""
+    *rows, rest = path.read_bytes().decode().split(end)
+    assert rest == "" and not any(set(row) & set("\r\n") for row in rows), path
+    return rows
+
+
+def ucf_lists(root):
+    """{(kind, number): rows} of the six lists of UCF101."""
+    folder = root / "ucfTrainTestlist"
+    names = {(kind, i): f"{kind}list{i:02d}.txt" for kind in ("train", "test") for i in (1, 2, 3)}
+    assert {p.name for p in folder.iterdir()} == {"classInd.txt", *names.values()}
+    return {k: lines(folder / name, "\r\n") for k, name in names.items()}
+
+
+def check_ucf101(root, paths):
+    """The official form of the lists; together they name `paths`, and each of them three times."""
+    classes = lines(root / "ucfTrainTestlist" / "classInd.txt", "\r\n")
+    number = {row.split()[1]: row.split()[0] for row in classes}
+    assert classes == [f"{i} {name}" for i, name in enumerate(number, 1)] and len(number) == 101
+    assert sorted(number, key=str.lower) == list(number) != sorted(number)
+    known = {"ApplyEyeMakeup": "1", "Hammering": "35", "HammerThrow": "36", "JumpRope": "48",
+             "HandstandPushups": "37", "JumpingJack": "47", "YoYo": "101"}
+    assert known.items() <= number.items()
+    lists, groups = ucf_lists(root), {}
+    for (kind, i), rows in lists.items():
+        for row in rows:
+            name, group, clip = re.fullmatch(
+                r"(\w+)/v_\w+_g(\d\d)_c(\d\d)\.avi" + r" \d+" * (kind == "train"), row).groups()
+            file = name.replace("HandstandPushups", "HandStandPushups")
+            path = f"{name}/v_{file}_g{group}_c{clip}.avi"
+            assert row == (f"{path} {number[name]}" if kind == "train" else path)
+            groups.setdefault((kind, i), []).append((int(number[name]), int(group), int(clip)))
+        assert groups[kind, i] == sorted(groups[kind, i])
+        assert {c for c, _, _ in groups[kind, i]} == {int(number[c]) for c in toy.UCF_MOTIONS}
+    for i in (1, 2, 3):
+        test, train = ({row.split()[0] for row in lists[kind, i]} for kind in ("test", "train"))
+        assert not test & train and test | train == paths
+        assert {g for _, g, _ in groups["test", i]} <= set(range(7 * i - 6, 7 * i + 1))
+        assert not {g for _, g, _ in groups["train", i]} & set(range(7 * i - 6, 7 * i + 1))
+        assert {24, 25} < {g for _, g, _ in groups["train", i]}
+        for j in {1, 2, 3} - {i}:
+            assert test < {row.split()[0] for row in lists["train", j]}
+    return groups
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 1.0, 2.0])
+def test_ucf101_lists_have_the_official_form(scale, tmp_path):
+    tasks = toy.make_ucf101(tmp_path, 0, scale, False)        # lists alone
+    paths = [v["files"][0][0].relative_to(tmp_path / "UCF-101").as_posix() for v in tasks]
+    groups = check_ucf101(tmp_path, set(paths))
+    assert len({v["key"] for v in tasks}) == len(tasks) == len(set(paths))
+    frames = [round(v["seconds"] * 25) for v in tasks]
+    assert frames.count(29) == 1 and min(frames) == 29 and max(frames) <= 60
+    if scale == 1.0:
+        assert {g for i in (1, 2, 3) for _, g, _ in groups["test", i]} == set(range(1, 22))
+        assert len(tasks) == 296 and len(groups["train", 1]) == 216
+
+
+CODES = {"0": "unused", "1": "train", "2": "test"}
+
+
+def check_hmdb51(root, paths):
+    """The official form of the splits, which name `paths`.   -> numbers of (train, test, unused)"""
+    folder, counts = root / "testTrainMulti_7030_splits", []
+    assert {p.name for p in folder.iterdir()} == {
+        f"{name}_test_split{i}.txt" for name in toy.HMDB_MOTIONS for i in (1, 2, 3)}
+    seen, films = {}, collections.defaultdict(set)
+    for name, i in itertools.product(toy.HMDB_MOTIONS, (1, 2, 3)):
+        rows = lines(folder / f"{name}_test_split{i}.txt", "\n")
+        files, codes = zip(*(re.fullmatch(r"(\S+\.avi) ([012]) ", row).groups() for row in rows))
+        assert seen.setdefault(name, files) == files and list(files) == sorted(set(files))
+        counts.append(tuple(codes.count(c) for c in "120"))
+        for file, code in zip(files, codes):
+            source, = re.fullmatch(rf"(.+)_{name}_[hufl]_[cn]m_np[12]_(?:fr|ba|le|ri)_"
+                                   r"(?:bad|med|goo)_\d+\.avi", file).groups()
+            films[i, source].add(code)
+    assert {f"{name}/{file}" for name, files in seen.items() for file in files} == paths
+    assert all(len(codes) == 1 for codes in films.values()), "a film on two sides of a split"
+    assert len(set(counts)) == 1
+    return counts[0]
+
+
+@pytest.mark.parametrize("scale, counts", [(0.01, (2, 1, 1)), (0.55, (8, 2, 2)),
+                                           (1.0, (21, 9, 3)), (2.0, (42, 18, 6))])
+def test_hmdb51_splits_have_the_official_form(scale, counts, tmp_path):
+    tasks = toy.make_hmdb51(tmp_path, 0, scale, False)        # splits alone
+    paths = {v["files"][0][0].relative_to(tmp_path / "hmdb51_org").as_posix() for v in tasks}
+    assert check_hmdb51(tmp_path, paths) == counts
+    assert len({v["key"] for v in tasks}) == len(tasks) == len(paths) == 6 * sum(counts)
+    frames = [round(v["seconds"] * 30) for v in tasks]
+    assert 0 < sum(n < 25 for n in frames) < 0.15 * len(frames) and 17 <= min(frames)
+    assert max(frames) <= 80 and all(n < 25 or n >= 40 for n in frames)
+    assert all(any(c in p for p in paths) for c in ("()!#[]" if scale < 1 else "()!#&+;@~[]"))
+
+
+@pytest.mark.parametrize("name", ["ucf101", "hmdb51"])
+def test_files_of_actions_hold_the_pictures_as_drawn_in_their_order(name, request, tmp_path):
+    """Also those with B-frames: all pictures, at even sizes, in MPEG-4 named XVID."""
+    root, reordered = request.getfixturevalue(name), 0
+    tasks = toy.MAKERS[name](tmp_path, 0, 0.01, False)
+    files = {p.relative_to(root).as_posix() for p in root.rglob("*.avi")}
+    assert files == {v["files"][0][0].relative_to(tmp_path).as_posix() for v in tasks}
+    for video in tasks:
+        with av.open(str(root / video["files"][0][0].relative_to(tmp_path))) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.codec_tag, stream.codec_context.name) == ("XVID", "mpeg4")
+            assert stream.average_rate == video["fps"] and len(container.streams) == 1
+            got = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+            reordered += stream.codec_context.has_b_frames
+        wanted = list(toy.draw_action(video))
+        assert len(got) == len(wanted) == round(video["seconds"] * video["fps"])
+        assert got[0].shape == (*video["size"], 3) and not any(n % 2 for n in video["size"])
+        for k in (0, len(got) // 2, -1):
+            assert abs(got[k].astype(float) - wanted[k]).mean() < 6, (video["files"], k)
+    assert 0 < reordered < len(tasks) / 2
 
 
 def test_strikes_are_heard_where_they_are_annotated(epic):

@@ -35,6 +35,22 @@ Routines are soundless and outside the pre-training pool, and all of them are in
 ground and what floats before it would else tell which routine it is. The change of state needs many
 rooms to be learned from nothing: short quiet videos, soundless and outside the pool, too.
 
+UCF101 and HMDB51 ask for the order of the pictures instead: their classes are pairs of which each
+is the other played backwards. Three objects have a height, a size, a distance from their middle and
+a length, and one of the four runs through its whole range in a second or so. Then three others take
+their place and it begins anew:
+
+    UCF101            HMDB51        the change                  the same played backwards
+    JumpingJack       climb         rise over the picture       JumpRope          climb_stairs
+    BabyCrawling                    approach: 2.8 times as big  Bowling
+    HammerThrow       kick          scatter from one place      Hammering         kick_ball
+    HandstandPushups  brush_hair    unfold: round, then long    BodyWeightSquats  push
+
+What does not change stands anywhere in its range, drawn anew every time. So every picture has the
+same distribution in all classes and tells nothing at all; two pictures do, if one knows which is
+the earlier. Nothing depends on left and right, on colours or on brightness. A group (or a film of
+HMDB51) is a room and five objects, of which three are seen; each group occurs in all classes.
+
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
 """
@@ -49,6 +65,7 @@ import sys
 import time
 import uuid
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
@@ -110,6 +127,20 @@ GAP = {  # kind of video: seconds from the i-th strike to the next
     "routine": lambda rng, i: rng.uniform(1.6, 1.9),
     "quiet": lambda rng, i: rng.uniform(9.8, 10.6),
 }
+RANGES = {  # of the actions: what a number between 0 and 1 stands for, in picture heights
+    "height": lambda s: 0.15 + 0.7 * s,          # of the middle of the three objects
+    "size": lambda s: 0.095 * 2.8**s,            # their radius
+    "spread": lambda s: 0.03 + 0.35 * s,         # their distance from the middle
+    "length": lambda s: 4.5**s,                  # length over breadth, the area stays
+}
+MOTIONS = {  # action: (what changes, does it grow)
+    "rise": ("height", False), "sink": ("height", True),
+    "approach": ("size", True), "leave": ("size", False),
+    "scatter": ("spread", True), "gather": ("spread", False),
+    "unfold": ("length", True), "fold": ("length", False),
+}
+ROUND = (1.0, 1.4)                               # seconds after which an action begins anew
+DRIFT = 6                                        # pixels that the camera of an action strays
 
 
 def course(noun, u):
@@ -139,7 +170,7 @@ def swing(noun, u):
 
 
 def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", options=None,
-                audio_codec="aac", container_format=None, gop=None, pix_fmt="yuv420p"):
+                audio_codec="aac", container_format=None, gop=None, pix_fmt="yuv420p", tag=None):
     """Write frames, an iterable of (H, W, 3) uint8, and audio, float32 (channels, n) or None.
 
     The file appears under its name only when it is complete. One thread: more would change the
@@ -158,6 +189,8 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
                 video.height, video.width = picture.shape[:2]
                 video.pix_fmt, video.codec_context.thread_count = pix_fmt, 1
                 video.gop_size = gop or round(fps)
+                if tag:
+                    video.codec_context.codec_tag = tag
                 if audio is not None:
                     layout = {1: "mono", 2: "stereo"}[len(audio)]
                     quick = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_pns": "0"}
@@ -241,11 +274,25 @@ def turned(sprite, radius, angle):
     return sprite[v, u]
 
 
+def stretched(sprites, radius, angle, length):
+    """As `turned`, for (4096, k) numbers of sprites that get longer at the same area, (n, m, k)."""
+    longer = math.sqrt(length)
+    c, s = math.cos(angle), math.sin(angle)
+    y, x = (np.arange(-n, n + 1) / (1.05 * radius) for n in (
+        int(radius * math.hypot(s * longer, c / longer)) + 1,
+        int(radius * math.hypot(c * longer, s / longer)) + 1))
+    u = (x * (32 * c / longer) + (y * (32 * s / longer) + 32)[:, None]).astype(np.intp)
+    v = (x * (-32 * s * longer) + (y * (32 * c * longer) + 32)[:, None]).astype(np.intp)
+    for place in (u, v):
+        np.minimum(np.maximum(place, 0, out=place), 63, out=place)
+    return sprites[64 * v + u]
+
+
 def blend(frame, patch, y, x):
     """Draw a turned sprite centred at (y, x); what lies outside the frame is cut off."""
-    n, top, left = len(patch), round(y) - len(patch) // 2, round(x) - len(patch) // 2
+    top, left = round(y) - len(patch) // 2, round(x) - patch.shape[1] // 2
     y0, x0 = max(top, 0), max(left, 0)
-    y1, x1 = min(top + n, frame.shape[0]), min(left + n, frame.shape[1])
+    y1, x1 = min(top + len(patch), frame.shape[0]), min(left + patch.shape[1], frame.shape[1])
     if y0 < y1 and x0 < x1:
         patch, place = patch[y0 - top:y1 - top, x0 - left:x1 - left], frame[y0:y1, x0:x1]
         place[...] = place * patch[..., 3:] + patch[..., :3]
@@ -371,6 +418,63 @@ def draw(video, start=0.0):
                 blend(frame, cache[k][1], y[j] - 0.2 * pan[0][i], x[j] - 0.2 * pan[1][i])
         frame += grain[order[i]]
         yield (frame * shades[light[i]] >> 8).astype(np.uint8)
+
+
+# ---- the pictures of an action ----
+
+
+@lru_cache(maxsize=64)
+def room_of(key, height, width):
+    """Ground and five sprites of a group: all its videos are made of them."""
+    rng = np.random.default_rng(key)
+    ground = noise_texture(rng, height + 2 * DRIFT, width + 2 * DRIFT, rng.uniform(0.15, 0.5))
+    kinds = rng.choice(["disc", "box", "triangle", "cross", "star", "ring"], 5)
+    return ground.clip(16, 110).astype(np.uint8), np.stack([make_sprite(rng, k) for k in kinds], 2)
+
+
+def states(rng, motion, times):
+    """The four numbers of RANGES at all times, and the number of the round.   -> dict, ints"""
+    clock = rng.random() + times / rng.uniform(*ROUND)
+    turn = clock.astype(int)
+    drawn = rng.random((turn[-1] + 1, len(RANGES)))
+    at = dict(zip(RANGES, drawn[turn].T))
+    what, grows = MOTIONS[motion]
+    at[what] = clock - turn if grows else 1 - (clock - turn)
+    return {k: RANGES[k](v) for k, v in at.items()}, turn
+
+
+def draw_action(video):
+    """The pictures of a video of one action, like `draw`."""
+    rng = np.random.default_rng((*video["key"], 1))
+    height, width = video["size"]
+    times = np.arange(round(video["seconds"] * video["fps"])) / float(video["fps"])
+    at, turn = states(rng, video["motion"], times)
+    # The light is another one in each video: else colours would tell which group it is.
+    light = np.append(rng.uniform(0.7, 1, 3), 1)
+    ground, sprites = room_of(video["room"], height, width)
+    ground = (ground * light[:3]).astype(np.uint8)
+    sprites = (sprites * light).astype(np.float32)
+    pan = np.stack([smooth_path(rng, times, DRIFT - 1) for _ in range(2)], 1) + DRIFT
+    pan = pan.round().astype(int)                                              # y, x
+    grain = rng.normal(0, 1, (height + 8, width + 8, 3)).round().clip(-8, 8).astype(np.int8)
+    grain, moves = grain.view(np.uint8), rng.integers(9, size=(len(times), 2))
+    last = shape = None
+    for i in range(len(times)):
+        if turn[i] != last:                              # three others, at another place
+            last, shape, x = turn[i], None, width * rng.uniform(0.35, 0.65)
+            three = sprites[:, :, rng.permutation(5)[:3]].reshape(4096, 12)
+            tilt, way = rng.uniform(1, 2.1), rng.random() + np.arange(3) / 3
+            cosines, sines = np.cos(2 * np.pi * way), np.sin(2 * np.pi * way)
+        frame = ground[pan[i, 0]:pan[i, 0] + height, pan[i, 1]:pan[i, 1] + width].copy()
+        middle, radius, spread, length = (at[k][i] for k in RANGES)
+        if shape != (radius, length):
+            shape, patch = (radius, length), stretched(three, height * radius, tilt, length)
+        for k in range(3):
+            blend(frame, patch[:, :, 4 * k:4 * k + 4], height * (middle + spread * sines[k]),
+                  x + height * spread * cosines[k])
+        y0, x0 = moves[i]
+        frame += grain[y0:y0 + height, x0:x0 + width]
+        yield frame
 
 
 # ---- the sound of a video ----
@@ -722,6 +826,114 @@ def make_ego4d(root, seed, scale, segments):
     return tasks
 
 
+# ---- UCF101 and HMDB51 ----
+
+UCF101 = """
+ApplyEyeMakeup ApplyLipstick Archery BabyCrawling BalanceBeam BandMarching BaseballPitch Basketball
+BasketballDunk BenchPress Biking Billiards BlowDryHair BlowingCandles BodyWeightSquats Bowling
+BoxingPunchingBag BoxingSpeedBag BreastStroke BrushingTeeth CleanAndJerk CliffDiving CricketBowling
+CricketShot CuttingInKitchen Diving Drumming Fencing FieldHockeyPenalty FloorGymnastics
+FrisbeeCatch FrontCrawl GolfSwing Haircut Hammering HammerThrow HandstandPushups HandstandWalking
+HeadMassage HighJump HorseRace HorseRiding HulaHoop IceDancing JavelinThrow JugglingBalls
+JumpingJack JumpRope Kayaking Knitting LongJump Lunges MilitaryParade Mixing MoppingFloor Nunchucks
+ParallelBars PizzaTossing PlayingCello PlayingDaf PlayingDhol PlayingFlute PlayingGuitar
+PlayingPiano PlayingSitar PlayingTabla PlayingViolin PoleVault PommelHorse PullUps Punch PushUps
+Rafting RockClimbingIndoor RopeClimbing Rowing SalsaSpin ShavingBeard Shotput SkateBoarding Skiing
+Skijet SkyDiving SoccerJuggling SoccerPenalty StillRings SumoWrestling Surfing Swing
+TableTennisShot TaiChi TennisSwing ThrowDiscus TrampolineJumping Typing UnevenBars
+VolleyballSpiking WalkingWithDog WallPushups WritingOnBoard YoYo
+""".split()
+UCF_MOTIONS = {"BabyCrawling": "approach", "BodyWeightSquats": "fold", "Bowling": "leave",
+               "Hammering": "gather", "HammerThrow": "scatter", "HandstandPushups": "unfold",
+               "JumpingJack": "rise", "JumpRope": "sink"}
+HMDB_MOTIONS = {"brush_hair": "unfold", "climb": "rise", "climb_stairs": "sink",
+                "kick": "scatter", "kick_ball": "gather", "push": "fold"}
+FILMS = ["Harbour_Lights", "(Night)_Train_No_7!", "Two_Rivers_[Part_1]_2", "#4_Dinner_At_Eight",
+         "Salt_&_Pepper;_a_day", "Old_Garden_3", "me@the_lake_1999", "Snow~Trip+Sauna",
+         "The_Long_Stairs", "20070412_park", "Kite_Weather_II"]
+
+
+def plan_action(seed, name, k, motion, place, fps, size):
+    """Video number k of one action; `place` is the number of its group or film."""
+    key = (seed, crc32(name.encode()), k)
+    rng = np.random.default_rng((*key, 3))
+    quantiser = str(rng.integers(5, 11))
+    options = {"qmin": quantiser, "qmax": quantiser}
+    if rng.random() < 0.15:                              # B-frames: not in the order of time
+        options["bf"] = "2"
+    coding = {"codec": "mpeg4", "tag": "XVID", "gop": int(rng.integers(12, 51)),
+              "options": options}
+    return {"key": key, "motion": motion, "room": (seed, crc32(f"{name} room".encode()), place),
+            "size": size, "fps": Fraction(fps), "sound": "none",
+            "rate": 44100, "coding": coding, "segments": None}, rng
+
+
+def write_lines(path, lines, end):
+    path.write_bytes("".join(line + end for line in lines).encode())
+
+
+def make_ucf101(root, seed, scale, segments):
+    """Lists of the toy UCF101.   -> the videos to draw"""
+    folder, tasks, rows = root / "ucfTrainTestlist", [], []
+    folder.mkdir(parents=True)
+    order = [1, 8, 15, 22, 24, 25]                       # one of each list, and some of training
+    order += [g for g in range(25, 0, -1) if g not in order]
+    groups = sorted(order[:counted(25, min(scale, 1), 6)])
+    for c, name in enumerate(UCF101, 1):
+        word = name.replace("Handst", "HandSt")          # its files are so called
+        for group in groups if name in UCF_MOTIONS else ():
+            for clip in range(1, counted(2 - group % 2, scale, 1) + 1):
+                k = 100000 * c + 1000 * group + clip
+                video, own = plan_action(seed, "ucf101", k, UCF_MOTIONS[name], group, 25,
+                                         (68, 92))
+                frames = int(own.integers(30, 51)) if tasks else 29
+                path = f"{name}/v_{word}_g{group:02d}_c{clip:02d}.avi"
+                tasks.append(video | {"seconds": frames / 25,
+                                      "files": [(root / "UCF-101" / path, 0.0, [])]})
+                rows.append((group, path, c))
+    write_lines(folder / "classInd.txt", [f"{c} {x}" for c, x in enumerate(UCF101, 1)], "\r\n")
+    for i in (1, 2, 3):                                  # groups 1-7, 8-14 and 15-21 are tested
+        test = range(7 * i - 6, 7 * i + 1)
+        write_lines(folder / f"trainlist{i:02d}.txt",
+                    [f"{path} {c}" for group, path, c in rows if group not in test], "\r\n")
+        write_lines(folder / f"testlist{i:02d}.txt",
+                    [path for group, path, _ in rows if group in test], "\r\n")
+    return tasks
+
+
+def make_hmdb51(root, seed, scale, segments):
+    """Splits of the toy HMDB51.   -> the videos to draw"""
+    folder, tasks = root / "testTrainMulti_7030_splits", []
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng((seed, crc32(b"hmdb51")))
+    films, clips = counted(len(FILMS), min(scale, 1), 4), counted(3, scale, 1)
+    shapes = [(68, int(w)) for w in rng.choice(range(88, 122, 2), films)]
+    tested = max(1, 3 * (films - 1) // 10)               # in each split; one film is unused
+    for c, name in enumerate(HMDB_MOTIONS):
+        rows = []
+        for film in range(films):
+            for clip in range(clips):
+                k = 100000 * c + 1000 * film + clip
+                video, own = plan_action(seed, "hmdb51", k, HMDB_MOTIONS[name], film, 30,
+                                         shapes[film])
+                short = own.random() < 0.04 or (c, film, clip) == (0, 0, 0)
+                frames = int(own.integers(17, 25)) if short else 40 + int(40 * own.beta(1, 4))
+                tags = [own.choice(x.split()) for x in (
+                    "h u f l", "cm nm", "np1 np2", "fr ba le ri", "bad med goo")]
+                file = "_".join([FILMS[film], name, *tags, f"{clip}.avi"])
+                video |= {"seconds": frames / 30,
+                          "files": [(root / "hmdb51_org" / name / file, 0.0, [])]}
+                tasks.append(video)
+                rows.append((file, film))
+        for i in range(3):
+            test = range(tested * i, tested * (i + 1))
+            idle = films - 1 - i % (films - 3 * tested)
+            write_lines(folder / f"{name}_test_split{i + 1}.txt", [
+                f"{file} {2 if film in test else 0 if film == idle else 1} "
+                for file, film in sorted(rows)], "\n")
+    return tasks
+
+
 # ---- making a dataset ----
 
 
@@ -730,11 +942,12 @@ def build(video):
     sound, made = hear(video), 0
     # Quick to write; every fourth with B-frames, whose order in the file is not that of time.
     preset = "superfast" if video["key"][2] % 4 == 0 else "ultrafast"
+    coding = video.get("coding", {"options": {"preset": preset, "crf": "27"}})
     for path, start, links in video["files"]:
         begin = round(start * video["rate"])
-        write_video(path, draw(video, start), video["fps"],
-                    None if sound is None else sound[:, begin:], video["rate"],
-                    options={"preset": preset, "crf": "27"})
+        pictures = draw_action(video) if "motion" in video else draw(video, start)
+        write_video(path, pictures, video["fps"],
+                    None if sound is None else sound[:, begin:], video["rate"], **coding)
         made += 1 + len(links)
         for link in links:                               # the same recording under another name
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -762,7 +975,8 @@ def cut_pieces(video, sound):
     return len(starts)
 
 
-MAKERS = {"epic": make_epic, "ego4d": make_ego4d}
+MAKERS = {"epic": make_epic, "ego4d": make_ego4d, "ucf101": make_ucf101,
+          "hmdb51": make_hmdb51}
 
 
 def make(name, out, seed=0, scale=1.0, workers=2, segments=False):
