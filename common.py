@@ -877,13 +877,22 @@ def count_frames(path: Path) -> int:
 def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
     """Pictures by number, from 0 in the order they are shown: uint8 (T, H, W, 3) at full size.
 
-    numbers: ascending. Of a video file with a constant frame rate, or of a folder as
-    `count_frames` describes it. Raises VideoError.
+    numbers: ascending. Of a video file, or of a folder as `count_frames` describes it. Raises
+    VideoError.
     """
     if not path.is_dir():
         with _open(path) as c:
-            rate = float(_rate(_video_stream(c, path)))
-        return read_clip(path, [(np.asarray(numbers) + 0.25) / rate])[0]
+            v = _video_stream(c, path)
+            v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
+            if c.format.name == "avi" and len(v.index_entries) == v.frames:
+                ticks = np.array([e.timestamp for e in v.index_entries if e.size])
+            else:
+                ticks = np.array(sorted(t for p in c.demux(v) if p.size and not p.is_discard and (
+                    t := p.dts if c.format.name == "avi" else p.pts) is not None))
+            if not 0 <= numbers[0] <= numbers[-1] < len(ticks):
+                raise VideoError(f"{path}: has {len(ticks)} pictures, number {numbers[-1]} is wanted")
+            times = (ticks[numbers] - _origin(v)) * float(v.time_base)
+            return _read_group(c, v, path, [times], None)[0]
     from PIL import Image, UnidentifiedImageError
     pictures = []
     for n in numbers:
@@ -995,7 +1004,8 @@ def _packets(c, v, low, high, counted):
     Some containers seek to a later key frame than asked for: then ask for an earlier one.
     """
     stamp = "dts" if counted else "pts"
-    spare = 4 * (counted and v.codec_context.has_b_frames)    # B-frames shown before a key frame
+    # B-frames shown before a key frame; and the first ones after it lack a time to refer to.
+    spare = 8 * (counted and v.codec_context.has_b_frames)
     start = counted and (v.codec.name != "mpeg4" or len(v.index_entries) != v.frames
                          or low - spare <= _origin(v))
     for back in (None,) if start else (0, 2, 10, None):

@@ -167,7 +167,7 @@ def recipe(chosen):
     if chosen.tiny:
         r |= {"workers": 2, "log_every": 5, "save_every": 50, **TINY.get(stage, {})}
         if stage != "test" and (r["init"] or "none") == "none":
-            r |= {"img_dim": 64, "crop": 64, "width": 16}
+            r |= {"img_dim": 64, "crop": chosen.img_dim or 64, "width": 16}
     return r
 
 
@@ -334,11 +334,11 @@ def hold_out(dataset, names):
     if dataset == "ucf101":
         groups = [re.search(r"_g(\d+)_c\d+$", n) for n in names]
         return np.array([bool(g) and int(g[1]) in HELD_OUT for g in groups])
-    sources = [v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)]
+    sources = np.array([v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)])
     mask = np.zeros(len(names), bool)
     for source in sorted(set(sources), key=lambda s: (crc32(s.encode()), s)):
         if mask.sum() * 10 < len(names):
-            mask |= np.array(sources) == source
+            mask |= sources == source
     return mask
 
 

@@ -1,12 +1,13 @@
-"""Starts replai.py for the tests: as a user does, or in forked copies of one warm process.
+"""Starts a script for the tests: as a user does, or in forked copies of one warm process.
 
-`command` is the real thing, `python replai.py` or torchrun, and costs 4 to 12 seconds before the
+`command` is the real thing, `python SCRIPT.py` or torchrun, and costs 4 to 12 seconds before the
 first step. `quick` runs the same `parse_args` and `launch` in processes forked from one that has
 imported everything, with torchrun's environment variables; it can also end them at a chosen
 instruction with SIGKILL, which is what a test of restarts needs.
 """
 
 import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -28,7 +29,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import common  # noqa: E402
-import replai  # noqa: E402
+import cpctrans  # noqa: E402, F401
+import replai  # noqa: E402, F401
 
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules
@@ -49,13 +51,13 @@ def free_port():
         return s.getsockname()[1]
 
 
-def command(*args, n=1, cwd=None, timeout=150, python=()):
-    """`python replai.py ARGS`, under torchrun with n > 1, as a user types it."""
+def command(*args, n=1, cwd=None, timeout=150, python=(), script="replai"):
+    """`python SCRIPT.py ARGS`, under torchrun with n > 1, as a user types it."""
     start = [sys.executable, *python]
     if n > 1:
         start += ["-m", "torch.distributed.run", "--nproc_per_node", str(n),
                   "--master_port", str(free_port())]
-    p = subprocess.run([*start, str(REPO / "replai.py"), *map(str, args)], capture_output=True,
+    p = subprocess.run([*start, str(REPO / f"{script}.py"), *map(str, args)], capture_output=True,
                        cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL, check=False)
     return Result(p.returncode, p.stdout.decode(), p.stderr.decode())
 
@@ -68,7 +70,7 @@ def context():
     return ctx
 
 
-def quick(folder, *args, n=1, die=None, kill=None, timeout=100):
+def quick(folder, *args, n=1, die=None, kill=None, timeout=100, script="replai"):
     """As `command`, from forked processes; what they print goes to files in `folder`.
 
     die   (event, k): process 0 ends itself by SIGKILL at the k-th such event, see `arm`
@@ -78,8 +80,8 @@ def quick(folder, *args, n=1, die=None, kill=None, timeout=100):
     """
     folder.mkdir(parents=True, exist_ok=True)
     port, ctx = free_port(), context()
-    running = [ctx.Process(target=_main, args=(r, n, port, list(map(str, args)), die, str(folder)))
-               for r in range(n)]
+    running = [ctx.Process(target=_main, args=(script, r, n, port, list(map(str, args)), die,
+                                               str(folder))) for r in range(n)]
     for p in running:
         p.start()
     began = time.monotonic()
@@ -108,7 +110,7 @@ def quick(folder, *args, n=1, die=None, kill=None, timeout=100):
     return Result(codes[0] if codes[0] else max(codes, key=abs), text["out"], text["err"])
 
 
-def _main(rank, n, port, argv, die, folder):
+def _main(script, rank, n, port, argv, die, folder):
     os.setsid()
     for fd, name in ((1, "out"), (2, "err")):
         f = os.open(f"{folder}/{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -120,8 +122,9 @@ def _main(rank, n, port, argv, die, folder):
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if die and rank == 0:
         arm(*die)
-    sys.argv = ["replai.py", *argv]
-    common.launch(replai.main, replai.parse_args())
+    sys.argv = [f"{script}.py", *argv]
+    module = importlib.import_module(script)
+    common.launch(module.main, module.parse_args())
 
 
 def suicide():
