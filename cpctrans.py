@@ -157,7 +157,7 @@ def recipe(chosen):
         "test" if chosen.test else "finetune" if chosen.pretrain else "pretrain")
     init = chosen.init or {"random": "none"}.get(chosen.pretrain, chosen.pretrain)
     r = {"stage": stage, "data": Path("data") / chosen.dataset, "lr": 1e-3, "init": init,
-         **PUBLISHED[chosen.method or "cpctrans"].get(stage, {"batch_size": 16})}
+         **PUBLISHED[chosen.method or "cpctrans"].get(stage, {})}
     if stage == "finetune" and not init:
         r["init"] = "none" if chosen.tiny else "runs/cpctrans_ucf101_pretrain/best.pt"
     if stage == "finetune" and chosen.train_what == "last":
@@ -502,6 +502,11 @@ def short_side_to(frames, side):
     return x.round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def channels_first(clip):
+    """(..., H, W, 3) array -> (..., 3, H, W) tensor"""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(clip, -1, -3)))
+
+
 class TrainClips(Dataset):
     """One clip per video and epoch, from a random start, with the parameters of its colours.
 
@@ -522,8 +527,7 @@ class TrainClips(Dataset):
         start = rng.integers(max(0, last_start(length, clip_span(a))) + 1)
         numbers = start + a.ds * np.arange(a.num_seq * a.seq_len)
         clip, colour = self.distort(pictures(path, numbers, length, a.crop), rng, a)
-        clip = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)     # (N, 3, S, S)
-        return {"clip": clip, **colour, "label": int(label)}
+        return {"clip": channels_first(clip), **colour, "label": int(label)}
 
 
 class TestClips(Dataset):
@@ -546,9 +550,8 @@ class TestClips(Dataset):
         cut = [crop_resize(view, x, y, a.crop, a.img_dim, a.resize)
                for view in views[:1 + (a.crops == 10 and not self.middle)]
                for x, y in crop_places(view, a.crop, 1 if self.middle else a.crops)]
-        x = torch.from_numpy(np.stack(cut)).permute(0, 1, 4, 2, 3)           # (crops, ·, 3, S, S)
-        x = x.unflatten(1, numbers.shape).flatten(0, 1)                      # (crops·clips, N, ...)
-        return x[0] if self.middle else x
+        x = channels_first(np.stack(cut)).unflatten(1, numbers.shape).flatten(0, 1)
+        return x[0] if self.middle else x                     # (crops·clips, N, 3, S, S)
 
 
 # ---- data: what a clip looks like (official file: Utils/augmentation.py) ------------------------
