@@ -488,17 +488,21 @@ def pictures(path, numbers, length, crop):
     return short_side_to(frames, crop * 15 // 14)[back]
 
 
+def short_side_size(h, w, side):
+    """(h, w) of pictures scaled so that the short side is `side`; the long one is rounded down."""
+    return (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
+
+
 def short_side_to(frames, side):
     """Scale so that the short side is `side`, bilinear without antialiasing: extract_frame.py.
 
-    (T, H, W, 3) uint8 -> the same; the long side is rounded down.
+    (T, H, W, 3) uint8 -> the same.
     """
     h, w = frames.shape[1:3]
     if min(h, w) == side:
         return frames
-    size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    x = F.interpolate(x, short_side_size(h, w, side), mode="bilinear", align_corners=False)
     return x.round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -609,9 +613,7 @@ def sized_crop(frames, box, crop):
     if box:
         x, y, w, h = box
         return bilinear(frames[:, y:y + h, x:x + w], crop, crop)
-    h, w = frames.shape[1:3]
-    h, w = (crop, int(crop * w / h)) if h <= w else (int(crop * h / w), crop)
-    frames = bilinear(frames, h, w)
+    frames = bilinear(frames, *short_side_size(*frames.shape[1:3], crop))
     x, y = centre(frames, crop)
     return frames[:, y:y + crop, x:x + crop]
 

@@ -4,7 +4,8 @@ The fixtures, `parity/*.json`, hold what the original code computed from weights
 `recipe.py` rebuilds from names. `PARITY_DIR=folder` runs the same adapters on other files of that
 form. The adapter is chosen by the longest prefix of the case's id that is a family; everything
 else, sizes, temperatures, rates and draws, comes from the case. Weights are written as a released
-checkpoint and read back by the function behind `--init`.
+checkpoint and read back by the function behind `--init`. RepLAI's adapters stand here, those of
+CPCTrans in parity_cpctrans.py.
 """
 
 import copy
@@ -24,11 +25,14 @@ import torch.distributed as dist
 from torch import nn
 
 import common
+import parity_cpctrans
 import replai
+from parity_cpctrans import Tensorised
 
 HERE = Path(__file__).resolve().parent / "parity"
 FOLDER = Path(os.environ.get("PARITY_DIR", HERE))
 DIGEST = {"shape", "first", "mean", "std", "norm"}
+SUMMED = 1e-13                       # statistics are sums of doubles, in whatever order
 
 # Families that are not there yet, with the reason; their cases are skipped: {file stem: {...}}.
 COMING = {}
@@ -60,17 +64,29 @@ class Case:
         self.stem, self.file, self.case, self.folder = stem, file, case, folder
         self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
 
-    def state(self):
-        """{name: tensor} that the recipe fills in; references to other states are followed."""
-        entries = self.case["state"]
+    def entries(self):
+        """{name: shape} of the state; references to other states are followed."""
+        entries = self.case.get("state") or {}
         while isinstance(entries, str):
             if entries.startswith("@"):
                 entries = self.file["states"][entries[1:]]
             else:
                 other = entries.removeprefix("as ")
                 entries = next(c["state"] for c in self.file["cases"] if c["id"] == other)
-        return {k: torch.from_numpy(np.asarray(recipe.parameter(k, shape)))
-                for k, shape in entries.items()}
+        return entries
+
+    def state(self):
+        """{name: tensor} that the recipe fills in."""
+        return {k: torch.from_numpy(np.asarray(self.parameter(k, shape)))
+                for k, shape in self.entries().items()}
+
+    def parameter(self, name, shape):
+        """An alias has the value of the name it stands for; an override replaces the recipe's."""
+        for alias, name_of in self.case.get("aliases", {}).items():
+            if name.startswith(alias):
+                name = name_of + name.removeprefix(alias)
+        override = self.case.get("state_override", {}).get(name)
+        return recipe.values(name, shape, **override) if override else recipe.parameter(name, shape)
 
     def inputs(self):
         """{name: array}, made as each entry's `how` says."""
@@ -89,8 +105,15 @@ class Case:
             return entry
         how = entry.get("how", "values")
         if re.match(r"values(, then|$)", how):
-            return recipe.values(name, entry["shape"], entry.get("scale", 1.0),
-                                 entry.get("shift", 0.0))
+            x = recipe.values(name, entry["shape"], entry.get("scale", 1.0),
+                              entry.get("shift", 0.0))
+            if "then" not in entry:
+                return x
+            grey = re.match(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)",
+                            entry["then"])
+            if grey:
+                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
+            how = entry["then"]
         factor = re.match(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* "
                           r"float32\((\d+)\)\)\.astype\(int64\) % C", how)
         if factor:
@@ -140,7 +163,7 @@ class Case:
 
     def training(self):
         """Whether the original ran in training mode; the case says so in words."""
-        mode = re.search(r"\b(eval|train) mode", self.what)
+        mode = re.search(r"\b(eval|train)( mode|\b)", self.config.get("mode", self.what))
         assert mode, f"{self.id}: `what` names neither eval mode nor train mode"
         return mode[1] == "train"
 
@@ -207,12 +230,36 @@ def names(subject, output, state):
     return letters in re.sub(r"[^a-z]", "", output.lower())
 
 
-def bounds(text, output, state):
-    """(rtol, atol, rtol of the norm or None). An output that no clause names takes the first."""
-    clauses, of_gradients = parse_tolerance(text)
+class Bound(NamedTuple):
+    """How far one output may be off.
+
+    norm_rtol: of a digest's norm, None: what rtol and atol of the values imply. atol_std, where
+    not None: the fixture spells out each statistic's bound (its "conventions"). tensor: the bound
+    on an image transform made of tensor operations, in words.
+    """
+    rtol: float = 0.0
+    atol: float = 0.0
+    norm_rtol: float | None = None
+    atol_std: float | None = None
+    tensor: str = ""
+
+
+def bounds(tolerance, output, state=()):
+    """The Bound of an output, from words or from a table.
+
+    In words, an output that no clause names takes the first.
+    """
+    gradient = output.startswith("grad:")
+    if isinstance(tolerance, dict):
+        known = {"rtol", "atol", "atol_std", "norm_rtol", "tensor_implementation", "note"}
+        if set(tolerance) - known - {"grads"}:
+            raise ValueError(f"tolerance: cannot read {set(tolerance) - known}")
+        table = tolerance.get("grads", tolerance) if gradient else tolerance
+        numbers = [float(table.get(k, 0)) for k in ("rtol", "atol", "norm_rtol", "atol_std")]
+        return Bound(*numbers, tolerance.get("tensor_implementation", ""))
+    clauses, of_gradients = parse_tolerance(tolerance)
     named = [c for c in clauses if c[0] is None or any(names(s, output, state) for s in c[0])]
-    rtol, atol = (named or clauses)[0][1:]
-    return rtol, atol, of_gradients if output.startswith("grad:") else None
+    return Bound(*(named or clauses)[0][1:], of_gradients if gradient else None)
 
 
 class Twice(NamedTuple):
@@ -236,13 +283,15 @@ def compare(got, want, bound, name):
     Such values are held to three times the furthest that float64 moves one of the array instead,
     such statistics to 5 %, and a warning names them.
     """
+    if isinstance(got, Tensorised):
+        return tensor_faults(got, want, bound, name)
     if not isinstance(got, Twice):
-        return faults(got, want, *bound, name)
-    bad = faults(got.single, want, *bound, name)
+        return faults(got, want, bound, name)
+    bad = faults(got.single, want, bound, name)
     if not bad or not isinstance(want, dict) or set(want) != DIGEST:
         return bad
-    quarter = [x and x / 4 for x in bound]
-    ours = faults(got.double, digest(got.single), *quarter, name)
+    quarter = Bound(*(x and x / 4 for x in bound[:4]))
+    ours = faults(got.double, digest(got.single), quarter, name)
     loose = {p for p in ("first", "mean", "std", "norm")
              if any(f.startswith(f"{name}.{p}") for f in ours)}
     if loose:
@@ -252,33 +301,67 @@ def compare(got, want, bound, name):
     if "first" in loose:
         single, double = (torch.as_tensor(x).detach().double() for x in got)
         furthest = (single - double).abs().max().item()
-        kept += faults(digest(got.single)["first"], want["first"], bound[0],
-                       bound[1] + 3 * furthest, at=f"{name}.first")
+        kept += faults(digest(got.single)["first"], want["first"],
+                       Bound(bound.rtol, bound.atol + 3 * furthest), f"{name}.first")
     rms = want["norm"] / math.sqrt(max(1, math.prod(want["shape"])))
     scale, ours = {"mean": rms, "std": rms, "norm": want["norm"]}, digest(got.single)
     return kept + [f"{name}.{p}: {ours[p]!r}, the original {want[p]!r}, not even 5 % near"
                    for p in loose & set(scale) if not abs(ours[p] - want[p]) <= 0.05 * scale[p]]
 
 
-def faults(got, want, rtol, atol, norm_rtol=None, at=""):
-    """Every place where `got` is not `want`, in words.
+def tensor_faults(got, want, bound, name):
+    """As `faults`, for the fixture's bound on tensor implementations of Pillow's transforms.
 
-    A digest's statistics are held to what the bound on each value implies for them: errors of at
-    most atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x), the norm by √n times it.
+    It is on the mean absolute difference, a share of the range of grey levels: here of the values
+    that the digest keeps, and of its statistics.
     """
+    words = re.fullmatch(r"mean absolute difference below (\d+)/(\d+) \((\d+)/(\d+) after hue\)",
+                         bound.tensor)
+    assert words or not bound.tensor, f"cannot read {bound.tensor!r}"
+    if not words:
+        return faults(got.value, want, bound, name)
+    part, of = map(int, words.groups()[2:] if got.hue else words.groups()[:2])
+    value = torch.as_tensor(got.value)
+    allowed = torch.as_tensor(got.unit, dtype=torch.float64).expand(value.shape) * part / of
+    ours, n, typical = digest(value), value.numel(), allowed.mean().item()
+    if ours["shape"] != want["shape"]:
+        return [f"{name}.shape: {ours['shape']}, the original {want['shape']}"]
+    off = np.abs(np.subtract(ours["first"], want["first"])) / allowed.flatten()[:32].numpy()
+    bad = [] if off.mean() < 1 else [f"{name}.first: {off.mean():.3g} times the mean bound off"]
+    slack = {"mean": typical, "std": typical, "norm": math.sqrt(n) * typical}
+    return bad + [f"{name}.{k}: {ours[k]!r}, the original {want[k]!r}, allowed {s:.3g}"
+                  for k, s in slack.items() if not abs(ours[k] - want[k]) < s]
+
+
+def slack_of(want, bound):
+    """{statistic: how far that of a digest may be off}, and the bound on single values.
+
+    What the fixture spells out, else what the bound on each value implies: errors of at most
+    atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x), the norm by √n times it.
+    """
+    rtol, atol, norm_rtol, atol_std, _ = bound
+    n = max(1, math.prod(want["shape"]))
+    rms = want["norm"] / math.sqrt(n)
+    if atol_std is not None:
+        each = Bound(rtol, atol + atol_std * want["std"])
+        return {"mean": each.atol + max(rtol * abs(want["mean"]), SUMMED * rms), **{
+            k: atol + max(norm_rtol, SUMMED) * abs(want[k]) for k in ("std", "norm")}}, each
+    norm = norm_rtol * want["norm"] if norm_rtol else math.sqrt(n) * (atol + rtol * rms)
+    return {"mean": atol + rtol * rms, "std": atol + rtol * rms, "norm": norm}, Bound(rtol, atol)
+
+
+def faults(got, want, bound, at=""):
+    """Every place where `got` is not `want`, in words."""
     if isinstance(want, dict) and set(want) == DIGEST:
-        got, n = digest(got), max(1, math.prod(want["shape"]))
-        rms = want["norm"] / math.sqrt(n)
-        norm = norm_rtol * want["norm"] if norm_rtol else math.sqrt(n) * (atol + rtol * rms)
-        slack = {"mean": atol + rtol * rms, "std": atol + rtol * rms, "norm": norm}
-        bad = faults(got["shape"], want["shape"], 0, 0, at=f"{at}.shape")
-        bad += faults(got["first"], want["first"], rtol, atol, at=f"{at}.first")
+        got, (slack, each) = digest(got), slack_of(want, bound)
+        bad = faults(got["shape"], want["shape"], Bound(), f"{at}.shape")
+        bad += faults(got["first"], want["first"], each, f"{at}.first")
         return bad + [f"{at}.{k}: {got[k]!r}, the original {want[k]!r}, allowed {s:.3g}"
                       for k, s in slack.items() if not abs(got[k] - want[k]) <= s]
     if isinstance(want, dict):
         missing = [f"{at}.{k}: missing" for k in want if k not in got]
         return missing + [f for k in want if k in got
-                          for f in faults(got[k], want[k], rtol, atol, at=f"{at}.{k}")]
+                          for f in faults(got[k], want[k], bound, f"{at}.{k}")]
     if isinstance(got, (np.ndarray, torch.Tensor)):
         got = got.tolist()
     if isinstance(want, list):
@@ -286,10 +369,10 @@ def faults(got, want, rtol, atol, norm_rtol=None, at=""):
             size = len(got) if isinstance(got, (list, tuple)) else "no list"
             return [f"{at}: {size} entries, the original {len(want)}"]
         return [f for i, (a, b) in enumerate(zip(got, want))
-                for f in faults(a, b, rtol, atol, at=f"{at}[{i}]")]
+                for f in faults(a, b, bound, f"{at}[{i}]")]
     if isinstance(want, (str, bool, type(None))) or got is None:
         return [] if got == want else [f"{at}: {got!r}, the original {want!r}"]
-    slack = atol + rtol * abs(want)
+    slack = bound.atol + bound.rtol * abs(want)
     return [] if abs(got - want) <= slack else [
         f"{at}: {got!r}, the original {want!r}, allowed {slack:.3g}"]
 
@@ -662,7 +745,7 @@ def transpositions(case):
                                 for a, b in pairs]}
 
 
-ADAPTERS = {"replai": {
+ADAPTERS = {"cpctrans": parity_cpctrans.ADAPTERS, "replai": {
     "backbone.video": video_backbone, "backbone.audio": audio_backbone,
     "criterion": criterion, "criterion.two_sgd_steps": criterion_sgd_steps,
     "loss.avc": avc, "loss.avc_two_processes": avc_processes, "loss.astc": astc,
@@ -683,8 +766,12 @@ ADAPTERS = {"replai": {
 # ---- tests -------------------------------------------------------------------------------------
 
 def family_of(id, families):
-    """The longest family that the id begins with, ending at a dot, an underscore or its end."""
-    fitting = [f for f in families if re.match(re.escape(f) + r"(?=[._]|$)", id)]
+    """The longest family that the id begins with, ending at a dot, an underscore or its end.
+
+    # in a family's name stands for any number.
+    """
+    fitting = [f for f in families
+               if re.match(r"\d+".join(map(re.escape, f.split("#"))) + r"(?=[._]|$)", id)]
     return max(fitting, key=len, default=None)
 
 
@@ -699,21 +786,21 @@ def read_cases():
 
 @pytest.mark.parametrize("stem, file, case", read_cases())
 def test_matches_the_original(stem, file, case, tmp_path):
-    adapters, coming = ADAPTERS.get(stem, {}), COMING.get(stem, {})
+    script = family_of(stem, ADAPTERS)
+    adapters, coming = ADAPTERS.get(script, {}), COMING.get(script, {})
     family = family_of(case["id"], [*adapters, *coming])
     if family in coming:
         pytest.skip(coming[family])
-    assert family, f"{stem}/{case['id']}: no adapter for this family in tests/test_parity.py"
-    left_out = NOT_REPRODUCED.get(stem, {}).get(family, {})
+    assert family, f"{stem}/{case['id']}: no adapter for this family"
+    left_out = NOT_REPRODUCED.get(script, {}).get(family, {})
     want = {k: v for k, v in case["outputs"].items() if k not in left_out}
     assert want, f"{stem}/{case['id']}: names no output that could be compared"
     c = Case(stem, file, case, tmp_path)
     torch.manual_seed(0)
     got = adapters[family](c)
-    state = c.state() if case["state"] else {}
     bad = []
     for k, value in want.items():
-        bound = bounds(case["tolerance"], k, state)
+        bound = bounds(case["tolerance"], k, c.entries())
         bad += compare(got[k], value, bound, k) if k in got else [
             f"{k}: the adapter does not produce it"]
     text = "\n".join([f"{len(bad)} differences, tolerance {case['tolerance']!r}:", *bad[:20]])
