@@ -47,9 +47,13 @@ class Draws:
 
 # ---- weights and networks ----------------------------------------------------------------------
 
-def released(case, within=""):
-    """The case's state as a checkpoint of the release, its names put behind `within`."""
-    state = {within + k: v for k, v in case.state().items()}
+def released(case, within="", blank=False):
+    """The case's state as a checkpoint of the release, its names put behind `within`.
+
+    blank: names and shapes alone.
+    """
+    state = {k: torch.zeros(()).expand(shape) for k, shape in case.entries().items()}
+    state = {within + k: v for k, v in (state if blank else case.state()).items()}
     parallel = "final_fc.1.weight" in state or any(v.dim() == 5 for v in state.values())
     state = {"module." * parallel + k: v for k, v in state.items()}
     path = case.folder / "model_best_epoch7.pth.tar"
@@ -139,15 +143,15 @@ def watch(modules):
 
 
 def siblings(case, has):
-    """The other cases of the file whose state holds the tensor `has`, as Cases."""
+    """The cases of the file whose state is a whole network with the tensor `has`, as Cases."""
     cases = [type(case)(case.stem, case.file, c, case.folder) for c in case.file["cases"]]
-    return [c for c in cases if has in c.entries()]
+    return [c for c in cases if {has, "backbone.conv1.weight"} <= set(c.entries())]
 
 
 def usual(cases):
     """Of these, the first whose network is the release's by default, with the most classes."""
     def fits(case):
-        known = cpctrans.describe(released(case))
+        known = cpctrans.describe(released(case, blank=True))
         return all(known.get(k) == cpctrans.SHAPE[k] for k in ("method", "net", "layers"))
     fitting = [c for c in cases if fits(c)]
     assert fitting, "no other case of the file has the default network"
@@ -281,7 +285,7 @@ def pretrain_full(case):
 
 def future_is_visible(case):
     _, model = whole(case)
-    x, (side,) = case.input("x"), {case.config["sample_size"]}
+    x, side = case.input("x"), case.config["sample_size"]
     blind = x.clone()
     blind[:, -1] = 0
     with torch.no_grad():
@@ -301,8 +305,10 @@ def classifier(case):
     pooled = model.pooled(x)
     logits = model.classify(pooled)
     states = torch.stack(seen["agg"], 1)
-    tokens = {"encoder_tokens_BxTxC": z.permute(0, 1, 3, 4, 2).flatten(1, 3)
-              for z in seen.get("encoder", [])}
+    tokens = {}
+    if model.encoder is not None:
+        z = seen["encoder"][0].permute(0, 1, 3, 4, 2)         # (B, N, S, S, D)
+        tokens["encoder_tokens_BxTxC"] = z.flatten(1, 3)
     loss = F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
     loss.backward()
     with torch.no_grad():
@@ -356,8 +362,8 @@ def weights_transfer(case):
     c = case.config
     first, second = (usual(siblings(case, k)) for k in ("network_pred.0.weight",
                                                         "final_fc.1.weight"))
-    (_, pretrained), (args, model) = whole(first), whole(second)
-    filled = set(common.load_weights(model, released(first), cpctrans.LAYOUTS, (), cpctrans.SPARE))
+    pretrained, model = whole(first)[1], whole(second)[1]
+    filled = common.load_weights(model, released(first), cpctrans.LAYOUTS, (), cpctrans.SPARE)
     shared = {k for k, own in own_names(first, model.state_dict()).items() if own in filled}
     both = set(unused(first, pretrained)) & set(unused(second, model))
     left, fresh = set(first.entries()) - shared - both, set(model.state_dict()) - filled
@@ -523,7 +529,11 @@ def picture_outputs(x, tensor=False, hue=False):
 
 
 def clip_outputs(x, tensor=False, hue=False):
-    """The outputs of a whole pipeline.    x: (N, 3, H, W), normalised"""
+    """The outputs of a whole pipeline.    x: (N, 3, H, W), normalised
+
+    Contiguous: means in float32 follow the order of summation.
+    """
+    x = x.contiguous()
     found = {"clip_NxCxHxW": x, "per_frame_channel_means": x.mean((2, 3)),
              "row_means": x.mean((0, 1, 3))}
     unit = 1 / torch.tensor(cpctrans.STD, dtype=torch.float64)

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import parity_cpctrans
 import pytest
 import torch
 import torch.distributed as dist
+from parity_cpctrans import Tensorised
 from torch import nn
 
 import common
-import parity_cpctrans
 import replai
-from parity_cpctrans import Tensorised
 
 HERE = Path(__file__).resolve().parent / "parity"
 FOLDER = Path(os.environ.get("PARITY_DIR", HERE))
@@ -823,6 +823,40 @@ def test_there_are_cases():
     ("resampled/log/normalised atol 2e-4; mel_power rtol 1e-3", "normalised", (0, 2e-4))])
 def test_tolerances_are_read_from_their_words(text, output, expected):
     assert bounds(text, output, {"bn.running_mean": 0})[:2] == expected
+
+
+def test_a_table_of_tolerances_is_held_to_what_it_says():
+    table = {"rtol": 0.1, "atol": 1, "atol_std": 0.5, "norm_rtol": 0.2, "note": "",
+             "grads": {"rtol": 0.3}}
+    assert bounds(table, "score") == (0.1, 1, 0.2, 0.5, "")
+    assert bounds(table, "grad:a") == (0.3, 0, 0, 0, "")
+    want = {"shape": [2], "first": [10.0, 20.0], "mean": 15.0, "std": 5.0, "norm": 22.4}
+    slack, each = slack_of(want, bounds(table, "score"))
+    assert slack == {"mean": 3.5 + 1.5, "std": 1 + 1, "norm": pytest.approx(1 + 4.48)}
+    assert each == (0.1, 3.5, None, None, "")
+    with pytest.raises(ValueError, match="cannot read"):
+        bounds({**table, "about": 1}, "score")
+
+
+@pytest.mark.parametrize("off, hue, faulty", [(1.9, False, False), (2.1, False, True),
+                                              (3.9, True, False), (4.1, True, True)])
+def test_a_tensor_implementation_may_be_off_by_the_stated_grey_levels(off, hue, faulty):
+    image = np.random.default_rng(0).uniform(50, 200, (1, 8, 8, 3))
+    bound = Bound(tensor="mean absolute difference below 2/255 (4/255 after hue)")
+    got = Tensorised(image + off, 255.0, hue)
+    assert bool(compare(got, digest(image), bound, "x")) == faulty
+    exact = Bound(0.0, 0.0, 0.0, 0.0)
+    assert compare(got, digest(image), exact, "x")
+    assert not compare(Tensorised(image, 255.0, hue), digest(image), exact, "x")
+
+
+@pytest.mark.parametrize("stage, gamma", [("pretrain", 0.5), ("finetune", 0.1)])
+def test_cpctrans_lowers_the_rate_as_published(stage, gamma):
+    """Stands here because the adapter of the schedules must also follow other numbers."""
+    args = parity_cpctrans.cpctrans.parse_args(["--stage", stage])
+    args.method = "cpctrans"
+    rates = [parity_cpctrans.cpctrans.learning_rate(args, e) for e in (0, 99, 100, 199, 200, 299)]
+    assert rates == pytest.approx([1e-3 * gamma ** n for n in (0, 0, 1, 1, 2, 2)], rel=1e-12)
 
 
 @pytest.mark.parametrize("text", ["", "close", "rtol about 1e-3", "within 2 %", "rtol 1e-3 or so",
