@@ -961,7 +961,8 @@ def initialise(model, path, everything=False):
 
 def describe(path):
     """What is known of a checkpoint: flags, `history` and `classes` of ours; of others what their
-    tensors tell. NOTE: these do not tell the heads: 4 in the release, 2 in CPCTR's single layer.
+    tensors tell. NOTE: these do not tell the heads, so --heads may: else 4 as in the release, or 2
+    as in CPCTR, whose layer is a single one.
     """
     found = common.load_file(Path(path))
     if isinstance(found, dict) and isinstance(found.get("history"), list):
@@ -976,7 +977,8 @@ def describe(path):
     known = {"method": "dpc" if stem.dim() == 5 else "cpctrans", "width": len(stem),
              "net": ["resnet10", "resnet10", "resnet18", "resnet34"][depth],
              "history": [{"stage": "", "file": Path(path).name}], "classes": None}
-    return known | ({"layers": max(layers), "heads": 2 * max(layers)} if layers else {})
+    return known | (
+        {"layers": max(layers), "likely": {"heads": 2 if max(layers) == 1 else 4}} if layers else {})
 
 
 def fill_from(args, path):
@@ -987,7 +989,7 @@ def fill_from(args, path):
     """
     made = describe(path) if path else {"history": [], "classes": None}
     tested = args.stage == "test"
-    for key, default in SHAPE.items():
+    for key, default in (SHAPE | made.get("likely", {})).items():
         args_take(args, made, key, default, path, True)
     view = {**VIEW, **DPC_VIEW} if args.method == "dpc" else VIEW
     for key, default in view.items():
