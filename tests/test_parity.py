@@ -27,6 +27,7 @@ from parity_cpctrans import Tensorised
 from torch import nn
 
 import common
+import cpctrans
 import replai
 
 HERE = Path(__file__).resolve().parent / "parity"
@@ -853,10 +854,29 @@ def test_a_tensor_implementation_may_be_off_by_the_stated_grey_levels(off, hue, 
 @pytest.mark.parametrize("stage, gamma", [("pretrain", 0.5), ("finetune", 0.1)])
 def test_cpctrans_lowers_the_rate_as_published(stage, gamma):
     """Stands here because the adapter of the schedules must also follow other numbers."""
-    args = parity_cpctrans.cpctrans.parse_args(["--stage", stage])
+    args = cpctrans.parse_args(["--stage", stage])
     args.method = "cpctrans"
-    rates = [parity_cpctrans.cpctrans.learning_rate(args, e) for e in (0, 99, 100, 199, 200, 299)]
+    rates = [cpctrans.learning_rate(args, e) for e in (0, 99, 100, 199, 200, 299)]
     assert rates == pytest.approx([1e-3 * gamma ** n for n in (0, 0, 1, 1, 2, 2)], rel=1e-12)
+
+
+def test_cpctrans_adds_epsilon_to_the_deviation_itself():
+    """The fixture's inputs vary too much to tell it from the usual one, under the root."""
+    x = 1e-6 * torch.from_numpy(recipe.values("flat", (3, 16)))
+    want = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+    assert torch.allclose(cpctrans.LayerNorm(16)(x), want, rtol=1e-5)
+
+
+def test_cpctrans_adds_weight_decay_to_the_gradient():
+    """Not as AdamW does: three steps of the fixture are too few to tell."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.encoder = None
+    torch.nn.init.ones_(model.weight)
+    args = cpctrans.parse_args(["--lr", "0.01", "--weight_decay", "0.1"])
+    optimizer = cpctrans.optimizer_of(args, model, "all")
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize("text", ["", "close", "rtol about 1e-3", "within 2 %", "rtol 1e-3 or so",
