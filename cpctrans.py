@@ -977,8 +977,9 @@ def describe(path):
     known = {"method": "dpc" if stem.dim() == 5 else "cpctrans", "width": len(stem),
              "net": ["resnet10", "resnet10", "resnet18", "resnet34"][depth],
              "history": [{"stage": "", "file": Path(path).name}], "classes": None}
-    return known | (
-        {"layers": max(layers), "likely": {"heads": 2 if max(layers) == 1 else 4}} if layers else {})
+    if layers:
+        known |= {"layers": max(layers), "likely": {"heads": 2 if max(layers) == 1 else 4}}
+    return known
 
 
 def fill_from(args, path):
