@@ -488,18 +488,22 @@ def pictures(path, numbers, length, crop):
     return short_side_to(frames, crop * 15 // 14)[back]
 
 
+def short_side_size(h, w, side):
+    """(h, w) of pictures scaled so that the short side is `side`; the long one is rounded down."""
+    return (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
+
+
 def short_side_to(frames, side):
     """Scale so that the short side is `side`, bilinear without antialiasing: extract_frame.py.
 
-    (T, H, W, 3) uint8 -> the same; the long side is rounded down.
+    (T, H, W, 3) uint8 -> the same. OpenCV's integers lose an eighth of a grey level on average.
     """
     h, w = frames.shape[1:3]
     if min(h, w) == side:
         return frames
-    size = (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
     x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
-    x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-    return x.round().byte().permute(0, 2, 3, 1).numpy()
+    x = F.interpolate(x, short_side_size(h, w, side), mode="bilinear", align_corners=False)
+    return (x - 1 / 8).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def channels_first(clip):
@@ -612,9 +616,7 @@ def sized_crop(frames, box, crop):
     if box:
         x, y, w, h = box
         return bilinear(frames[:, y:y + h, x:x + w], crop, crop)
-    h, w = frames.shape[1:3]
-    h, w = (crop, int(crop * w / h)) if h <= w else (int(crop * h / w), crop)
-    frames = bilinear(frames, h, w)
+    frames = bilinear(frames, *short_side_size(*frames.shape[1:3], crop))
     x, y = centre(frames, crop)
     return frames[:, y:y + crop, x:x + crop]
 
@@ -962,7 +964,8 @@ def initialise(model, path, everything=False):
 
 def describe(path):
     """What is known of a checkpoint: flags, `history` and `classes` of ours; of others what their
-    tensors tell. NOTE: these do not tell the heads: 4 in the release, 2 in CPCTR's single layer.
+    tensors tell. NOTE: these do not tell the heads, so --heads may: else 4 as in the release, or 2
+    as in CPCTR, whose layer is a single one.
     """
     found = common.load_file(Path(path))
     if isinstance(found, dict) and isinstance(found.get("history"), list):
@@ -977,7 +980,9 @@ def describe(path):
     known = {"method": "dpc" if stem.dim() == 5 else "cpctrans", "width": len(stem),
              "net": ["resnet10", "resnet10", "resnet18", "resnet34"][depth],
              "history": [{"stage": "", "file": Path(path).name}], "classes": None}
-    return known | ({"layers": max(layers), "heads": 2 * max(layers)} if layers else {})
+    if layers:
+        known |= {"layers": max(layers), "likely": {"heads": 2 if max(layers) == 1 else 4}}
+    return known
 
 
 def fill_from(args, path):
@@ -988,7 +993,7 @@ def fill_from(args, path):
     """
     made = describe(path) if path else {"history": [], "classes": None}
     tested = args.stage == "test"
-    for key, default in SHAPE.items():
+    for key, default in (SHAPE | made.get("likely", {})).items():
         args_take(args, made, key, default, path, True)
     view = {**VIEW, **DPC_VIEW} if args.method == "dpc" else VIEW
     for key, default in view.items():

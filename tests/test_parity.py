@@ -4,7 +4,8 @@ The fixtures, `parity/*.json`, hold what the original code computed from weights
 `recipe.py` rebuilds from names. `PARITY_DIR=folder` runs the same adapters on other files of that
 form. The adapter is chosen by the longest prefix of the case's id that is a family; everything
 else, sizes, temperatures, rates and draws, comes from the case. Weights are written as a released
-checkpoint and read back by the function behind `--init`.
+checkpoint and read back by the function behind `--init`. RepLAI's adapters stand here, those of
+CPCTrans in parity_cpctrans.py.
 """
 
 import copy
@@ -18,17 +19,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import parity_cpctrans
 import pytest
 import torch
 import torch.distributed as dist
+from parity_cpctrans import Tensorised
 from torch import nn
 
 import common
+import cpctrans
 import replai
 
 HERE = Path(__file__).resolve().parent / "parity"
 FOLDER = Path(os.environ.get("PARITY_DIR", HERE))
 DIGEST = {"shape", "first", "mean", "std", "norm"}
+SUMMED = 1e-13                       # statistics are sums of doubles, in whatever order
 
 # Families that are not there yet, with the reason; their cases are skipped: {file stem: {...}}.
 COMING = {}
@@ -60,17 +65,29 @@ class Case:
         self.stem, self.file, self.case, self.folder = stem, file, case, folder
         self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
 
-    def state(self):
-        """{name: tensor} that the recipe fills in; references to other states are followed."""
-        entries = self.case["state"]
+    def entries(self):
+        """{name: shape} of the state; references to other states are followed."""
+        entries = self.case.get("state") or {}
         while isinstance(entries, str):
             if entries.startswith("@"):
                 entries = self.file["states"][entries[1:]]
             else:
                 other = entries.removeprefix("as ")
                 entries = next(c["state"] for c in self.file["cases"] if c["id"] == other)
-        return {k: torch.from_numpy(np.asarray(recipe.parameter(k, shape)))
-                for k, shape in entries.items()}
+        return entries
+
+    def state(self):
+        """{name: tensor} that the recipe fills in."""
+        return {k: torch.from_numpy(np.asarray(self.parameter(k, shape)))
+                for k, shape in self.entries().items()}
+
+    def parameter(self, name, shape):
+        """An alias has the value of the name it stands for; an override replaces the recipe's."""
+        for alias, name_of in self.case.get("aliases", {}).items():
+            if name.startswith(alias):
+                name = name_of + name.removeprefix(alias)
+        override = self.case.get("state_override", {}).get(name)
+        return recipe.values(name, shape, **override) if override else recipe.parameter(name, shape)
 
     def inputs(self):
         """{name: array}, made as each entry's `how` says."""
@@ -89,8 +106,15 @@ class Case:
             return entry
         how = entry.get("how", "values")
         if re.match(r"values(, then|$)", how):
-            return recipe.values(name, entry["shape"], entry.get("scale", 1.0),
-                                 entry.get("shift", 0.0))
+            x = recipe.values(name, entry["shape"], entry.get("scale", 1.0),
+                              entry.get("shift", 0.0))
+            if "then" not in entry:
+                return x
+            grey = re.match(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)",
+                            entry["then"])
+            if grey:
+                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
+            how = entry["then"]
         factor = re.match(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* "
                           r"float32\((\d+)\)\)\.astype\(int64\) % C", how)
         if factor:
@@ -140,7 +164,7 @@ class Case:
 
     def training(self):
         """Whether the original ran in training mode; the case says so in words."""
-        mode = re.search(r"\b(eval|train) mode", self.what)
+        mode = re.search(r"\b(eval|train)( mode|\b)", self.config.get("mode", self.what))
         assert mode, f"{self.id}: `what` names neither eval mode nor train mode"
         return mode[1] == "train"
 
@@ -207,12 +231,36 @@ def names(subject, output, state):
     return letters in re.sub(r"[^a-z]", "", output.lower())
 
 
-def bounds(text, output, state):
-    """(rtol, atol, rtol of the norm or None). An output that no clause names takes the first."""
-    clauses, of_gradients = parse_tolerance(text)
+class Bound(NamedTuple):
+    """How far one output may be off.
+
+    norm_rtol: of a digest's norm, None: what rtol and atol of the values imply. atol_std, where
+    not None: the fixture spells out each statistic's bound (its "conventions"). tensor: the bound
+    on an image transform made of tensor operations, in words.
+    """
+    rtol: float = 0.0
+    atol: float = 0.0
+    norm_rtol: float | None = None
+    atol_std: float | None = None
+    tensor: str = ""
+
+
+def bounds(tolerance, output, state=()):
+    """The Bound of an output, from words or from a table.
+
+    In words, an output that no clause names takes the first.
+    """
+    gradient = output.startswith("grad:")
+    if isinstance(tolerance, dict):
+        known = {"rtol", "atol", "atol_std", "norm_rtol", "tensor_implementation", "note"}
+        if set(tolerance) - known - {"grads"}:
+            raise ValueError(f"tolerance: cannot read {set(tolerance) - known}")
+        table = tolerance.get("grads", tolerance) if gradient else tolerance
+        numbers = [float(table.get(k, 0)) for k in ("rtol", "atol", "norm_rtol", "atol_std")]
+        return Bound(*numbers, tolerance.get("tensor_implementation", ""))
+    clauses, of_gradients = parse_tolerance(tolerance)
     named = [c for c in clauses if c[0] is None or any(names(s, output, state) for s in c[0])]
-    rtol, atol = (named or clauses)[0][1:]
-    return rtol, atol, of_gradients if output.startswith("grad:") else None
+    return Bound(*(named or clauses)[0][1:], of_gradients if gradient else None)
 
 
 class Twice(NamedTuple):
@@ -236,13 +284,15 @@ def compare(got, want, bound, name):
     Such values are held to three times the furthest that float64 moves one of the array instead,
     such statistics to 5 %, and a warning names them.
     """
+    if isinstance(got, Tensorised):
+        return tensor_faults(got, want, bound, name)
     if not isinstance(got, Twice):
-        return faults(got, want, *bound, name)
-    bad = faults(got.single, want, *bound, name)
+        return faults(got, want, bound, name)
+    bad = faults(got.single, want, bound, name)
     if not bad or not isinstance(want, dict) or set(want) != DIGEST:
         return bad
-    quarter = [x and x / 4 for x in bound]
-    ours = faults(got.double, digest(got.single), *quarter, name)
+    quarter = Bound(*(x and x / 4 for x in bound[:4]))
+    ours = faults(got.double, digest(got.single), quarter, name)
     loose = {p for p in ("first", "mean", "std", "norm")
              if any(f.startswith(f"{name}.{p}") for f in ours)}
     if loose:
@@ -252,33 +302,67 @@ def compare(got, want, bound, name):
     if "first" in loose:
         single, double = (torch.as_tensor(x).detach().double() for x in got)
         furthest = (single - double).abs().max().item()
-        kept += faults(digest(got.single)["first"], want["first"], bound[0],
-                       bound[1] + 3 * furthest, at=f"{name}.first")
+        kept += faults(digest(got.single)["first"], want["first"],
+                       Bound(bound.rtol, bound.atol + 3 * furthest), f"{name}.first")
     rms = want["norm"] / math.sqrt(max(1, math.prod(want["shape"])))
     scale, ours = {"mean": rms, "std": rms, "norm": want["norm"]}, digest(got.single)
     return kept + [f"{name}.{p}: {ours[p]!r}, the original {want[p]!r}, not even 5 % near"
                    for p in loose & set(scale) if not abs(ours[p] - want[p]) <= 0.05 * scale[p]]
 
 
-def faults(got, want, rtol, atol, norm_rtol=None, at=""):
-    """Every place where `got` is not `want`, in words.
+def tensor_faults(got, want, bound, name):
+    """As `faults`, for the fixture's bound on tensor implementations of Pillow's transforms.
 
-    A digest's statistics are held to what the bound on each value implies for them: errors of at
-    most atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x), the norm by √n times it.
+    It is on the mean absolute difference, a share of the range of grey levels: here of the values
+    that the digest keeps, and of its statistics.
     """
+    words = re.fullmatch(r"mean absolute difference below (\d+)/(\d+) \((\d+)/(\d+) after hue\)",
+                         bound.tensor)
+    assert words or not bound.tensor, f"cannot read {bound.tensor!r}"
+    if not words:
+        return faults(got.value, want, bound, name)
+    part, of = map(int, words.groups()[2:] if got.hue else words.groups()[:2])
+    value = torch.as_tensor(got.value)
+    allowed = torch.as_tensor(got.unit, dtype=torch.float64).expand(value.shape) * part / of
+    ours, n, typical = digest(value), value.numel(), allowed.mean().item()
+    if ours["shape"] != want["shape"]:
+        return [f"{name}.shape: {ours['shape']}, the original {want['shape']}"]
+    off = np.abs(np.subtract(ours["first"], want["first"])) / allowed.flatten()[:32].numpy()
+    bad = [] if off.mean() < 1 else [f"{name}.first: {off.mean():.3g} times the mean bound off"]
+    slack = {"mean": typical, "std": typical, "norm": math.sqrt(n) * typical}
+    return bad + [f"{name}.{k}: {ours[k]!r}, the original {want[k]!r}, allowed {s:.3g}"
+                  for k, s in slack.items() if not abs(ours[k] - want[k]) < s]
+
+
+def slack_of(want, bound):
+    """{statistic: how far that of a digest may be off}, and the bound on single values.
+
+    What the fixture spells out, else what the bound on each value implies: errors of at most
+    atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x), the norm by √n times it.
+    """
+    rtol, atol, norm_rtol, atol_std, _ = bound
+    n = max(1, math.prod(want["shape"]))
+    rms = want["norm"] / math.sqrt(n)
+    if atol_std is not None:
+        each = Bound(rtol, atol + atol_std * want["std"])
+        return {"mean": each.atol + max(rtol * abs(want["mean"]), SUMMED * rms), **{
+            k: atol + max(norm_rtol, SUMMED) * abs(want[k]) for k in ("std", "norm")}}, each
+    norm = norm_rtol * want["norm"] if norm_rtol else math.sqrt(n) * (atol + rtol * rms)
+    return {"mean": atol + rtol * rms, "std": atol + rtol * rms, "norm": norm}, Bound(rtol, atol)
+
+
+def faults(got, want, bound, at=""):
+    """Every place where `got` is not `want`, in words."""
     if isinstance(want, dict) and set(want) == DIGEST:
-        got, n = digest(got), max(1, math.prod(want["shape"]))
-        rms = want["norm"] / math.sqrt(n)
-        norm = norm_rtol * want["norm"] if norm_rtol else math.sqrt(n) * (atol + rtol * rms)
-        slack = {"mean": atol + rtol * rms, "std": atol + rtol * rms, "norm": norm}
-        bad = faults(got["shape"], want["shape"], 0, 0, at=f"{at}.shape")
-        bad += faults(got["first"], want["first"], rtol, atol, at=f"{at}.first")
+        got, (slack, each) = digest(got), slack_of(want, bound)
+        bad = faults(got["shape"], want["shape"], Bound(), f"{at}.shape")
+        bad += faults(got["first"], want["first"], each, f"{at}.first")
         return bad + [f"{at}.{k}: {got[k]!r}, the original {want[k]!r}, allowed {s:.3g}"
                       for k, s in slack.items() if not abs(got[k] - want[k]) <= s]
     if isinstance(want, dict):
         missing = [f"{at}.{k}: missing" for k in want if k not in got]
         return missing + [f for k in want if k in got
-                          for f in faults(got[k], want[k], rtol, atol, at=f"{at}.{k}")]
+                          for f in faults(got[k], want[k], bound, f"{at}.{k}")]
     if isinstance(got, (np.ndarray, torch.Tensor)):
         got = got.tolist()
     if isinstance(want, list):
@@ -286,10 +370,10 @@ def faults(got, want, rtol, atol, norm_rtol=None, at=""):
             size = len(got) if isinstance(got, (list, tuple)) else "no list"
             return [f"{at}: {size} entries, the original {len(want)}"]
         return [f for i, (a, b) in enumerate(zip(got, want))
-                for f in faults(a, b, rtol, atol, at=f"{at}[{i}]")]
+                for f in faults(a, b, bound, f"{at}[{i}]")]
     if isinstance(want, (str, bool, type(None))) or got is None:
         return [] if got == want else [f"{at}: {got!r}, the original {want!r}"]
-    slack = atol + rtol * abs(want)
+    slack = bound.atol + bound.rtol * abs(want)
     return [] if abs(got - want) <= slack else [
         f"{at}: {got!r}, the original {want!r}, allowed {slack:.3g}"]
 
@@ -662,7 +746,7 @@ def transpositions(case):
                                 for a, b in pairs]}
 
 
-ADAPTERS = {"replai": {
+ADAPTERS = {"cpctrans": parity_cpctrans.ADAPTERS, "replai": {
     "backbone.video": video_backbone, "backbone.audio": audio_backbone,
     "criterion": criterion, "criterion.two_sgd_steps": criterion_sgd_steps,
     "loss.avc": avc, "loss.avc_two_processes": avc_processes, "loss.astc": astc,
@@ -683,8 +767,12 @@ ADAPTERS = {"replai": {
 # ---- tests -------------------------------------------------------------------------------------
 
 def family_of(id, families):
-    """The longest family that the id begins with, ending at a dot, an underscore or its end."""
-    fitting = [f for f in families if re.match(re.escape(f) + r"(?=[._]|$)", id)]
+    """The longest family that the id begins with, ending at a dot, an underscore or its end.
+
+    # in a family's name stands for any number.
+    """
+    fitting = [f for f in families
+               if re.match(r"\d+".join(map(re.escape, f.split("#"))) + r"(?=[._]|$)", id)]
     return max(fitting, key=len, default=None)
 
 
@@ -699,21 +787,21 @@ def read_cases():
 
 @pytest.mark.parametrize("stem, file, case", read_cases())
 def test_matches_the_original(stem, file, case, tmp_path):
-    adapters, coming = ADAPTERS.get(stem, {}), COMING.get(stem, {})
+    script = family_of(stem, ADAPTERS)
+    adapters, coming = ADAPTERS.get(script, {}), COMING.get(script, {})
     family = family_of(case["id"], [*adapters, *coming])
     if family in coming:
         pytest.skip(coming[family])
-    assert family, f"{stem}/{case['id']}: no adapter for this family in tests/test_parity.py"
-    left_out = NOT_REPRODUCED.get(stem, {}).get(family, {})
+    assert family, f"{stem}/{case['id']}: no adapter for this family"
+    left_out = NOT_REPRODUCED.get(script, {}).get(family, {})
     want = {k: v for k, v in case["outputs"].items() if k not in left_out}
     assert want, f"{stem}/{case['id']}: names no output that could be compared"
     c = Case(stem, file, case, tmp_path)
     torch.manual_seed(0)
     got = adapters[family](c)
-    state = c.state() if case["state"] else {}
     bad = []
     for k, value in want.items():
-        bound = bounds(case["tolerance"], k, state)
+        bound = bounds(case["tolerance"], k, c.entries())
         bad += compare(got[k], value, bound, k) if k in got else [
             f"{k}: the adapter does not produce it"]
     text = "\n".join([f"{len(bad)} differences, tolerance {case['tolerance']!r}:", *bad[:20]])
@@ -736,6 +824,59 @@ def test_there_are_cases():
     ("resampled/log/normalised atol 2e-4; mel_power rtol 1e-3", "normalised", (0, 2e-4))])
 def test_tolerances_are_read_from_their_words(text, output, expected):
     assert bounds(text, output, {"bn.running_mean": 0})[:2] == expected
+
+
+def test_a_table_of_tolerances_is_held_to_what_it_says():
+    table = {"rtol": 0.1, "atol": 1, "atol_std": 0.5, "norm_rtol": 0.2, "note": "",
+             "grads": {"rtol": 0.3}}
+    assert bounds(table, "score") == (0.1, 1, 0.2, 0.5, "")
+    assert bounds(table, "grad:a") == (0.3, 0, 0, 0, "")
+    want = {"shape": [2], "first": [10.0, 20.0], "mean": 15.0, "std": 5.0, "norm": 22.4}
+    slack, each = slack_of(want, bounds(table, "score"))
+    assert slack == {"mean": 3.5 + 1.5, "std": 1 + 1, "norm": pytest.approx(1 + 4.48)}
+    assert each == (0.1, 3.5, None, None, "")
+    with pytest.raises(ValueError, match="cannot read"):
+        bounds({**table, "about": 1}, "score")
+
+
+@pytest.mark.parametrize("off, hue, faulty", [(1.9, False, False), (2.1, False, True),
+                                              (3.9, True, False), (4.1, True, True)])
+def test_a_tensor_implementation_may_be_off_by_the_stated_grey_levels(off, hue, faulty):
+    image = np.random.default_rng(0).uniform(50, 200, (1, 8, 8, 3))
+    bound = Bound(tensor="mean absolute difference below 2/255 (4/255 after hue)")
+    got = Tensorised(image + off, 255.0, hue)
+    assert bool(compare(got, digest(image), bound, "x")) == faulty
+    exact = Bound(0.0, 0.0, 0.0, 0.0)
+    assert compare(got, digest(image), exact, "x")
+    assert not compare(Tensorised(image, 255.0, hue), digest(image), exact, "x")
+
+
+@pytest.mark.parametrize("stage, gamma", [("pretrain", 0.5), ("finetune", 0.1)])
+def test_cpctrans_lowers_the_rate_as_published(stage, gamma):
+    """Stands here because the adapter of the schedules must also follow other numbers."""
+    args = cpctrans.parse_args(["--stage", stage])
+    args.method = "cpctrans"
+    rates = [cpctrans.learning_rate(args, e) for e in (0, 99, 100, 199, 200, 299)]
+    assert rates == pytest.approx([1e-3 * gamma ** n for n in (0, 0, 1, 1, 2, 2)], rel=1e-12)
+
+
+def test_cpctrans_adds_epsilon_to_the_deviation_itself():
+    """The fixture's inputs vary too much to tell it from the usual one, under the root."""
+    x = 1e-6 * torch.from_numpy(recipe.values("flat", (3, 16)))
+    want = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
+    assert torch.allclose(cpctrans.LayerNorm(16)(x), want, rtol=1e-5)
+
+
+def test_cpctrans_adds_weight_decay_to_the_gradient():
+    """Not as AdamW does: three steps of the fixture are too few to tell."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.encoder = None
+    torch.nn.init.ones_(model.weight)
+    args = cpctrans.parse_args(["--lr", "0.01", "--weight_decay", "0.1"])
+    optimizer = cpctrans.optimizer_of(args, model, "all")
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    assert model.weight.item() == pytest.approx(0.99)
 
 
 @pytest.mark.parametrize("text", ["", "close", "rtol about 1e-3", "within 2 %", "rtol 1e-3 or so",
