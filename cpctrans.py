@@ -1058,7 +1058,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous())
+        dist.all_reduce(grad := grad.contiguous().clone())
         n = len(grad) // common.world_size()
         return grad[common.rank() * n:][:n]
 
@@ -1458,6 +1458,8 @@ def main(args):
         test_all(runs, common.start_run(args))
         return
     past, _ = fill_from(args, None if args.init in (None, "none") else args.init)
+    if 4 * args.width % args.heads:
+        raise UserError(f"--heads {args.heads} do not divide the {4 * args.width} channels")
     if args.num_seq <= args.pred_step and args.stage == "pretrain":
         raise UserError(f"--pred_step {args.pred_step} of --num_seq {args.num_seq} pictures leaves "
                         "none to predict from")
