@@ -91,7 +91,7 @@ def parse_args(argv=None):
     g.add_argument("--ds", type=int, help="step from one picture to the next, in frames (3)")
     g.add_argument("--layers", type=int, help="of the transformer (2; 1 in CPCTR)")
     g.add_argument("--heads", type=int, help="of its attention (4; 2 in CPCTR)")
-    g.add_argument("--attn", choices=["full", "causal"],
+    g.add_argument("--attn", choices=["full", "causal", "frame"],
                    help="full: the context sees the pictures to be predicted, as released; causal: "
                         "no picture sees a later one (full)")
     g.add_argument("--pos", choices=["none", "sin"],
@@ -806,9 +806,10 @@ class Encoder(nn.Module):
         if self.pos == "sin":
             x = x + sinusoids(x.shape[-1], max(500, x.shape[1]))[:x.shape[1]].to(x)
         picture, mask = torch.arange(f.shape[1], device=f.device), None
-        if self.attn == "causal":
+        if self.attn != "full":
             picture = picture.repeat_interleave(x.shape[1] // f.shape[1])
             mask = picture[:, None] >= picture                # (N·M, N·M): no later picture
+            mask = mask if self.attn == "causal" else mask & mask.T           # nor an earlier one
         z = self.tokens(x, mask).unflatten(1, (f.shape[1], *f.shape[3:]))
         return z.permute(0, 1, 4, 2, 3).contiguous()          # (B, N, D, S, S)
 
