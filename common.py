@@ -890,7 +890,7 @@ def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
                 ticks = np.array(sorted(t for p in c.demux(v) if p.size and not p.is_discard and (
                     t := p.dts if c.format.name == "avi" else p.pts) is not None))
             if not 0 <= numbers[0] <= numbers[-1] < len(ticks):
-                raise VideoError(f"{path}: has {len(ticks)} pictures, number {numbers[-1]} is wanted")
+                raise VideoError(f"{path}: has {len(ticks)} pictures, no number {numbers[-1]}")
             times = (ticks[numbers] - _origin(v)) * float(v.time_base)
             return _read_group(c, v, path, [times], None)[0]
     from PIL import Image, UnidentifiedImageError

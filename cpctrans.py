@@ -92,8 +92,9 @@ def parse_args(argv=None):
     g.add_argument("--layers", type=int, help="of the transformer (2; 1 in CPCTR)")
     g.add_argument("--heads", type=int, help="of its attention (4; 2 in CPCTR)")
     g.add_argument("--attn", choices=["full", "causal", "frame"],
-                   help="full: the context sees the pictures to be predicted, as released; causal: "
-                        "no picture sees a later one (full)")
+                   help="which cells a cell attends to. full: of all pictures, those to be "
+                        "predicted too, as released; causal: of no later one; frame: of its own "
+                        "(full)")
     g.add_argument("--pos", choices=["none", "sin"],
                    help="positional encoding; the release computes one and leaves it out (none)")
     g.add_argument("--width", type=int, help="channels of the backbone's first stage (64)")
@@ -148,7 +149,8 @@ PUBLISHED = {
     method: {"pretrain": {"epochs": 300, "batch_size": batch, "weight_decay": 1e-5},
              "finetune": {"epochs": 300, "batch_size": batch, "weight_decay": 1e-3}}
     for method, batch in (("cpctrans", 16), ("dpc", 128))}
-TINY = {"pretrain": {"epochs": 40}, "finetune": {"epochs": 20}}
+TINY = {"pretrain": {"epochs": 60},
+        "finetune": {"epochs": 30, "lr": 3e-3, "weight_decay": 1e-5, "dropout": 0.0}}
 
 
 def recipe(chosen):
@@ -167,7 +169,7 @@ def recipe(chosen):
     if chosen.tiny:
         r |= {"workers": 2, "log_every": 5, "save_every": 50, **TINY.get(stage, {})}
         if stage != "test" and (r["init"] or "none") == "none":
-            r |= {"img_dim": 64, "crop": chosen.img_dim or 64, "width": 16}
+            r |= {"net": "resnet10", "width": 16, "img_dim": 48, "crop": chosen.img_dim or 64}
     return r
 
 
@@ -354,42 +356,47 @@ def locate(args, names):
                     "README for the layout")
 
 
-def read_videos(args, part):
-    """Videos of "train", "val" or "test", their classes and the number of their list.
-
-    Absent or unreadable files: counted in training, an error in evaluation.
-    """
-    released = args.compat == "released"
-    number = 3 if released and args.stage == "pretrain" else args.split
-    tested = part == "test" or (part == "val" and released)
-    names, labels, classes, frames = read_list(args, "test" if tested else "train", number)
+def choose(args, names, part, tested):
+    """Indices of the videos of a list that belong to a part, at most --limit, evenly spread."""
     which = np.arange(len(names))
     if not tested and args.stage != "test":
         which = np.flatnonzero(hold_out(args.dataset, names) == (part == "val"))
     if tested and part == "val":          # NOTE: the release chooses on a sample of test videos
         share = 0.4 if args.dataset == "hmdb51" and args.stage == "finetune" else 0.3
-        which = np.sort(np.random.default_rng(args.seed).permutation(which)[
-            :max(1, round(share * len(which)))])
+        shuffled = np.random.default_rng(args.seed).permutation(which)
+        which = np.sort(shuffled[:max(1, round(share * len(which)))])
     if not len(which):
-        raise UserError(f"the {part} part of list {number} is empty (hold out: {HELD_OUT})")
-    which = which[np.linspace(0, len(which) - 1, min(args.limit or len(which), len(which)))
-                  .round().astype(int)]
+        raise UserError(f"{args.data}: no video of the list is left for the {part} part")
+    n = min(args.limit or len(which), len(which))
+    return which[np.linspace(0, len(which) - 1, n).round().astype(int)]
+
+
+def read_videos(args, part):
+    """(videos, classes, number of their list) of "train", "val" or "test".
+
+    Absent or unreadable files are counted in training, and an error in evaluation.
+    """
+    released = args.compat == "released"
+    number = 3 if released and args.stage == "pretrain" else args.split
+    tested = part == "test" or (part == "val" and released)
+    names, labels, classes, frames = read_list(args, "test" if tested else "train", number)
+    which = choose(args, names, part, tested)
     folder, ending = locate(args, names)
     there = {c: set(os.listdir(folder / c)) if (folder / c).is_dir() else ()
              for c in {n.split("/")[0] for n in names}}
-    absent = [i for i in which if names[i].split("/")[1] + ending not in there[
-        names[i].split("/")[0]]]
-    if absent and part != "train":
-        raise UserError(f"{folder}/{names[absent[0]]}{ending}: no such file, and {len(absent) - 1} "
-                        f"more of the {len(which)} videos to evaluate are absent")
-    which = which[~np.isin(which, absent)]
+    here = np.array([v + ending in there[c] for c, v in (names[i].split("/") for i in which)])
+    if part != "train" and not here.all():
+        first = names[which[np.argmin(here)]]
+        raise UserError(f"{folder}/{first}{ending}: no such file; of {len(which)} videos to "
+                        f"evaluate {(~here).sum()} are absent")
+    which = which[here]
     paths = [str(folder / (names[i] + ending)) for i in which]
     lengths = (np.array([frames[i] for i in which], np.int32) if frames and not ending
                else measure(args, paths, part))
     videos = Videos(np.array([os.fsencode(p) for p in paths]), np.array(labels)[which], lengths)
     broken, short = lengths == 0, (lengths > 0) & (lengths <= clip_span(args))
-    keep = ~broken & (~short if args.short == "drop" else True)
-    common.say(f"{part}: {keep.sum()} videos of list {number}; {len(absent)} absent, "
+    keep = ~broken & ~short if args.short == "drop" else ~broken
+    common.say(f"{part}: {keep.sum()} videos of list {number}; {(~here).sum()} absent, "
                f"{broken.sum()} unreadable, {short.sum()} too short "
                f"({'left out' if args.short == 'drop' else 'their last picture repeated'})")
     if not keep.any():
@@ -550,10 +557,10 @@ class TestClips(Dataset):
         if self.middle:
             numbers = numbers[len(numbers) // 2][None]
         frames = pictures(path, numbers.ravel(), length, a.crop)              # (clips·N, h, w, 3)
-        views = [frames[:, :, ::-1] if mirrored else frames for mirrored in (False, a.crops == 10)]
-        cut = [crop_resize(view, x, y, a.crop, a.img_dim, a.resize)
-               for view in views[:1 + (a.crops == 10 and not self.middle)]
-               for x, y in crop_places(view, a.crop, 1 if self.middle else a.crops)]
+        crops = 1 if self.middle else a.crops
+        cut = [crop_resize(frames, x, y, a.crop, a.img_dim, a.resize, mirror)
+               for mirror in (False, True)[:1 + (crops == 10)]
+               for x, y in crop_places(frames, a.crop, crops)]
         x = channels_first(np.stack(cut)).unflatten(1, numbers.shape).flatten(0, 1)
         return x[0] if self.middle else x                     # (crops·clips, N, 3, S, S)
 
@@ -571,12 +578,15 @@ def nearest_index(size, wanted):
     return np.asarray(ramp.resize((wanted, 1), Image.Resampling.NEAREST))[0]
 
 
-def crop_resize(frames, x, y, crop, size, how="nearest"):
-    """The square at (x, y), scaled to `size`.    (T, H, W, 3) uint8 -> (T, size, size, 3)"""
-    if how == "nearest":                                      # NOTE: as released, by a default
-        pick = nearest_index(crop, size)
-        return frames[:, (y + pick)[:, None], x + pick]
-    return bilinear(frames[:, y:y + crop, x:x + crop], size, size)
+def crop_resize(frames, x, y, crop, size, how="nearest", mirror=False):
+    """The square at (x, y), of the pictures mirrored if so, scaled to `size`.
+
+    (T, H, W, 3) uint8 -> (T, size, size, 3). NOTE: nearest as released, by a default.
+    """
+    pick = nearest_index(crop, size) if how == "nearest" else np.arange(crop)
+    columns = frames.shape[2] - 1 - (x + pick) if mirror else x + pick
+    cut = frames[:, y + pick].take(columns, axis=2)
+    return cut if how == "nearest" else bilinear(cut, size, size)
 
 
 def bilinear(frames, height, width):
@@ -630,10 +640,10 @@ def draw_jitter(rng, n):
 
 def distort_pretrain(frames, rng, args):
     """Mirrored half the time, cut anywhere; grey and colours drawn for every picture (main.py)."""
-    frames = frames[:, :, ::-1] if rng.random() < 0.5 else frames
     n, h, w = frames.shape[:3]
+    mirror = rng.random() < 0.5
     x, y = rng.integers(w - args.crop + 1), rng.integers(h - args.crop + 1)
-    clip = crop_resize(frames, x, y, args.crop, args.img_dim, args.resize)
+    clip = crop_resize(frames, x, y, args.crop, args.img_dim, args.resize, mirror)
     grey = np.where(rng.random(n) < 0.5, rng.integers(3, size=n), -1)
     factors, order = draw_jitter(rng, n)
     return clip, {"grey": grey, "factors": factors, "order": order}
@@ -792,7 +802,8 @@ class Encoder(nn.Module):
 
     NOTE: the release computes a positional encoding and does not add it: the order of the pictures
     reaches the network by the GRU alone. NOTE: attention is full, so in pre-training the context
-    has seen the pictures that it is to predict; `causal` hides later ones from it.
+    has seen the pictures that it is to predict, and what it saw of all of them tells the clip from
+    others whatever is in it; `causal` hides later pictures, `frame` all others, as DPC does.
     """
 
     def __init__(self, d, heads, layers, attn="full", pos="none"):
@@ -951,14 +962,15 @@ SPARE = ("network_pred.", "final_bn.", "final_fc.",           # of the other sta
          "transEnc.attn.", "transEnc.ff.", "transEnc.position.", "backbone.fc.")       # never used
 
 
-def initialise(model, path, everything=False):
+def initialise(model, path, everything=False, statistics=False):
     """Fill the trunk, or the whole classifier, from a checkpoint of ours or a released one.
 
-    Files of DPC's pre-training lack batch-norm statistics: these stay as they are.
+    Files of DPC's pre-training lack batch-norm statistics: these stay fresh, unless they are
+    asked for.
     """
     needed = [k for k in model.state_dict() if everything or k.startswith(
         ("backbone.", "encoder.", "agg."))]
-    if isinstance(model.backbone.bn1, nn.BatchNorm3d) and not everything:
+    if isinstance(model.backbone.bn1, nn.BatchNorm3d) and not everything and not statistics:
         needed = [k for k in needed if "running_" not in k and "num_batches" not in k]
     common.load_weights(model, Path(path), LAYOUTS, tuple(needed), SPARE)
 
@@ -1351,7 +1363,8 @@ def test(args, device, path, history, known):
     if weight is not None and not known:
         common.say(f"warning: {path} does not say how its classes are ordered: taken as here")
     model = Classifier(args, len(classes)).to(device).eval()
-    initialise(model, path, everything=weight is not None)
+    # NOTE: a merely pre-trained network is used as fine-tuning begins, with the ReLU before Enc.
+    initialise(model, path, everything=weight is not None, statistics=True)
 
     def network(_, clips):                                    # one video: (1, clips, N, 3, S, S)
         chunks = clips[0].split(CHUNK)

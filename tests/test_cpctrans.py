@@ -175,17 +175,16 @@ def test_every_box_has_its_shape_and_every_parameter_a_gradient(b, n, p, side):
     assert classifier.embed(random(b, n, 3, side, side)).shape == (b, 32, s, s)
 
 
-def test_the_context_sees_the_future_unless_attention_is_causal():
-    for attn in ("full", "causal"):
-        torch.manual_seed(0)
-        model = cpctrans.CPC(arguments("--attn", attn)).eval()
-        clip = random(2, 5, 3, 64, 64)
-        before = model(clip)
-        clip[:, -1] = 0
-        after = model(clip)
-        assert (before[0] - after[0]).abs().max() > 1e-4 if attn == "full" else (
-            torch.equal(before[0], after[0]))
-        assert not torch.equal(before[1][:, -1], after[1][:, -1])
+@pytest.mark.parametrize("attn", ["full", "causal", "frame"])
+def test_what_the_context_and_the_targets_have_seen(attn):
+    torch.manual_seed(0)
+    model, clip = cpctrans.CPC(arguments("--attn", attn)).eval(), random(2, 5, 3, 64, 64)
+    (context, target), late, early = model(clip), clip.clone(), clip.clone()
+    late[:, -1], early[:, 0] = 0, 0
+    assert torch.equal(context, model(late)[0]) == (attn != "full")           # the future
+    assert torch.equal(target, model(early)[1]) == (attn == "frame")          # the past
+    assert not torch.equal(context, model(early)[0])
+    assert not torch.equal(target[:, -1], model(late)[1][:, -1])
 
 
 def test_without_positions_the_transformer_does_not_know_the_order():
@@ -276,7 +275,8 @@ def test_test_clips_follow_one_another_and_cover_the_video(ucf, tmp_path, monkey
     for i, length in enumerate(videos.frames):
         frames = list(range(0, length, 2))
         want = [frames[k:k + 3] for k in range(0, len(frames) - 2, 3)]
-        all_, middle = cpctrans.TestClips(args, videos)[i], cpctrans.TestClips(args, videos, True)[i]
+        all_ = cpctrans.TestClips(args, videos)[i]
+        middle = cpctrans.TestClips(args, videos, middle=True)[i]
         assert seen[-2] == sum(want, []) and seen[-1] == want[len(want) // 2]
         assert all_.shape == (len(want), 3, 3, 32, 32) and middle.shape == (3, 3, 32, 32)
 
@@ -389,7 +389,8 @@ def test_the_authors_csv_and_folders_of_pictures_are_read(root, ucf, tmp_path):
             folder = frames / name.replace("\\", "/")
             folder.mkdir(parents=True)
             for k in range(20):
-                Image.fromarray(test_media.paint(k, 48, 34)).save(folder / f"image_{k + 1:05d}.jpg")
+                picture = Image.fromarray(test_media.paint(k, 48, 34))
+                picture.save(folder / f"image_{k + 1:05d}.jpg")
         (lists / f"{part}_split01.csv").write_text("".join(rows))
     args = arguments("--data", ucf, "--frames", frames, "--lists", lists, "--num_seq", 3,
                      "--out", tmp_path / "out")
@@ -646,7 +647,7 @@ def test_learning_rates_follow_the_recipe_and_its_groups():
         assert sum(len(ps) for ps, _ in groups) == len(names)
 
 
-@pytest.mark.parametrize("flags", [["--attn", "causal", "--pos", "sin"], ["--negatives", "local"],
+@pytest.mark.parametrize("flags", [["--attn", "frame", "--pos", "sin"], ["--negatives", "local"],
                                    ["--resize", "bilinear", "--crop", 40],
                                    ["--method", "dpc", "--seq_len", 2, "--num_seq", 3,
                                     "--pred_step", 1], ["--batch_size", 1, "--limit", 3]])
@@ -687,7 +688,7 @@ def test_the_original_commands_run_as_printed(ucf, tmp_path):
     """On four videos and for one epoch only, by what is added at their end."""
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "ucf101").symlink_to(ucf)
-    fewer = ["--tiny", "--width", 16, "--epochs", 1, "--limit", 4, "--workers", 0, "--batch_size", 4]
+    fewer = ["--tiny", "--epochs", 1, "--limit", 4, "--workers", 0, "--batch_size", 4]
     made = {"pre": "runs/cpctrans_ucf101_pretrain/best.pt",
             "tuned": "runs/cpctrans_ucf101_finetune/best.pt"}
     for k, line in enumerate(ORIGINAL):
@@ -884,7 +885,7 @@ def test_help_answers_with_the_method_and_all_flags():
     ("--stage finetune --dataset hmdb51",
      {"init": "runs/cpctrans_ucf101_pretrain/best.pt", "data": Path("data/hmdb51")}),
     ("--method dpc", {"seq_len": 5, "num_seq": 8, "img_dim": 128, "batch_size": 128}),
-    ("--wd 0.5 --gpu 0,1", {"weight_decay": 0.5}), ("--tiny", {"img_dim": 64, "width": 16})])
+    ("--wd 0.5 --gpu 0,1", {"weight_decay": 0.5}), ("--tiny", {"img_dim": 48, "width": 16})])
 def test_defaults_are_those_of_the_published_recipe(flags, want):
     args = cpctrans.parse_args(flags.split())
     cpctrans.fill_from(args, None)
