@@ -20,13 +20,13 @@ test: install  ## every test, within 15 minutes on two cores
 	OMP_NUM_THREADS=$(NPROC) .venv/bin/python -m pytest -q tests
 
 demo: install  ## not there yet: all four papers on toy data, within ten minutes
-	@echo "make demo: not there yet; README has RepLAI's commands on toy data"; exit 1
+	@echo "make demo: not there yet; README has the commands on toy data"; exit 1
 
 bench: install  ## not there yet: speed beside the alternatives
 	@echo "make bench: not there yet"; exit 1
 
 claims: install  ## not there yet: each paper's main comparison at toy size, 3 seeds
-	@echo "make claims: not there yet; README has RepLAI's figures so far"; exit 1
+	@echo "make claims: not there yet; README has the figures so far"; exit 1
 
 lint: install  ## style check; installs ruff into .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check ruff
