@@ -150,7 +150,7 @@ PUBLISHED = {
              "finetune": {"epochs": 300, "batch_size": batch, "weight_decay": 1e-3}}
     for method, batch in (("cpctrans", 16), ("dpc", 128))}
 TINY = {"pretrain": {"epochs": 60},
-        "finetune": {"epochs": 30, "lr": 3e-3, "weight_decay": 1e-5, "dropout": 0.0}}
+        "finetune": {"epochs": 30, "lr": 5e-3, "weight_decay": 1e-5, "dropout": 0.0}}
 
 
 def recipe(chosen):

@@ -1225,5 +1225,5 @@ def test_a_released_checkpoint_keeps_its_function_through_the_conversion(tmp_pat
     for name, want in case["outputs"].items():
         if name in maps:
             bound = test_parity.bounds(case["tolerance"], name, {})
-            assert test_parity.faults(maps[name], want, *bound, name) == []
+            assert test_parity.faults(maps[name], want, bound, name) == []
     assert {"conv1", "conv5x", "pool"} <= set(case["outputs"])
