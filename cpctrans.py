@@ -14,7 +14,7 @@ videos in the batch, so it has to know what moves where. Then it is fine-tuned t
 
     class = Linear(BN(mean over cells of GRU(relu Enc(relu F))))      fine-tuning, all N pictures
 
-Pre-train    torchrun --nproc_per_node 1 cpctrans.py --dataset ucf101 --data data/ucf101
+Pre-train    torchrun --nproc_per_node 8 cpctrans.py --dataset ucf101 --data data/ucf101
 Fine-tune    python cpctrans.py --stage finetune --dataset hmdb51 --init runs/.../best.pt
 Probe        python cpctrans.py --stage finetune --train_what last --init runs/.../best.pt
 Test         python cpctrans.py --test SPLIT1.pt SPLIT2.pt SPLIT3.pt
@@ -27,6 +27,7 @@ file differ, grep NOTE in this file.
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -54,7 +55,8 @@ HELD_OUT = (24, 25)                  # groups of UCF101 that are training videos
 POSITIVE, EASY, TEMPORAL, SPATIAL = 1, 0, -1, -3               # categories of pairs
 CHUNK = 8                            # clips of a video that go through the network at once
 SHAPE = {"method": "cpctrans", "net": "resnet18", "width": 64, "layers": 2, "heads": 4,
-         "attn": "full", "pos": "none"}                        # what a checkpoint fixes
+         "attn": "full", "pos": "none"}        # the network, which a checkpoint fixes
+# How clips are cut: may change from pre-training to fine-tuning, not from there to the test.
 VIEW = {"img_dim": 224, "crop": 224, "resize": "nearest", "ds": 3, "seq_len": 1}
 DPC_VIEW = {"img_dim": 128, "seq_len": 5}
 common.FREE_FLAGS |= {"frames", "lists", "force"}
@@ -187,15 +189,23 @@ class Videos(NamedTuple):
         return Videos(*(column[which] for column in self))
 
 
-def read_rows(path):
-    """(line number, line) of a text file, whatever its line ends; empty lines are left out."""
+def read_rows(path, pattern, form):
+    """(line number, match of the pattern) of each row of a text file, whatever its line ends.
+
+    Empty lines are left out; UserError names the line that is not of the form.
+    """
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official split lists") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
-    return [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    for line, row in enumerate(text.splitlines(), 1):
+        match = re.fullmatch(pattern, row.strip())
+        if match:
+            yield line, match
+        elif row.strip():
+            raise UserError(f"{path}:{line}: {row.strip()!r:.80} is not `{form}`")
 
 
 def checked(path, line, name):
@@ -213,14 +223,11 @@ def find(root, name):
 def read_classes(path):
     """{class in lower case: label} of classInd.txt, whose rows are `<number from 1> <Class>`."""
     classes = {}
-    for line, row in read_rows(path):
-        number, _, name = row.replace(",", " ").partition(" ")
-        name = name.strip().lower()
-        if not re.fullmatch(r"[1-9]\d{0,3}", number) or not name:
-            raise UserError(f"{path}:{line}: {row!r:.80} is not `<number> <Class>`")
-        if name in classes or int(number) - 1 in classes.values():
-            raise UserError(f"{path}:{line}: {row!r:.80} stands there twice")
-        classes[name] = int(number) - 1
+    for line, row in read_rows(path, r"([1-9]\d{0,3})[ ,]\s*(.*\S)", "<number> <Class>"):
+        name, label = row[2].lower(), int(row[1]) - 1
+        if name in classes or label in classes.values():
+            raise UserError(f"{path}:{line}: {row[0]!r:.80} stands there twice")
+        classes[name] = label
     return classes
 
 
@@ -232,27 +239,20 @@ def read_ucf101(folder, part, split):
     """
     classes, names, labels = read_classes(folder / "classInd.txt"), [], []
     path = folder / f"{part}list{split:02d}.txt"
-    for line, row in read_rows(path):
-        parts = re.fullmatch(r"([^/]+)/(.+)\.avi(?:\s+(\d+))?", row)
-        if not parts:
-            raise UserError(f"{path}:{line}: {row!r:.80} is not `<Class>/<video>.avi`")
-        label = classes.get(parts[1].lower())
-        if label is None or parts[3] and int(parts[3]) != label + 1:
-            raise UserError(f"{path}:{line}: {row!r:.80} disagrees with classInd.txt")
-        names.append(f"{checked(path, line, parts[1])}/{checked(path, line, parts[2])}")
+    rows = read_rows(path, r"([^/]+)/(.+)\.avi(?:\s+(\d+))?", "<Class>/<video>.avi")
+    for line, row in rows:
+        label = classes.get(row[1].lower())
+        if label is None or row[3] and int(row[3]) != label + 1:
+            raise UserError(f"{path}:{line}: {row[0]!r:.80} disagrees with classInd.txt")
+        names.append(f"{checked(path, line, row[1])}/{checked(path, line, row[2])}")
         labels.append(label)
     return names, labels, classes
 
 
 def read_hmdb51_file(path):
     """[(line, video, code)] of <class>_test_splitK.txt; codes 1: train, 2: test, 0: neither."""
-    rows = []
-    for line, row in read_rows(path):
-        parts = re.fullmatch(r"(.+)\.avi\s+([012])", row)
-        if not parts:
-            raise UserError(f"{path}:{line}: {row!r:.80} is not `<video>.avi <0, 1 or 2>`")
-        rows.append((line, checked(path, line, parts[1]), int(parts[2])))
-    return rows
+    rows = read_rows(path, r"(.+)\.avi\s+([012])", "<video>.avi <0, 1 or 2>")
+    return [(line, checked(path, line, row[1]), int(row[2])) for line, row in rows]
 
 
 def read_hmdb51(folder, part, split):
@@ -272,15 +272,11 @@ def read_hmdb51(folder, part, split):
 
 
 def read_frame_csv(path):
-    """[(line, class, video, frames)] of the author's rows `/any/root/<Class>/<video>/,<frames>`."""
-    rows = []
-    for line, row in read_rows(path):
-        parts = re.fullmatch(r'"?(.*)[/\\]([^/\\]+)[/\\]([^/\\]+)[/\\]?"?\s*,\s*(\d{1,9})', row)
-        if not parts:
-            raise UserError(f"{path}:{line}: {row!r:.80} is not `<folder of pictures>,<number>`")
-        rows.append((line, checked(path, line, parts[2]), checked(path, line, parts[3]),
-                     int(parts[4])))
-    return rows
+    """[(line, class, video, frames)] of the author's rows `<root>/<Class>/<video>/,<frames>`."""
+    rows = read_rows(path, r'"?.*[/\\]([^/\\]+)[/\\]([^/\\]+)[/\\]?"?\s*,\s*(\d{1,9})',
+                     "<folder of pictures>,<number>")
+    return [(line, checked(path, line, row[1]), checked(path, line, row[2]), int(row[3]))
+            for line, row in rows]
 
 
 def read_csv_list(folder, part, split):
@@ -430,7 +426,11 @@ def measure(args, paths, part):
     stamps = [os.stat(p) for p in paths]
     keys = [f"{os.path.abspath(p)} {s.st_size} {s.st_mtime_ns}" for p, s in zip(paths, stamps)]
     known = common.read_json(cache) if cache.exists() else {}
-    missing = [i for i, k in enumerate(keys) if k not in known]
+    plan = [[known.get(k) for k in keys]]
+    if common.world_size() > 1:           # one plan for all: other jobs may be filling the file
+        dist.broadcast_object_list(plan)
+    lengths = plan[0]
+    missing = [i for i, n in enumerate(lengths) if n is None]
     began, faults = time.perf_counter(), []
     for first in range(0, len(missing), 1024):
         block = missing[first:first + 1024]
@@ -438,8 +438,10 @@ def measure(args, paths, part):
         loader = DataLoader(Lengths([paths[block[k]] for k in mine]), batch_size=None,
                             num_workers=args.workers, generator=torch.Generator())
         rows = common.gather(dict(zip(mine, loader)), expect=len(block))
-        known |= {keys[block[k]]: n for k, (n, _) in rows.items() if n}
-        faults += [fault for _, fault in rows.values() if fault]
+        for k, (n, fault) in rows.items():
+            lengths[block[k]] = n
+            faults += [fault] if fault else []
+        known |= {keys[i]: lengths[i] for i in block if lengths[i]}
         if common.rank() == 0:
             common.write_json(cache, known)
         left = (time.perf_counter() - began) / (first + len(block)) * (
@@ -451,7 +453,7 @@ def measure(args, paths, part):
         raise UserError(faults[0])
     for fault in faults[:3]:
         common.say(f"warning: {fault}; left out")
-    return np.array([known.get(k, 0) for k in keys], np.int32)
+    return np.array(lengths, np.int32)
 
 
 # ---- data: which frames (official files: dataset_3d.py, dataset_3d_lc.py) -----------------------
@@ -683,22 +685,22 @@ def jitter(x, factors, order):
     x: (n, 3, H, W) in [0, 1]; factors: (n, 4); order: (n, 4) of 0 .. 3, -1: nothing. As Pillow
     but for its rounding.
     """
-    for turn in range(4):
-        for what in range(4):
-            rows = (order[:, turn] == what).nonzero()[:, 0]
-            if not len(rows):
-                continue
-            f = factors[rows, what].to(x.device)[:, None, None]
+    for turn, what in itertools.product(range(4), range(4)):
+        rows = (order[:, turn] == what).nonzero()[:, 0]
+        if len(rows):
+            f = factors[rows, what].to(x.device)
             rows = rows.to(x.device)
-            y = x[rows]
-            if what == HUE:
-                x[rows] = shift_hue(y, f)
-                continue
-            other = {BRIGHTNESS: lambda y: torch.zeros_like(y), SATURATION: luminance,
-                     CONTRAST: lambda y: luminance(y).mean((1, 2, 3), keepdim=True)}[what](y)
-            f = f[..., None]
-            x[rows] = (f * y + (1 - f) * other).clamp(0, 1)
+            x[rows] = change_colour(x[rows], what, f)
     return x
+
+
+def change_colour(x, what, f):
+    """One of the four changes.    x: (n, 3, H, W) in [0, 1], f: (n,) -> (n, 3, H, W)"""
+    if what == HUE:
+        return shift_hue(x, f[:, None, None])
+    f, grey = f[:, None, None, None], luminance(x)
+    other = {BRIGHTNESS: 0.0, CONTRAST: grey.mean((1, 2, 3), keepdim=True), SATURATION: grey}[what]
+    return (f * x + (1 - f) * other).clamp(0, 1)
 
 
 def channel_grey(x, channel):
@@ -803,7 +805,7 @@ class Encoder(nn.Module):
     NOTE: the release computes a positional encoding and does not add it: the order of the pictures
     reaches the network by the GRU alone. NOTE: attention is full, so in pre-training the context
     has seen the pictures that it is to predict, and what it saw of all of them tells the clip from
-    others whatever is in it; `causal` hides later pictures, `frame` all others, as DPC does.
+    others whatever is in it; `causal` hides later pictures from each, `frame` all other pictures.
     """
 
     def __init__(self, d, heads, layers, attn="full", pos="none"):
@@ -1008,6 +1010,8 @@ def fill_from(args, path):
     tested = args.stage == "test"
     for key, default in (SHAPE | made.get("likely", {})).items():
         args_take(args, made, key, default, path, True)
+    if 4 * args.width % args.heads:
+        raise UserError(f"--heads {args.heads} do not divide the {4 * args.width} channels")
     view = {**VIEW, **DPC_VIEW} if args.method == "dpc" else VIEW
     for key, default in view.items():
         args_take(args, made, key, default, path, tested and not args.force)
@@ -1058,7 +1062,7 @@ def this_stage(args, number):
             "chosen": chosen if args.compat == "fixed" else "TEST videos, as released"}
 
 
-# ---- loss (Eq. of the release: model_3d.py, main.py) ---------------------------------------------
+# ---- loss (official files: CPCTrans/model_3d.py, main.py) ---------------------------------------
 
 class Gather(torch.autograd.Function):
     """All processes' rows, one behind the other, with gradient."""
@@ -1472,8 +1476,6 @@ def main(args):
         test_all(runs, common.start_run(args))
         return
     past, _ = fill_from(args, None if args.init in (None, "none") else args.init)
-    if 4 * args.width % args.heads:
-        raise UserError(f"--heads {args.heads} do not divide the {4 * args.width} channels")
     if args.num_seq <= args.pred_step and args.stage == "pretrain":
         raise UserError(f"--pred_step {args.pred_step} of --num_seq {args.num_seq} pictures leaves "
                         "none to predict from")

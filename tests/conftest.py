@@ -8,20 +8,23 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+def smallest(name, tmp_path_factory):
+    import toy
+    folder = tmp_path_factory.mktemp(f"toy_{name}")
+    toy.make(name, folder, scale=0.01, workers=2)
+    return folder / name
+
+
 @pytest.fixture(scope="session")
 def epic(tmp_path_factory):
     """The smallest toy EPIC-KITCHENS-100: 3 + 2 + 1 videos."""
-    import toy
-    folder = tmp_path_factory.mktemp("toy_epic")
-    toy.make("epic", folder, scale=0.01, workers=2)
-    return folder / "epic"
+    return smallest("epic", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def ego4d(tmp_path_factory):
     """The four training clips of the smallest toy Ego4D: one has no sound, one is silent."""
     import toy
-    folder = tmp_path_factory.mktemp("toy_ego4d")
 
     def maker(root, *rest):
         def pooled(path):
@@ -35,26 +38,19 @@ def ego4d(tmp_path_factory):
     plain = toy.MAKERS["ego4d"]
     with pytest.MonkeyPatch.context() as m:
         m.setitem(toy.MAKERS, "ego4d", lambda *a: list(maker(*a)))
-        toy.make("ego4d", folder, scale=0.01, workers=2)
-    return folder / "ego4d"
+        return smallest("ego4d", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def ucf101(tmp_path_factory):
     """The smallest toy UCF101: 8 classes, one clip in each of the groups 1, 8, 15, 22, 24, 25."""
-    import toy
-    folder = tmp_path_factory.mktemp("toy_ucf101")
-    toy.make("ucf101", folder, scale=0.01, workers=2)
-    return folder / "ucf101"
+    return smallest("ucf101", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def hmdb51(tmp_path_factory):
     """The smallest toy HMDB51: 6 classes, one clip of each of four films."""
-    import toy
-    folder = tmp_path_factory.mktemp("toy_hmdb51")
-    toy.make("hmdb51", folder, scale=0.01, workers=2)
-    return folder / "hmdb51"
+    return smallest("hmdb51", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
