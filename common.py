@@ -411,30 +411,32 @@ class Fields:
 
 @torch.inference_mode()
 def predict(args: argparse.Namespace, device: torch.device, dataset: Dataset,
-            network: Callable[[list[int], torch.Tensor], Sequence[torch.Tensor]], what: str,
-            group: int = 8) -> list[np.ndarray]:
+            network: Callable[[list[int], Any], Sequence[torch.Tensor]], what: str,
+            group: int = 8, collate: Callable[[list], Any] | None = None) -> list:
     """[outputs of every item, stacked], in the dataset's order, each item computed once.
 
     network: ([item], their stacked tensors on the device) -> a list of (B, ...) tensors. Items go
     through it in fixed groups of 8, dealt out among the processes, so that the numbers do not
     depend on how many there are. An item that cannot be read raises: nothing is left out.
+    With `collate` the network gets what that makes of the items, and results may differ in shape
+    from item to item: they come as lists.
     """
     rows = {}
     mine = [list(range(i, min(i + group, len(dataset))))
             for i in range(rank() * group, len(dataset), world_size() * group)]
-    loader = DataLoader(dataset, batch_sampler=mine, num_workers=args.workers,
+    loader = DataLoader(dataset, batch_sampler=mine, num_workers=args.workers, collate_fn=collate,
                         generator=torch.Generator())
     began = shown = time.perf_counter()
-    for n, (items, clips) in enumerate(zip(mine, loader), 1):
+    for n, (items, batch) in enumerate(zip(mine, loader), 1):
         with autocast(device, args.precision):
-            out = network(items, clips.to(device))
+            out = network(items, batch if collate else batch.to(device))
         rows |= {i: [x[k].float().cpu().numpy() for x in out] for k, i in enumerate(items)}
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
             left = (shown - began) / n * (len(mine) - n)
             say(f"{what} {n}/{len(mine)} groups of this process, ETA {left:.0f} s")
     rows = gather(rows, expect=len(dataset))
-    return [np.stack(column) for column in zip(*rows.values())]
+    return [list(column) if collate else np.stack(column) for column in zip(*rows.values())]
 
 
 # ---- what a run leaves behind ----------------------------------------------------------------
@@ -466,7 +468,7 @@ def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]
 def remove_stale(folder: Path) -> None:
     """Remove what a process that was killed inside `write` has left in a folder."""
     for f in folder.glob("*.tmp*"):
-        if re.fullmatch(r".+\.(json|jsonl|pt|png|zip|mp4|MP4)\.tmp\d+", f.name) and f.is_file():
+        if re.fullmatch(r".+\.(json|jsonl|npz|pt|png|zip|mp4|MP4)\.tmp\d+", f.name) and f.is_file():
             f.unlink()
 
 
@@ -602,12 +604,34 @@ def same_samples(saved: dict, samples: int, out: Path) -> None:
                         f"are {samples}; restore the data, or choose another --out")
 
 
+def fetch(url: str, instead: str) -> Path:
+    """Path of a published file of weights, downloaded once per machine, its SHA-256 printed.
+
+    instead: what else the user can do, for the line that says where to put the file by hand.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    why, reasons = None, [None] * world_size()
+    try:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
+            say(f"fetching {url}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+            import hashlib
+            say(f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    except OSError as e:
+        why = f"{url} could not be fetched ({e}); put the file at {path}, or {instead}"
+    dist.all_gather_object(reasons, why)
+    if any(reasons):
+        raise UserError(next(filter(None, reasons)))
+    return path
+
+
 def find_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of any checkpoint: under `model`, `model_av`, `state_dict`, `model_state` or
-    bare, without the `module.` of DDP and DataParallel, however often it stands there.
+    """The tensors of any checkpoint: under `model`, `state_dict` or the like, or bare, without the
+    `module.` of DDP and DataParallel, however often it stands there.
     """
     found = load_file(path)
-    for key in ("model", "model_av", "state_dict", "model_state"):
+    for key in ("model", "model_av", "state_dict", "vtn_state_dict", "model_state"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
@@ -852,6 +876,53 @@ def read_clip(path: Path, windows: Sequence[Window | Sequence[float]],
             for i, clip in zip(group, pictures):
                 clips[i] = clip
         return clips if sound is None else (clips, heard)
+
+
+def stream(path: Path, size: Callable[[int, int], tuple[int, int]] | None = None,
+           chunk: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every picture of a file in order, in bounded memory: (times (n,), uint8 (n, H, W, 3)).
+
+    At most `chunk` pictures at once; times in seconds since the first picture. size: from a
+    picture's (width, height) to those wanted. VideoError for what cannot be decoded, and for a
+    file whose pictures end more than 0.5 s before its header says.
+    """
+    with _open(path) as c:
+        v, times, pictures, n, last = _video_stream(c, path), [], [], 0, 0.0
+        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
+        for p in c.demux(v):
+            frames = []
+            with contextlib.suppress(av.InvalidDataError, av.EOFError):   # as the ffmpeg program
+                frames = p.decode()
+            for f in frames:
+                by_stamp = c.format.name != "avi" and f.pts is not None
+                last = float((f.pts - _origin(v)) * v.time_base if by_stamp else n / _rate(v))
+                n += 1
+                times.append(last)
+                pictures.append(_to_rgb(f, *(size or _same)(f.width, f.height)))
+                if len(pictures) == chunk:
+                    yield np.array(times), np.stack(pictures)
+                    times, pictures = [], []
+        _check_end(c, v, path, last, _promise(c, v) - 1.5 / float(_rate(v)))
+    if not n:
+        raise VideoError(f"{path}: no picture can be decoded")
+    if pictures:
+        yield np.array(times), np.stack(pictures)
+
+
+def _same(width, height):
+    return width, height
+
+
+def clock(path: Path) -> tuple[np.ndarray, float]:
+    """(seconds of every picture since the first, pictures per second), without decoding them."""
+    with _open(path) as c:
+        v = _video_stream(c, path)
+        counted = c.format.name == "avi"
+        ticks = sorted(p.pts if p.pts is not None else p.dts for p in c.demux(v)
+                       if p.size and not p.is_discard and (p.pts, p.dts) != (None, None))
+        if counted:
+            return np.arange(len(ticks)) / float(_rate(v)), float(_rate(v))
+        return (np.array(ticks) - _origin(v)) * float(v.time_base), float(_rate(v))
 
 
 def count_frames(path: Path) -> int:
@@ -1414,3 +1485,62 @@ class PredictiveResNet(nn.Module):
     def forward(self, x):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))                 # H/4
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))      # H/32
+
+
+class Pooled(nn.Module):
+    """A network's mean over space, and over time if it has any: (B, C, ...) -> (B, C)."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net, self.out_dim = net, net.out_dim
+
+    def forward(self, x):
+        return self.net(x).flatten(2).mean(2)
+
+
+def headless(net: nn.Module) -> nn.Module:
+    """A network of torchvision's without its classifier; `.out_dim` is the width before that."""
+    name = "heads" if hasattr(net, "heads") else "fc"
+    last = getattr(net, name)
+    net.out_dim = (last if name == "fc" else last[-1]).in_features
+    setattr(net, name, nn.Identity())
+    return net
+
+
+def bottleneck_r2plus1d(layers: Sequence[int], classes: int = 359) -> nn.Module:
+    """R(2+1)D of bottleneck blocks (IG-65M, arXiv 1905.00561): [3, 8, 36, 3] has 152 layers.
+
+    The width between its factored kernels follows from the block's own width, not, as in
+    torchvision's, from that of the block before.
+    """
+    from torchvision.models.video import resnet
+
+    class Factored(resnet.Conv2Plus1D):
+        def __init__(self, cin, cout, between, stride=1, padding=1):
+            super().__init__(cin, cout, 27 * cin * cout // (9 * cin + 3 * cout), stride, padding)
+
+    def stem():
+        return nn.Sequential(*resnet.R2Plus1dStem(),
+                             nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)))
+
+    net = resnet.VideoResNet(resnet.Bottleneck, [Factored] * 4, layers, stem, classes)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm3d):
+            m.eps = 1e-3
+    return net
+
+
+def feature_network(name: str, small: bool = False) -> nn.Module:
+    """A network that makes one vector of a picture or of a clip, `.out_dim` wide, without classes.
+
+    vit_b16 (768), resnet18 (512), resnet50 (2048): (B, 3, H, W); r2plus1d_18, r3d_18 (512),
+    r2plus1d_152 (2048): (B, 3, T, H, W). small: narrow, shallow ones for a CPU (128).
+    """
+    from torchvision import models
+    clips = name.startswith(("r2", "r3"))
+    if small:
+        return Pooled(R2Plus1D(16, 10) if clips else PredictiveResNet("resnet10", 32)).eval()
+    if name == "r2plus1d_152":
+        return headless(bottleneck_r2plus1d([3, 8, 36, 3])).eval()
+    where = models.video if clips else models
+    return headless(getattr(where, {"vit_b16": "vit_b_16"}.get(name, name))(weights=None)).eval()

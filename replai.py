@@ -1264,29 +1264,9 @@ def initialise(model, args, layouts, required="backbone."):
     """Fill the networks as --init says; every tensor below `required` must come."""
     if args.init == "none":
         return common.say("init none: random weights")
-    path = fetch_avid() if args.init == "avid" else Path(args.init)
+    path = (common.fetch(AVID, "start from scratch with --init none") if args.init == "avid"
+            else Path(args.init))
     common.load_weights(model, path, layouts, required)
-
-
-def fetch_avid():
-    """Path of AVID's AudioSet checkpoint, downloaded once per machine."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / AVID.rsplit("/", 1)[1]
-    failed = [None] * common.world_size()
-    try:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
-            common.say(f"fetching {AVID}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(AVID, str(path), progress=False)
-            import hashlib
-            common.say(f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
-        why = None
-    except OSError as e:
-        why = (f"{AVID} could not be fetched ({e}); put the file at {path}, or start from "
-               "scratch with --init none")
-    dist.all_gather_object(failed, why)
-    if any(failed):
-        raise UserError(next(filter(None, failed)))
-    return path
 
 
 # ---- loss (official file: criterions/ssrl_audiopeak_aotv2.py) ----------------------------------
