@@ -54,6 +54,16 @@ def hmdb51(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def oops(tmp_path_factory):
+    """The smallest toy Oops!: 24 + 12 videos, 17 + 10 of them annotated, up to 8 s long."""
+    import toy
+    plain = toy.MAKERS["oops"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(toy.MAKERS, "oops", lambda *a: plain(*a, seconds=(4.5, 8)))
+        return smallest("oops", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def weights():
     """State of a RepLAI as --tiny --width 8 makes it, its statistics not those of a fresh one."""
     import torch

@@ -151,9 +151,152 @@ def test_the_numbers_of_an_action_have_the_same_distribution_in_all_classes():
                 assert abs(shares - 0.2).max() < 0.07, (what, motion, shares)
 
 
+# ---- what can be seen of a mishap ----
+
+def shrunk(frame):
+    """A picture of any size as 16 x 12 means, from 0 to 1."""
+    rows, columns = (np.arange(k) * n // k for n, k in zip(frame.shape, (12, 16)))
+    sums = np.add.reduceat(np.add.reduceat(frame.astype(np.float32), rows, 0), columns, 1)
+    areas = np.outer(*(np.diff(np.append(a, n)) for a, n in zip((rows, columns), frame.shape)))
+    return sums / areas[..., None] / 255
+
+
+def beside_the_slip(video, most):
+    """Numbers of as many pictures from before as from after the slip, up to `most` of each."""
+    rng = np.random.default_rng(video["key"])
+    times = np.arange(round(video["seconds"] * video["fps"])) / float(video["fps"])
+    sides = np.flatnonzero(times < video["truth"]), np.flatnonzero(times > video["truth"])
+    k = min(most, *map(len, sides))
+    return [int(i) for side in sides for i in rng.choice(side, k, replace=False)]
+
+
+def jerks(video, y, x):
+    """Mean absolute second difference over 16 pictures at 16 fps, every half a second, and whether
+    they are from before (0) or after (1); none that holds the slip itself."""
+    fps, out = float(video["fps"]), []
+    grid = (np.arange(int(len(y) * 16 / fps)) * fps / 16).astype(int)
+    for first in range(0, len(grid) - 15, 8):
+        here = grid[first:first + 16]
+        if here[-1] / fps < video["truth"] or here[0] / fps > video["truth"]:
+            jerk = np.hypot(np.diff(y[here], 2), np.diff(x[here], 2)).mean()
+            out.append((jerk / video["size"][0], here[0] / fps > video["truth"]))
+    return out
+
+
+def told_apart(train, test):
+    """Accuracy in the test part, mean of both sides, with the best threshold of the training part:
+    the middle between two of its values."""
+    (a, y), (b, z) = (np.array(x).T for x in (train, test))
+    values = np.sort(a)
+    best = max((values[1:] + values[:-1]) / 2, key=lambda x: ((a > x) == y).mean())
+    return np.mean([((b > best) == z)[z == side].mean() for side in (0, 1)])
+
+
+@pytest.fixture(scope="module")
+def mishaps(tmp_path_factory):
+    """The planned videos of the whole toy Oops! that do slip: (train, val)."""
+    tasks = toy.make_oops(tmp_path_factory.mktemp("mishaps"), 0, 1.0, False)
+    tasks = [v for v in tasks if math.isfinite(v["truth"])]
+    return [[v for v in tasks if v["files"][0][0].parent.name == s] for s in ("train", "val")]
+
+
+def test_a_picture_of_a_mishap_does_not_tell_before_from_after(mishaps):
+    data = []
+    for videos in mishaps:
+        picks = [beside_the_slip(v, 6) for v in videos]
+        x = [shrunk(f) for v, p in zip(videos, picks) for f in toy.draw_mishap(v, p)]
+        data.append((np.array(x), np.concatenate([np.repeat([0, 1], len(p) // 2) for p in picks])))
+    assert len(data[0][1]) > 1600 and len(data[1][1]) > 800
+    for strength in (1.0, 10.0, 100.0, 1000.0):
+        share = accuracy(*data, strength)
+        assert share < 0.55, f"ridge {strength}: {share:.2f} of two sides"
+
+
+def test_a_second_of_a_mishap_tells_before_from_after(mishaps):
+    train, test = ([row for v in videos for row in jerks(v, *toy.mishap(v)[:2])]
+                   for videos in mishaps)
+    assert min(len(train), len(test)) > 700 and told_apart(train, test) > 0.95
+
+
+def test_places_and_angles_are_distributed_alike_before_and_after():
+    """Anywhere in the picture, whatever happens; quintiles of what the borders leave free."""
+    at = {False: [], True: []}
+    for k in range(1500):
+        video, rng = toy.plan_mishap(5, k, "normal", (5, 9))
+        y, x, *angles = toy.mishap(video)
+        r, sides = video["radius"], video["size"]
+        free = [(a - r) / (n - 2 * r) for a, n in zip((y, x), sides)]
+        assert all(-1e-6 <= a.min() and a.max() <= 1 + 1e-6 for a in free)
+        slip = video["truth"] * float(video["fps"])
+        for late in at:                                       # a random picture of each side
+            i = int(rng.uniform(*((slip + 1, len(y)) if late else (0, slip))))
+            at[late].append([a[i] for a in free] + [a[i] / (2 * np.pi) % 1 for a in angles])
+    a, b = (np.array(at[late]).T for late in (False, True))
+    for before, after in zip(a, b):
+        edges = np.quantile(np.concatenate([before, after]), [0.2, 0.4, 0.6, 0.8])
+        shares = [np.bincount(np.digitize(z, edges), minlength=5) / 1500 for z in (before, after)]
+        assert abs(shares[0] - shares[1]).max() < 0.06, shares
+
+
+def place(frames):
+    """Where the bright object is in each picture: the middle of what exceeds the ground."""
+    grey = np.stack(frames).astype(np.float32).mean(-1)
+    weight = np.maximum(grey - np.median(grey, (1, 2), keepdims=True) - 40, 0)
+    total = weight.sum((1, 2)) + 1e-6
+    return [(weight.sum(2 - k) * np.arange(grey.shape[1 + k])).sum(1) / total for k in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def seen_mishaps(oops, tmp_path_factory):
+    """The planned videos of the fixture and the pictures that its files hold."""
+    folder = tmp_path_factory.mktemp("plan")
+    out = []
+    for video in toy.make_oops(folder, 0, 0.01, False, seconds=(4.5, 8)):
+        path = oops / video["files"][0][0].relative_to(folder)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert len(container.streams) == 1 and stream.codec_context.name == "h264"
+            assert stream.average_rate == video["fps"]
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+            out.append((video, path, frames, stream.codec_context.has_b_frames))
+    return out
+
+
+def test_files_of_mishaps_hold_the_pictures_as_drawn_in_their_order(oops, seen_mishaps):
+    assert {p for _, p, *_ in seen_mishaps} == set(oops.glob("oops_video/*/*.mp4"))
+    for video, path, frames, _ in seen_mishaps:
+        assert len(frames) == round(video["seconds"] * video["fps"])
+        assert frames[0].shape == (*video["size"], 3) and not any(n % 2 for n in video["size"])
+        picks = [0, len(frames) // 2, len(frames) - 1]
+        for k, wanted in zip(picks, toy.draw_mishap(video, picks)):
+            assert abs(frames[k].astype(float) - wanted).mean() < 6, (path, k)
+        assert common.probe(path).duration == pytest.approx(video["seconds"], abs=0.01)
+    assert 0 < sum(b for *_, b in seen_mishaps) < len(seen_mishaps) / 2
+    assert {v["fps"] for v, *_ in seen_mishaps} == set(toy.OOPS_RATES)
+    longer = sum(len(frames) > 192 for _, _, frames, _ in seen_mishaps)
+    assert 0.2 < longer / len(seen_mishaps) < 0.7
+    assert sum(p.stat().st_size for _, p, *_ in seen_mishaps) < 1e6
+
+
+def test_a_mishap_in_the_files_is_told_by_motion_and_not_by_a_picture(seen_mishaps):
+    """What the codec leaves in fast pictures does not give them away either."""
+    stills, moves = {"train": ([], []), "val": ([], [])}, {"train": [], "val": []}
+    for video, path, frames, _ in seen_mishaps:
+        if math.isfinite(video["truth"]):
+            x, y = stills[path.parent.name]
+            picks = beside_the_slip(video, 20)
+            x += [shrunk(frames[i]) for i in picks]
+            y += [0] * (len(picks) // 2) + [1] * (len(picks) // 2)
+            moves[path.parent.name] += jerks(video, *place(frames))
+    data = [tuple(map(np.array, stills[s])) for s in ("train", "val")]
+    shares = [accuracy(*data, strength) for strength in (10.0, 100.0, 1000.0)]
+    assert max(shares) < 0.62, shares                         # 11 videos: the error is larger
+    assert told_apart(moves["train"], moves["val"]) > 0.9
+
+
 # ---- the same bytes ----
 
-@pytest.mark.parametrize("name", ["epic", "ego4d", "ucf101", "hmdb51"])
+@pytest.mark.parametrize("name", ["epic", "ego4d", "ucf101", "hmdb51", "oops"])
 def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp_path, monkeypatch):
     plain = toy.MAKERS[name]
 
@@ -174,7 +317,7 @@ def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp
     other = files("other")
     assert all(one[k] != other[k] for k in set(one) & set(other)
                if k.endswith(("train.csv", "train.json", ".avi")))
-    # The names of Ego4D and HMDB51 are random.
+    # The names of Ego4D, HMDB51 and Oops! are random.
     assert set(one) != set(other) or name in ("epic", "ucf101")
 
 
@@ -655,6 +798,111 @@ def test_files_of_actions_hold_the_pictures_as_drawn_in_their_order(name, reques
         for k in (0, len(got) // 2, -1):
             assert abs(got[k].astype(float) - wanted[k]).mean() < 6, (video["files"], k)
     assert 0 < reordered < len(tasks) / 2
+
+
+# ---- Oops!'s form ----
+
+def check_entry(entry, seconds):
+    """The definitions of transition_times.json."""
+    assert list(entry) == ["t", "len", "rel_t", "stdev", "rel_stdev", "n_notfound"]
+    t, length = entry["t"], entry["len"]
+    assert len(t) == 3 and t == sorted(t) and all(x == -1 or 0 <= x <= seconds for x in t)
+    assert length % 0.125 == 0 and 0 <= length - seconds < 0.125
+    assert entry["rel_t"] == [x / length for x in t] and entry["n_notfound"] == t.count(-1)
+    for values, stdev in ((t, entry["stdev"]), (entry["rel_t"], entry["rel_stdev"])):
+        mean = sum(values) / 3
+        assert stdev == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in values) / 2))
+
+
+@pytest.mark.parametrize("scale, counts", [(0.01, {"train": (24, 17), "val": (12, 10)}),
+                                           (1.0, {"train": (160, 110), "val": (80, 64)})])
+def test_oops_annotations_have_the_official_form(scale, counts, tmp_path):
+    tasks = toy.make_oops(tmp_path, 0, scale, False)          # annotations alone
+    assert len({v["key"] for v in tasks}) == len(tasks)
+    videos = {v["files"][0][0].stem: v for v in tasks}
+    folder = tmp_path / "annotations"
+    splits = folder / "splits"
+    files = {f"{s}{x}.csv" for s in counts for x in ("", "_0", "_all_org", "_unlabeled")}
+    assert {p.name for p in splits.iterdir()} == files
+    times, heldout = (json.loads((folder / f"{x}transition_times.json").read_text("utf-8"))
+                      for x in ("", "heldout_"))
+    used = set()
+    for split, (n, annotated) in counts.items():
+        names = lines(folder / f"{split}.txt", "\n")
+        assert len(set(names)) == len(names) == n and not used & set(names)
+        assert {videos[x]["files"][0][0].parent.name for x in names} == {split}
+        used |= set(names)
+        known = [x for x in names if x in times]
+        everything, free = ([r["filename"] for r in table(splits / f"{split}_{x}.csv")]
+                            for x in ("all_org", "unlabeled"))
+        lost = set(names) - set(everything)
+        assert len(known) == annotated and len(lost) == (2 if split == "train" else 0)
+        assert everything == [x for x in names if x not in lost]
+        assert free == [x for x in everything if x not in times]
+        rows = table(splits / f"{split}.csv")
+        assert list(rows[0]) == ["filename", "t", "t_rel", "len"]
+        assert [r["filename"] for r in rows] == [f"{x}.mp4" for x in known if x not in lost]
+        for r in rows:
+            entry = times[r["filename"][:-4]]
+            seen = [x for x in entry["t"] if x >= 0]
+            mean = sum(seen) / len(seen) if seen else -1
+            assert float(r["t"]) == pytest.approx(mean) and float(r["len"]) == entry["len"]
+            assert float(r["t_rel"]) == pytest.approx(mean / entry["len"] if seen else -1)
+        assert table(splits / f"{split}_0.csv") == [r for r in rows if r["t"] != "-1"]
+        assert 0 < len(rows) - len(table(splits / f"{split}_0.csv")) <= 0.1 * n
+    assert used == set(videos) and set(times) <= used
+    assert set(heldout) == {x for x in times if videos[x]["files"][0][0].parent.name == "val"}
+    for name, entry in times.items():
+        check_entry(entry, videos[name]["seconds"])
+    for entry in heldout.values():
+        assert list(entry) == ["t", "stdev", "rel_stdev", "n_notfound"]
+        assert (entry["stdev"], entry["rel_stdev"], len(entry["t"])) == (0, 0, 1)
+        assert entry["n_notfound"] == (entry["t"] == [-1.0])
+    assert {0, 1} == {e["n_notfound"] for e in heldout.values()}
+
+
+def test_annotators_of_oops_are_near_the_truth_and_some_saw_nothing(mishaps, tmp_path):
+    tasks = toy.make_oops(tmp_path, 0, 1.0, False)
+    times, heldout = (json.loads((tmp_path / f"annotations/{x}transition_times.json").read_text(
+        "utf-8")) for x in ("", "heldout_"))
+    truth = {v["files"][0][0].stem: v["truth"] for v in tasks}
+    for table_, low, high in ((times, 0.06, 0.1), (heldout, 0.1, 0.2)):
+        errors = [t - truth[k] for k, e in table_.items() for t in e["t"] if t >= 0]
+        assert low < np.std(errors) < high and abs(np.mean(errors)) < 0.05
+    missing = [e["n_notfound"] for e in times.values()]
+    assert all(e["n_notfound"] < 3 or truth[k] == math.inf for k, e in times.items())
+    assert 10 < missing.count(1) < 40 and 3 <= missing.count(2) < 10 and 3 <= missing.count(3) < 10
+    inside = [v["truth"] / v["seconds"] for videos in mishaps for v in videos
+              if v["kind"] not in ("early", "late")]
+    assert 0.11 < min(inside) < 0.2 < 0.8 < max(inside) < 0.89
+
+
+@pytest.mark.parametrize("scale, least", [(0.01, {"train": 11, "val": 5}),
+                                          (1.0, {"train": 90, "val": 50})])
+def test_each_filter_of_oops_drops_a_video_of_each_split(scale, least, tmp_path):
+    tasks = toy.make_oops(tmp_path, 0, scale, False)
+    times = json.loads((tmp_path / "annotations/transition_times.json").read_text("utf-8"))
+    for split in least:
+        names = [v["files"][0][0].stem for v in tasks if v["files"][0][0].parent.name == split]
+        entries = [times[k] for k in names if k in times]
+        dropped = {"unseen": [e["t"][1] < 0 for e in entries],
+                   "early": [0 <= e["rel_t"][1] < 0.01 for e in entries],
+                   "late": [e["rel_t"][1] > 0.99 for e in entries],
+                   "short": [e["len"] < 3.2 for e in entries]}
+        assert all(map(any, dropped.values())), (split, dropped)
+        assert any(3 <= e["len"] < 3.2 for e in entries), "usable for one of two filters"
+        assert sum(not any(x) for x in zip(*dropped.values())) >= least[split]
+
+
+def test_names_of_oops_videos_are_as_odd_as_the_official_ones(oops):
+    for split in ("train", "val"):
+        stems = [p.stem for p in oops.glob(f"oops_video/{split}/*.mp4")]
+        assert all(re.search(r"\D\d+$", x) for x in stems)
+        for odd in [*",\"'!&#%()[]_;+=~@", "é", "ß", "\U0001f602", "2099", "  ", "..."]:
+            assert any(odd in x for x in stems), odd
+        text = (oops / "annotations" / "splits" / f"{split}_all_org.csv").read_text("utf-8")
+        assert re.search(r'^"Some Fails, Part 2', text, re.M)
+        assert re.search(r'^"The ""Easy"" Jump, ', text, re.M)
 
 
 def test_strikes_are_heard_where_they_are_annotated(epic):

@@ -51,6 +51,12 @@ same distribution in all classes and tells nothing at all; two pictures do, if o
 the earlier. Nothing depends on left and right, on colours or on brightness. A group (or a film of
 HMDB51) is a room and five objects, of which three are seen; each group occurs in all classes.
 
+Oops! asks when a purpose is lost. One object rolls, walks or carries another, steadily, and turns
+round at the borders; from a known moment on it is thrown about by kicks, ten times as fast, and
+stops and starts again. Height, breadth and angles are numbers on a circle that start anywhere, and
+whatever moves such a number leaves it anywhere: so every picture has the same distribution before
+and after, and one second of motion tells which it is.
+
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
 """
@@ -141,6 +147,11 @@ MOTIONS = {  # action: (what changes, does it grow)
 }
 ROUND = (1.0, 1.4)                               # seconds after which an action begins anew
 DRIFT = 6                                        # pixels that the camera of an action strays
+STEADY, KICKED = (0.15, 0.4), (1.5, 3.5)         # picture heights per second, before and after
+KICKS = (0.07, 0.3)                              # seconds from one kick to the next
+PAUSE = 0.5                                      # how often every second kick stops it instead
+LOOKS = 32                                       # angles that are drawn; see `draw_mishap`
+SWAY = 4                                         # pixels that the camera of a mishap strays
 
 
 def course(noun, u):
@@ -176,7 +187,7 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
     The file appears under its name only when it is complete. One thread: more would change the
     bytes from machine to machine, and the workers fill the cores already.
     """
-    path, fps = Path(path), Fraction(fps)
+    path, fps, tick = Path(path), Fraction(fps), 1 / Fraction(fps)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".part-{path.name}")
     if options is None and codec == "libx264":
@@ -198,9 +209,10 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
                                                  options=quick if audio_codec == "aac" else {})
                     sound.bit_rate = 40000
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = i, 1 / fps
+            frame.pts, frame.time_base = i, tick
             container.mux(video.encode(frame))
-            n = math.ceil((i + 1) * rate / fps)          # sound up to the end of this picture
+            if sound:                                    # up to the end of this picture
+                n = math.ceil((i + 1) * rate / fps)
             while sound and at < min(n, audio.shape[1]):
                 at = _add_sound(container, sound, audio, at, n, rate)
         while sound and at < audio.shape[1]:             # sound may outlast the pictures
@@ -477,6 +489,81 @@ def draw_action(video):
         yield frame
 
 
+# ---- the pictures of a mishap ----
+
+
+def folded(phase):
+    """A triangle wave with round corners, 0 at even numbers and 1 at odd ones."""
+    return 0.5 - np.arcsin(0.9 * np.cos(np.pi * phase)) / (2 * np.arcsin(0.9))
+
+
+def kicks(rng, times, truth):
+    """How far kicks have carried the object, 0 until `truth`.   -> y, x in heights, two angles"""
+    number = math.ceil(times[-1] / KICKS[0]) + 1
+    way = rng.uniform(0, 2 * np.pi, number)
+    speed = rng.uniform(*KICKED, number)
+    speed[1::2] *= rng.random(number // 2) > PAUSE
+    spin, whirl = rng.uniform(-12, 12, (2, number))      # radians per second
+    rates = np.stack([speed * np.sin(way), speed * np.cos(way), spin, whirl])
+    which = np.cumsum(rng.uniform(*KICKS, number)).searchsorted(times - truth)
+    return np.cumsum(rates[:, which] * (times > truth), axis=1) * (times[1] - times[0])
+
+
+def mishap(video):
+    """Where the object is in every picture.   -> y, x (pixels), its angle, that of its load
+
+    A steady course until video["truth"], then kicks. All four begin anywhere on a circle and what
+    moves them knows nothing of where they are, so they are anywhere on it in every picture.
+    """
+    rng = np.random.default_rng((*video["key"], 4))
+    height, width = video["size"]
+    times = np.arange(round(video["seconds"] * video["fps"])) / float(video["fps"])
+    truth, radius, gait = video["truth"], video["radius"], video["gait"]
+    begin, turn, load = rng.uniform(0, 2, 2), *rng.uniform(0, 2 * np.pi, 2)
+    way, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*STEADY)
+    free = np.array([[height], [width]]) - 2 * radius    # where the middle can be
+    *carried, spin, whirl = kicks(rng, times, truth)
+    held = np.minimum(times, truth)
+    moved = speed * held * np.array([[np.sin(way)], [np.cos(way)]]) + carried
+    step = 2 * np.pi * rng.uniform(1.5, 2.5) * held      # two of them a second or so
+    if gait == "walk":
+        moved[0] += 0.03 * np.sin(step)
+        turn = turn + 0.3 * np.sin(step / 2)
+    y, x = radius + free * folded(begin[:, None] + moved * height / free)
+    if gait == "roll":
+        turn = turn + x / radius
+    return y, x, turn + spin, load + whirl
+
+
+def draw_mishap(video, wanted=None):
+    """The pictures of a video of Oops!, like `draw`; all of them or those numbered `wanted`."""
+    rng = np.random.default_rng((*video["key"], 1))
+    height, width = video["size"]
+    y, x, turn, load = mishap(video)
+    times = np.arange(len(y)) / float(video["fps"])
+    light = np.append(rng.uniform(0.7, 1, 3), 1).astype(np.float32)
+    ground = gaussian_filter(rng.normal(size=(height + 2 * SWAY, width + 2 * SWAY)), 4)
+    ground = GROUND * (1 + rng.uniform(0.05, 0.15) * ground / ground.std()).clip(0.5, 1.5)
+    ground = (ground[..., None] * light[:3]).astype(np.uint8)
+    pan = np.stack([smooth_path(rng, times, SWAY - 1) for _ in range(2)]) + SWAY
+    tops, lefts = pan.round().astype(int).tolist()
+    kind, other = rng.choice(["disc", "box", "triangle", "cross", "star", "ring"], 2)
+    radius, sprite = video["radius"], make_sprite(rng, kind) * light
+    # As many looks as can be told apart at this size: turning anew in each picture takes longer.
+    looks = [turned(sprite, radius, 2 * np.pi * k / LOOKS) for k in range(LOOKS)]
+    turn = (turn * LOOKS / (2 * np.pi)).round().astype(int) % LOOKS
+    if video["gait"] == "carry":
+        small = turned(make_sprite(rng, other) * light, radius / 2, 0)
+        sides = np.stack([y + radius * np.sin(load), x + radius * np.cos(load)]).tolist()
+    y, x, turn = y.tolist(), x.tolist(), turn.tolist()
+    for i in range(len(y)) if wanted is None else wanted:
+        frame = ground[tops[i]:tops[i] + height, lefts[i]:lefts[i] + width].copy()
+        blend(frame, looks[turn[i]], y[i], x[i])
+        if video["gait"] == "carry":
+            blend(frame, small, sides[0][i], sides[1][i])
+        yield frame
+
+
 # ---- the sound of a video ----
 
 
@@ -584,7 +671,7 @@ def stamp(seconds, digits):
 
 
 def write_csv(path, columns, rows):
-    with open(path, "w", newline="") as f:
+    with open(path, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -934,6 +1021,120 @@ def make_hmdb51(root, seed, scale, segments):
     return tasks
 
 
+# ---- Oops! ----
+
+# A running number follows directly. What a script must survive: commas, quotes, %, emoji, a year.
+TITLES = ["Some Fails (March 2099) _ Channel", "Some Fails, Part 2 (May 2099) _ Channel",
+          'The "Easy" Jump, and More _ Channel', "Don't Try This! - Mishaps of the Week _ Clips",
+          "Cats & Dogs; Slips & Trips _ Channel", "#1 Kitchen Fails You Missed #26 (June 2099)",
+          "110% Effort, 0% Luck _ Channel", "Fête d'été à Málaga – Größte Stürze _ Café",
+          "Winter Fails! \u2744\ufe0f\U0001f602 (January 2099) _ Channel", "Other Fails 2099",
+          "Ladders [Extended] + Ice = ~Ouch~ @ Home  (April 2099) _ Channel", "Party On... Go!"]
+OOPS_RATES = [Fraction(25), Fraction(30000, 1001), Fraction(30)]
+OOPS_SIZES = [(48, 64), (48, 64), (48, 72), (52, 64), (48, 62), (54, 54), (64, 48)]
+
+
+def oops_kinds(rng, n, annotated):
+    """What is special about each of n videos, of which some are annotated.   -> list of words"""
+    few, rare = max(1, annotated // 25), max(1, annotated // 50)
+    kinds = ["never"] * few + ["two"] * few + ["one"] * max(1, annotated // 8)
+    kinds += ["early", "late"] * rare + ["short"] + ["tiny"] * (rare - 1)
+    kinds += ["normal"] * (annotated - len(kinds)) + ["unlabelled"] * (n - annotated)
+    return [kinds[i] for i in rng.permutation(n)]
+
+
+def plan_mishap(seed, k, kind, seconds):
+    """Video number k of Oops!, `seconds` long at least and at most."""
+    key = (seed, crc32(b"oops"), k)
+    rng = np.random.default_rng((*key, 3))
+    size = OOPS_SIZES[rng.integers(len(OOPS_SIZES))]
+    # The end of a "late" one is a multiple of 1/8 s: its annotated length is its own.
+    fps = OOPS_RATES[0] if kind == "late" else OOPS_RATES[rng.integers(3)]
+    seconds = {"late": 6.0, "short": 3.1, "tiny": 2.7}.get(kind, rng.uniform(*seconds))
+    seconds = round(seconds * fps) / fps
+    truth = float(seconds) * rng.uniform(0.12, 0.88)
+    truth = {"never": math.inf, "early": 0.02, "late": float(seconds) - 0.02}.get(kind, truth)
+    options = {"preset": "ultrafast", "qp": "22"}        # the same for all: blur would tell speeds
+    if k % 6 == 0:
+        options["bf"] = "2"                              # B-frames: not in the order of time
+    return {"key": key, "size": size, "fps": fps, "seconds": float(seconds), "kind": kind,
+            "truth": truth, "radius": rng.uniform(0.12, 0.15) * math.sqrt(size[0] * size[1]),
+            "gait": str(rng.choice(["roll", "walk", "carry"])), "sound": "none", "rate": 44100,
+            "coding": {"options": options, "gop": 60}, "segments": None}, rng
+
+
+def oops_entry(video, rng):
+    """What three annotators say of a video, -1 where one saw nothing: transition_times.json."""
+    length = math.ceil(8 * round(video["seconds"] * video["fps"]) / video["fps"]) / 8
+    missing = {"never": 3, "two": 2, "one": 1}.get(video["kind"], 0)
+    spread = 0.01 if video["kind"] in ("early", "late") else 0.08
+    t = video["truth"] + rng.normal(0, spread, 3) if missing < 3 else np.zeros(3)
+    t = t.clip(0, video["seconds"]).round(6)
+    t[:missing] = -1
+    t.sort()
+    rel = t / length
+    return {"t": t.tolist(), "len": length, "rel_t": rel.tolist(),
+            "stdev": float(t.std(ddof=1)), "rel_stdev": float(rel.std(ddof=1)),
+            "n_notfound": missing}
+
+
+def heldout_entry(video, rng):
+    """What a fourth annotator says, less exactly."""
+    found = video["kind"] != "never" and rng.random() > 0.06
+    t = np.clip(video["truth"] + rng.normal(0, 0.15), 0, video["seconds"]) if found else -1
+    return {"t": [round(float(t), 6)], "stdev": 0, "rel_stdev": 0, "n_notfound": int(not found)}
+
+
+def oops_row(name, entry):
+    """A row of train.csv or val.csv: means over the annotators who saw something."""
+    seen = [(t, rel) for t, rel in zip(entry["t"], entry["rel_t"]) if t >= 0]
+    t, rel = np.mean(seen, 0).tolist() if seen else (-1, -1)
+    return {"filename": f"{name}.mp4", "t": t, "t_rel": rel, "len": entry["len"]}
+
+
+def write_oops_tables(folder, split, names, entries, lost):
+    """The list and the four tables of a split; names in `lost` are in the list alone."""
+    write_lines(folder / f"{split}.txt", names, "\n")
+    names = [x for x in names if x not in lost]
+    free = [{"filename": x} for x in names if x not in entries]
+    rows = [oops_row(x, entries[x]) for x in names if x in entries]
+    columns, splits = ["filename", "t", "t_rel", "len"], folder / "splits"
+    write_csv(splits / f"{split}_all_org.csv", columns[:1], [{"filename": x} for x in names])
+    write_csv(splits / f"{split}_unlabeled.csv", columns[:1], free)
+    write_csv(splits / f"{split}.csv", columns, rows)
+    write_csv(splits / f"{split}_0.csv", columns, [r for r in rows if r["t"] != -1])
+
+
+def make_oops(root, seed, scale, segments, seconds=(5, 9)):
+    """Annotations of the toy Oops!.   -> the videos to draw"""
+    rng = np.random.default_rng((seed, crc32(b"oops")))
+    counts = {"train": counted(160, scale, 24), "val": counted(80, scale, 12)}
+    numbers = rng.permutation(2 * sum(counts.values())).tolist()
+    folder, tasks, times, heldout = root / "annotations", [], {}, {}
+    (folder / "splits").mkdir(parents=True)
+    for split, n in counts.items():
+        videos, entries = {}, {}
+        for kind in oops_kinds(rng, n, round(n * {"train": 0.69, "val": 0.8}[split])):
+            video, own = plan_mishap(seed, len(tasks), kind, seconds)
+            name = f"{TITLES[len(tasks) % len(TITLES)]}{numbers.pop()}"
+            tasks.append(video | {"files": [(root / "oops_video" / split / f"{name}.mp4", 0., [])]})
+            videos[name] = video
+            if kind != "unlabelled":
+                entries[name] = oops_entry(video, own)
+                if split == "val":
+                    heldout[name] = heldout_entry(video, own)
+        names = [list(videos)[i] for i in rng.permutation(n)]
+        # The official tables lack a few names of the list of training, one of them annotated.
+        lost = [next(x for x in names if videos[x]["kind"] == kind)
+                for kind in ("normal", "unlabelled") if split == "train"]
+        write_oops_tables(folder, split, names, entries, lost)
+        times |= entries
+    for name, table in (("transition_times", times), ("heldout_transition_times", heldout)):
+        text = json.dumps(table, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    return tasks
+
+
 # ---- making a dataset ----
 
 
@@ -945,7 +1146,8 @@ def build(video):
     coding = video.get("coding", {"options": {"preset": preset, "crf": "27"}})
     for path, start, links in video["files"]:
         begin = round(start * video["rate"])
-        pictures = draw_action(video) if "motion" in video else draw(video, start)
+        pictures = (draw_action(video) if "motion" in video else
+                    draw_mishap(video) if "truth" in video else draw(video, start))
         write_video(path, pictures, video["fps"],
                     None if sound is None else sound[:, begin:], video["rate"], **coding)
         made += 1 + len(links)
@@ -976,7 +1178,7 @@ def cut_pieces(video, sound):
 
 
 MAKERS = {"epic": make_epic, "ego4d": make_ego4d, "ucf101": make_ucf101,
-          "hmdb51": make_hmdb51}
+          "hmdb51": make_hmdb51, "oops": make_oops}
 
 
 def make(name, out, seed=0, scale=1.0, workers=2, segments=False):
