@@ -247,7 +247,9 @@ def settle(model: nn.Module, *inputs: torch.Tensor) -> None:
         return
     state = {k: v.clone() for k, v in model.state_dict().items()}
     out = model(*inputs)
-    sum(x.float().sum() for x in (out.values() if isinstance(out, dict) else out)).backward()
+    out = out.values() if isinstance(out, dict) else out
+    every = (0 * p.sum() for p in model.parameters() if p.requires_grad)      # also unused ones
+    sum(itertools.chain((x.float().sum() for x in out), every)).backward()
     model.zero_grad(set_to_none=True)
     model.load_state_dict(state)
 

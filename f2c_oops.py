@@ -36,8 +36,8 @@ code. Where the sources and this file differ, grep NOTE in this file.
 import argparse
 import contextlib
 import csv
+import io
 import itertools
-import json
 import math
 import os
 import re
@@ -72,6 +72,416 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KINETICS = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
 DENSE = 400                          # tokens up to which one masked attention beats blocks
 PAD = -1
+SHAPE = {"layers": 3, "heads": 16, "window": 32, "ff": 3072, "mlp": 1024, "positions": 7200}
+common.FREE_FLAGS |= {"features", "list", "val_list", "allow_missing", "tolerance"}
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+STAGES = ["f2c", "f2c2v", "features", "classify", "localize", "evaluate"]
+BACKBONES = ["vit_b16", "resnet50", "resnet18", "r2plus1d_18", "r3d_18", "r2plus1d_152"]
+
+
+def names(allowed):
+    """Type of a flag: a comma-separated choice, without repetition, in the order of `allowed`."""
+    def convert(text):
+        chosen = text.split(",")
+        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of {','.join(allowed)}")
+        return ",".join(n for n in allowed if n in chosen)
+    return convert
+
+
+def parse_args(argv=None):
+    p = common.Parser(__doc__, STAGES, ["oops"])
+    g = p.data
+    g.add_argument("--features", type=Path, metavar="DIR", help="features, in train/ and val/: "
+                   "written by that stage, read by the others (DATA/features/BACKBONE)")
+    g.add_argument("--list", type=Path, metavar="FILE", help="names of the videos to pre-train on, "
+                   ".txt or .csv (train_all_org.csv of --data, else its train.txt)")
+    g.add_argument("--val_list", type=Path, metavar="FILE", help="and to validate the pre-training "
+                   "on (val_all_org.csv, else val.txt)")
+    g.add_argument("--allow_missing", action="store_true",
+                   help="evaluate though some validation videos have no features")
+
+    g = p.add_argument_group("features")
+    g.add_argument("--backbone", choices=BACKBONES, default=BACKBONES[0],
+                   help="φ, frozen; the last three make vectors of clips, not of pictures")
+    g.add_argument("--weights", metavar="W", help="of φ: none, torchvision, timm (vit_b16: 21k, "
+                   "then 1k, as released) or a FILE")
+    g.add_argument("--float16", action="store_true", help="half the size on disk")
+    g.add_argument("--naming", choices=["plain", "mp4"], default="plain",
+                   help="files NAME.npz or NAME.mp4.npz; both are read")
+
+    g = p.add_argument_group("method")
+    g.add_argument("--transforms", type=str, metavar="LIST", help="that the pre-training tells "
+                   f"apart: of {','.join(CLIP_TRANSFORMS)} (f2c), {','.join(VIDEO_TRANSFORMS)} "
+                   "(f2c2v); all by default, leave some out for the ablations")
+    g.add_argument("--clip_len", type=int, default=20, metavar="L", help="frames of a clip of f2c, "
+                   "at the video's own rate (configs/)")
+    g.add_argument("--crops", choices=["half", "full"], default="half",
+                   help="clips begin in the first half of the possible places, as released, or "
+                        "anywhere")
+    g.add_argument("--init", metavar="FILE", help="weights to start from, ours or released, or "
+                   "none (the run before in the chain)")
+    for key, text in (("layers", "of each encoder"), ("heads", "of its attention"),
+                      ("window", "of the attention, in tokens: half of it to each side"),
+                      ("ff", "width of the feed-forward layers"), ("mlp", "width of the head"),
+                      ("positions", "rows of the position table")):
+        g.add_argument(f"--{key}", type=int, help=f"{text} ({SHAPE[key]}, or the checkpoint's)")
+    g.add_argument("--dropout", type=float, default=0.1, help="of the encoders (Longformer)")
+
+    g = p.add_argument_group("classification")
+    g.add_argument("--level", choices=["clip", "video"],
+                   help="one clip at a time, or all clips of a video (clip)")
+    g.add_argument("--step", type=float, metavar="SECONDS", help="from one clip to the next "
+                   "(clip level 0.25, video level 1.0)")
+    g.add_argument("--loss", choices=["ce", "crf", "regression"], help="crf: over a video's "
+                   "clips; regression: of the transition time by one number per video (ce)")
+    g.add_argument("--class_weights", choices=["none", "computed", "published"],
+                   help="of ce: from the training labels, or as the release has them (video "
+                        "level computed, else none)")
+    g.add_argument("--unbalanced", action="store_true",
+                   help="clip level: without the copies of clips of rarer labels")
+    g.add_argument("--freeze", action="store_true", help="train head and CRF alone")
+    g.add_argument("--finetune_frames", action="store_true",
+                   help="f2c2v and video level: the frame encoder learns, too")
+    g.add_argument("--anticipate", type=float, metavar="SECONDS",
+                   help="foresee the label of what follows so much later (1.5 in the benchmark)")
+    g.add_argument("--anticipate_protocol", choices=["paper", "oops"], default="paper",
+                   help="which clips count, and how they are labelled (README)")
+    g.add_argument("--tolerance", type=float, nargs="+", default=[0.25, 1.0], metavar="SECONDS",
+                   help="localization counts a time that is so near to one of the annotated")
+    g.add_argument("--select", choices=["val", "last"], default="val", help="best.pt is of the "
+                   "epoch that is best on the validation videos, as published, or of the last")
+    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
+                   help="released: with the faults of the release (README), for its checkpoints")
+
+    g = p.add_argument_group("optimization", "AdamW, gradients cut to norm 1; values of configs/")
+    g.add_argument("--epochs", type=int, help="passes over the training videos")
+    g.add_argument("--batch_size", type=int, help="videos, at clip level clips, over all GPUs")
+    g.add_argument("--lr", type=float, help="first value, half a cosine to 1e-6, by epoch")
+    g.add_argument("--weight_decay", type=float, default=1e-4, help="on all parameters")
+    args = common.parse(p, recipe, argv)
+    check(p, args)
+    return args
+
+
+def recipe(chosen):
+    """Defaults of the published run that the flags name; smaller ones for --tiny."""
+    stage, runs = chosen.stage, Path("runs")
+    level, loss = chosen.level or "clip", chosen.loss or "ce"
+    level = "video" if loss == "regression" else level
+    before = {"f2c2v": "f2c", "classify": {"clip": "f2c", "video": "f2c2v"}[level]}.get(stage)
+    data = chosen.data or Path("data") / chosen.dataset
+    r = {"data": data, "features": data / "features" / chosen.backbone, "lr": 1e-4,
+         "level": level, "loss": loss}
+    if chosen.weights is None:
+        r["weights"] = ("none" if chosen.tiny else "timm" if chosen.backbone == "vit_b16"
+                        else "torchvision")
+    if before and chosen.backbone in BACKBONES[3:]:
+        r["init"] = "none"                                    # there is no encoder to start from
+    elif before:
+        r["init"] = str(runs / f"f2c_oops_{chosen.dataset}_{before}" / "best.pt")
+    if stage in ("localize", "evaluate"):
+        r["init"] = str(runs / f"f2c_oops_{chosen.dataset}_classify" / "best.pt")
+    if stage == "classify":
+        seconds = f"_anticipate{chosen.anticipate:g}" if chosen.anticipate else ""
+        video = "_regression" if loss == "regression" else "_video" if level == "video" else ""
+        r["out"] = runs / f"f2c_oops_{chosen.dataset}_classify{video}{seconds}"
+        r |= {"step": 1.0 if level == "video" else 0.25, "class_weights": (
+            "none" if level == "clip" or loss != "ce" else
+            "published" if chosen.compat == "released" and not chosen.anticipate else "computed")}
+    sequences = level == "video" or loss == "crf"
+    r |= {"f2c": {"epochs": 100, "batch_size": 128}, "f2c2v": {"epochs": 100, "batch_size": 16},
+          "classify": {"epochs": 50, "batch_size": 8 if sequences else 256}}.get(stage, {})
+    if chosen.tiny:
+        r |= {"workers": 2, "log_every": 20, "save_every": 100, "lr": 1e-3}
+        r |= {"f2c": {"epochs": 40, "batch_size": 16}, "f2c2v": {"epochs": 30, "batch_size": 8},
+              "classify": {"epochs": 15 if sequences else 10}}.get(stage, {})
+        if stage == "f2c" or (chosen.init or r.get("init")) == "none":
+            r |= {"layers": 2, "heads": 4, "ff": 256, "mlp": 128, "positions": 1000}
+    return r
+
+
+def check(p, args):
+    """Flags that do not go together."""
+    allowed = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
+    try:
+        args.transforms = names(allowed)(args.transforms or ",".join(allowed))
+    except argparse.ArgumentTypeError as e:
+        p.error(f"--transforms {e}")
+    if args.stage in ("f2c", "f2c2v") and len(args.transforms.split(",")) < 2:
+        p.error("--transforms: two at least, there is nothing to tell apart")
+    if args.clip_len < 8:
+        p.error(f"--clip_len {args.clip_len}: must be at least 8")
+    if args.step is not None and not (args.step * FPS).is_integer():
+        p.error(f"--step {args.step}: must be a multiple of 1/{FPS} s")
+    if args.anticipate is not None and not 0 < args.anticipate < 60:
+        p.error(f"--anticipate {args.anticipate}: seconds, above 0")
+    if args.loss == "regression" and (args.level == "clip" or args.anticipate):
+        p.error("--loss regression is of whole videos (--level video), without --anticipate")
+    if args.stage in ("localize", "evaluate") and args.init == "none":
+        p.error("--init: names a trained classifier")
+    if not 0 <= args.dropout < 1:
+        p.error(f"--dropout {args.dropout}: must be below 1")
+
+
+# ---- annotations (official files: Oops annotations; resources/metadata/oops) --------------------
+
+class Note(NamedTuple):
+    """Transition times of a video by several annotators, sorted, -1 where one saw none; its
+    length in seconds; the times relative to it.
+    """
+    t: tuple
+    len: float
+    rel_t: tuple
+
+
+def find(root, name):
+    """The first file of that name in a folder or up to two below it, or None."""
+    return next((f for depth in ("", "*/", "*/*/") for f in sorted(root.glob(depth + name))), None)
+
+
+def checked(where, name):
+    """NAME, if it can be the name of a file and nothing else."""
+    bad = name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name)
+    if bad or len(os.fsencode(name)) > 230:
+        raise UserError(f"{where}: {name!r:.80} is no file name")
+    return name
+
+
+def read_names(path):
+    """Names of videos, without .mp4: the rows of a .txt, the column `filename` of a .csv."""
+    if path.suffix == ".csv":
+        rows = [(row["_line"], row["filename"]) for row in common.read_table(path, ["filename"])]
+    else:
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
+        rows = [(n, r.rstrip("\r")) for n, r in enumerate(text.split("\n"), 1) if r.strip()]
+    found = [checked(f"{path}:{line}", name.removesuffix(".mp4")) for line, name in rows]
+    if not found:
+        raise UserError(f"{path}: holds no names of videos")
+    if len(set(found)) < len(found):
+        common.say(f"note: {path}: {len(found) - len(set(found))} names stand there twice")
+    return list(dict.fromkeys(found))
+
+
+def read_notes(path):
+    """{name: Note} of transition_times.json; len 0 and no rel_t of heldout_transition_times.json,
+    which has neither.
+    """
+    table = common.read_json(path)
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: holds no object of videos")
+    notes = {}
+    for name, value in table.items():
+        where = f"{path}: {checked(path, name)!r:.80}"
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: is no object")
+        lists = {}
+        for key in ("t", "rel_t"):
+            x = value.get(key, [] if key == "rel_t" and "len" not in value else None)
+            if not isinstance(x, list):
+                raise UserError(f"{where}.{key}: is no list of numbers")
+            fields = common.Fields(f"{where}.{key}", dict(enumerate(x)))
+            lists[key] = tuple(sorted(fields.number(i) for i in range(len(x))))
+        fields = common.Fields(where, value)
+        length = fields.number("len", 0.0 if "len" not in value else None)
+        want = 3 if "len" in value else 1
+        if len(lists["t"]) != want or len(lists["rel_t"]) != (want if want == 3 else 0):
+            raise UserError(f"{where}.t: {want} times are expected")
+        if "len" in value and length <= 0:
+            raise fields.fault("len", "is no length in seconds")
+        notes[name] = Note(lists["t"], float(length), lists["rel_t"])
+    return notes
+
+
+def names_of(args, part, labelled):
+    """Names of the videos of a part, from its official list."""
+    given = {"train": args.list, "val": args.val_list}[part]
+    official = [f"{part}.txt", f"{part}.csv"] if labelled else [f"{part}_all_org.csv",
+                                                                f"{part}.txt"]
+    path = given if given and not labelled else next(
+        filter(None, (find(args.data, name) for name in official)), None)
+    if path is None or not path.is_file():
+        raise UserError(f"{path or args.data / official[-1]}: no such file; it comes with the "
+                        "official annotations")
+    return read_names(path)
+
+
+def official_counts(notes, names):
+    """What the release's loss weights and the benchmark's chance row tell of the official files:
+    {what: (published, ours from the lengths alone)}.
+    """
+    published = {16: (18069, 4137, 19670), 4: (61320, 16097, 83023)}
+    checks = {}
+    for step, level in ((16, "video"), (4, "clip")):
+        counts = np.zeros(3, int)
+        for note in (notes[n] for n in names["train"] if n in notes):
+            if usable(note, "train", level):
+                T = int(note.len * FPS)
+                _, spans = cut_clips(T, FPS, np.arange(T) / FPS, step)
+                counts += np.bincount(run_labels(spans, note.t[1], released=True), minlength=3)
+        for c, label in enumerate(LABELS):
+            checks[f"{label} clips {step / FPS:g} s apart"] = published[step][c], int(counts[c])
+    val = [notes[n] for n in names["val"] if n in notes and usable(notes[n], "val", "clip")]
+    checks["chance localization, %"] = 6.80, 100 * float(np.mean(
+        [chance(v.len, v.t[1], 0.25) for v in val]))
+    return checks
+
+
+def self_check(notes, names):
+    """Print how far `official_counts` are off, where these are the official annotations."""
+    if len(notes) != 10961:
+        return
+    for what, (published, ours) in official_counts(notes, names).items():
+        off = abs(ours - published) > (0.05 if "chance" in what else 0.005 * published)
+        common.say(f"self-check {'DIFFERS' if off else 'ok'}: {what}: published {published}, "
+                   f"from the annotations {ours:.6g} ({100 * (ours / published - 1):+.2f} %)")
+
+
+# ---- feature files ------------------------------------------------------------------------------
+
+class Video(NamedTuple):
+    """A video's feature file: T vectors of D numbers, when they are seen, and its annotation.
+
+    times: (T,) seconds of the frames; spans: (T, 2), where the vectors are of clips, else None.
+    """
+    name: str
+    path: str
+    frames: int
+    dim: int
+    fps: float
+    times: np.ndarray
+    spans: np.ndarray
+    note: Note
+
+
+def video_file(args, part, name):
+    """Where a video lies in the official folders."""
+    return args.data / "oops_video" / part / f"{name}.mp4"
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A feature file as a zip archive; whatever is wrong with it becomes a VideoError."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            yield z
+    except VideoError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, struct.error, NotImplementedError,
+            zipfile.BadZipFile, SyntaxError) as e:
+        raise VideoError(f"{path}: no feature file ({str(e)[:80] or type(e).__name__})") from e
+
+
+def array(z, name):
+    """An array of an archive; objects are refused."""
+    with z.open(f"{name}.npy") as f:
+        return np.lib.format.read_array(f, allow_pickle=False)
+
+
+def layout(z):
+    """(shape, data type, offset in the file or None) of the features; None: only as a whole."""
+    info = z.getinfo("arr_0.npy")
+    with z.open(info) as f:
+        version = np.lib.format.read_magic(f)
+        header = {(1, 0): np.lib.format.read_array_header_1_0,
+                  (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = header(f)
+        inside = f.tell()
+    if len(shape) != 2 or 0 in shape or dtype.kind != "f":
+        raise ValueError(f"arr_0 is {dtype} {shape}, not T vectors of D numbers")
+    if info.compress_type != zipfile.ZIP_STORED or fortran:
+        return shape, dtype, None
+    z.fp.seek(info.header_offset + 26)                        # of the local header
+    name, extra = struct.unpack("<HH", z.fp.read(4))
+    return shape, dtype, info.header_offset + 30 + name + extra + inside
+
+
+def read_rows(path, rows):
+    """Vectors `rows` of a feature file, float32: only these are read.    (n,) -> (n, D)"""
+    with opened(path) as z:
+        shape, dtype, offset = layout(z)
+        x = array(z, "arr_0") if offset is None else np.memmap(path, dtype, "r", offset, shape)
+        x = torch.from_numpy(x[rows].astype(np.float32))
+    if not torch.isfinite(x).all():
+        raise VideoError(f"{path}: holds NaN or Inf")
+    return x
+
+
+def look(path, video, name, note):
+    """A Video from its feature file; files without times take them from the video's own."""
+    with opened(path) as z:
+        (T, D), _, _ = layout(z)
+        there = {n.removesuffix(".npy") for n in z.namelist()}
+        fps = float(array(z, "fps")) if "fps" in there else 0.0
+        times = array(z, "times") if "times" in there else None
+        spans = array(z, "spans") if "spans" in there else None
+        if any(x is not None and (len(x) != T or not np.isfinite(x).all())
+               for x in (times, spans)):
+            raise ValueError("times do not fit the features")
+    if note and times is None and spans is None:
+        if not video.is_file():
+            raise VideoError(f"{path}: has no times, and {video} is not there to take them from")
+        times, fps = common.clock(video)
+        if len(times) != T:
+            raise VideoError(f"{path}: has {T} vectors, {video} {len(times)} pictures")
+    return Video(name, str(path), T, D, fps, times if note else None, spans, note)
+
+
+def scan(args, part, notes=None):
+    """The videos of a part that have features, as [Video]; with `notes` only labelled ones.
+
+    Training goes on without a file that is missing or broken, and says how many there are;
+    evaluation stops, unless --allow_missing.
+    """
+    chosen = names_of(args, part, notes is not None)
+    if notes is not None:
+        chosen = [n for n in chosen if n in notes and usable(notes[n], part, args.level)]
+    chosen = chosen[:args.limit]
+    folder = args.features / part if (args.features / part).is_dir() else args.features
+    here = set(os.listdir(folder)) if folder.is_dir() else set()
+    files = [next((f for f in (f"{n}.npz", f"{n}.mp4.npz") if f in here), None) for n in chosen]
+    if not any(files):
+        raise UserError(f"{folder}: holds no features of the {part} videos; --stage features makes "
+                        "them")
+    found = {}
+    for i in range(common.rank(), len(chosen), common.world_size()):
+        found[i] = f"{folder / chosen[i]}.npz: no such file" if files[i] is None else None
+        if files[i]:
+            note = notes[chosen[i]] if notes else None
+            try:
+                found[i] = look(folder / files[i], video_file(args, part, chosen[i]), chosen[i],
+                                note)
+            except VideoError as e:
+                found[i] = str(e)
+    found = list(common.gather(found, expect=len(chosen)).values())
+    faults, videos = [x for x in found if isinstance(x, str)], [x for x in found if
+                                                                isinstance(x, Video)]
+    if faults and part == "val" and notes is not None and not args.allow_missing:
+        raise UserError(f"{faults[0]} ({len(faults)} of {len(chosen)} validation videos; "
+                        "--allow_missing leaves them out)")
+    if not videos:
+        raise UserError(faults[0])
+    odd = next((v for v in videos if (v.dim, v.spans is None) != (
+        videos[0].dim, videos[0].spans is None)), None)
+    if odd:
+        raise UserError(f"{odd.path}: other features ({odd.dim} numbers) than {videos[0].path} "
+                        f"({videos[0].dim})")
+    common.say(f"{part}: {len(videos)} of {len(chosen)} videos have features"
+               + f"; the first without: {faults[0]}" * bool(faults))
+    return videos
+
+
+def cut(video, step):
+    """Clips of a Video: rows of its feature file (N, 16), or (N, 1) of clips, and their spans."""
+    if video.spans is None:
+        return cut_clips(video.frames, video.fps, video.times, step)
+    return np.arange(video.frames)[::step // 4, None], video.spans[::step // 4]
 
 
 # ---- features of frames (official files: dataloaders/dl_utils.py, utils/py12transforms.py) ------
@@ -682,9 +1092,6 @@ def chance(length, t, tolerance):
 
 # ---- weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ---------------------------
 
-SHAPE = {"layers": 3, "heads": 16, "window": 32, "ff": 3072, "mlp": 1024, "positions": 7200}
-
-
 def released_names(theirs, ours, layers):
     """{names of the release: our names} of an encoder, as beginnings."""
     t = f"{theirs}temporal_encoder."
@@ -749,3 +1156,793 @@ def describe(path):
     if dim is None:
         raise UserError(f"{path}: no checkpoint of this method: it has no class token")
     return {**known, "dim": dim.shape[-1], "level": "video" if video else "clip"}
+
+
+# ---- stage features (official files: feat_exteact/, r21d/extr_r21d_feats.py) --------------------
+
+TIMM = ("https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k/resolve/main/"
+        "pytorch_model.bin")
+
+
+class Pictures(IterableDataset):
+    """What φ needs of each video, in pieces of bounded size, by as many processes as there are.
+
+    Yields (video, times or spans, pieces for φ, is it the last one?), or the video's number and
+    what is wrong with it. Pictures: uint8 (n, S, S, 3), short side scaled to S, the centre of the
+    long side; clips: (n, 3, 16, S, S), each 0.25 s after the one before.
+    NOTE: the release cuts the picture up to 56 pixels off its centre.
+    """
+
+    def __init__(self, paths, clips, side):
+        self.paths, self.clips, self.side = paths, clips, side
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        first, every = (info.id, info.num_workers) if info else (0, 1)
+        for i in range(first, len(self.paths), every):
+            try:
+                pieces = self.clips_of if self.clips else self.pictures_of
+                held = None
+                for piece in pieces(Path(self.paths[i])):
+                    if held:
+                        yield i, *held, False
+                    held = piece
+                if held is None:
+                    raise VideoError(f"{self.paths[i]}: is shorter than a clip")
+                yield i, *held, True
+            except VideoError as e:
+                yield i, str(e)
+
+    def pictures_of(self, path):
+        def size(w, h):
+            return tuple(int(s * self.side / min(w, h)) for s in (w, h))
+
+        for times, x in common.stream(path, size):
+            top, left = ((s - self.side) // 2 for s in x.shape[1:3])
+            x = x[:, top:top + self.side, left:left + self.side]
+            yield times, torch.from_numpy(np.ascontiguousarray(x))
+
+    def clips_of(self, path):
+        ratio, kept, n = common.probe(path).fps / FPS, [], 0  # kept: (time, picture) on the grid
+        size = (round(self.side * 128 / 112), round(self.side * 171 / 112))
+
+        def clips(last):                                      # a position is sure once one follows
+            while len(kept) >= FPS + (not last):
+                part = kept[:FPS]
+                del kept[:4]
+                yield (np.array([[part[0][0], part[-1][0]]]),
+                       torch.stack([x for _, x in part], 1)[None])
+
+        k = 0
+        for times, x in common.stream(path, chunk=16):
+            while math.floor(np.float32(k) * np.float32(ratio)) < n + len(times):
+                j = math.floor(np.float32(k) * np.float32(ratio)) - n
+                kept.append((times[j], clip_pictures(torch.from_numpy(x[j:j + 1]), size,
+                                                     self.side)[0]))
+                k += 1
+            n += len(times)
+            yield from clips(False)
+        if not ratio.is_integer() and k > math.floor(n / ratio):
+            kept.pop()                                        # as `cut_clips` counts
+        yield from clips(True)
+
+
+def backbone(args):
+    """(φ, mean and std of its pictures, what its weights are)."""
+    torch.manual_seed(args.seed)
+    net, name = common.feature_network(args.backbone, args.tiny), args.backbone
+    clips = name in BACKBONES[3:]
+    if args.weights == "none":
+        return net, HALF, f"none, seed {args.seed}"
+    if args.tiny:
+        raise UserError("--tiny makes its own small backbone: --weights none")
+    path = Path(args.weights)
+    if args.weights == "torchvision" and name != "r2plus1d_152":
+        from torchvision.models import get_model_weights
+        url = next(iter(get_model_weights(name.replace("vit_b16", "vit_b_16")))).url
+        path = common.fetch(url, "use --weights FILE, or none")
+    elif args.weights == "timm" and name == "vit_b16":
+        path = common.fetch(TIMM, "use --weights torchvision, FILE or none")
+    elif args.weights in ("torchvision", "timm"):
+        raise UserError(f"--weights {args.weights}: has none of {name}; a FILE is needed")
+    layouts = [{"": ""}] + [timm_names(12)] * (name == "vit_b16")
+    common.load_weights(net, path, layouts)
+    timm = "pos_embed" in common.find_weights(path)
+    norm = KINETICS if clips else HALF if timm else IMAGENET
+    return net, norm, f"{path.name}, pictures {'(x - 0.5) / 0.5' if timm else 'as torchvision'}"
+
+
+def claim_folder(args, weights, side):
+    """about.json of the features' folder: features of different networks never mix there."""
+    about = {"backbone": args.backbone, "weights": weights, "side": side, "tiny": args.tiny}
+    path, fault = args.features / "about.json", [None]
+    if common.rank() == 0:
+        before = common.read_json(path) if path.exists() else about
+        if before != about:
+            fault = [f"{path}: its features are of {before}, not of {about}; choose another "
+                     "--features"]
+        elif not path.exists():
+            common.write_json(path, about)
+    dist.broadcast_object_list(fault)
+    if fault[0]:
+        raise UserError(fault[0])
+
+
+def save_features(args, path, rows, parts):
+    """One video's .npz: arr_0 (T, D), fps, and times (T,), or spans (T, 2) of clips."""
+    seen, x = (np.concatenate(p) for p in zip(*parts))
+    x = x.astype(np.float16 if args.float16 else np.float32)
+    if not np.isfinite(x).all():
+        raise UserError(f"{path}: its features are not finite; nothing was written")
+    kind = "spans" if seen.ndim == 2 else "times"
+    common.write(path, lambda f: np.savez(f, arr_0=x, fps=common.probe(rows).fps, **{kind: seen}))
+
+
+def extract(args, device):
+    """Features of every video in oops_video/train and val, each once; killed, it goes on."""
+    net, norm, weights = backbone(args)
+    clips, side = args.backbone in BACKBONES[3:], (32 if args.tiny else 224)
+    side = side if args.tiny or not clips else 112
+    net = net.to(device)
+    claim_folder(args, weights, side)
+    if args.compile:
+        net.compile()
+    ending = ".mp4.npz" if args.naming == "mp4" else ".npz"
+    failed, totals = {}, {}
+    for part in ("train", "val"):
+        files = sorted((args.data / "oops_video" / part).glob("*.mp4"))[:args.limit]
+        if not files:
+            raise UserError(f"{args.data / 'oops_video' / part}: holds no .mp4 videos")
+        folder = args.features / part
+        if common.rank() == 0 and folder.is_dir():
+            common.remove_stale(folder)
+        common.barrier()
+        mine = [f for f in files[common.rank()::common.world_size()] if not any(
+            (folder / f"{f.stem}{e}").exists() for e in (".npz", ".mp4.npz"))]
+        common.barrier()
+        loader = DataLoader(Pictures([str(f) for f in mine], clips, side), batch_size=None,
+                            num_workers=min(args.workers, len(mine)),
+                            generator=torch.Generator())
+        began, done, parts = time.perf_counter(), 0, {}
+        shown = began
+        for i, *piece in loader:
+            if len(piece) == 1:
+                failed[f"{part}/{mine[i].name}"] = piece[0]
+                parts.pop(i, None)
+                print(f"warning: {piece[0]}; left out", flush=True)
+                continue
+            seen, x, last = piece
+            x = x.to(device)
+            with torch.inference_mode(), common.autocast(device, args.precision):
+                z = net(x if clips else normalise(x, *norm)).float().cpu().numpy()
+            parts.setdefault(i, []).append((np.asarray(seen), z))
+            if last:
+                save_features(args, folder / f"{mine[i].stem}{ending}", mine[i], parts.pop(i))
+                done += 1
+            if time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                left = (shown - began) / max(1, done) * (len(mine) - done)
+                common.say(f"{part} {done}/{len(mine)} videos of this process, ETA {left:.0f} s")
+        counts = common.mean({"made": done, "failed": len(failed)})
+        totals |= {f"{part}_videos": len(files),
+                   f"{part}_made": round(counts["made"] * common.world_size())}
+    every = [failed] * common.world_size()
+    if common.world_size() > 1:
+        dist.all_gather_object(every, failed)
+    failed = {k: v for f in every for k, v in sorted(f.items())}
+    if common.rank() == 0:
+        common.write_json(args.out / "metrics.json", {**totals, "unreadable": failed,
+                                                      "weights": weights, "dim": net.out_dim})
+    common.say("  ".join(f"{k} {v}" for k, v in totals.items()) + f"  dim {net.out_dim}  "
+               f"unreadable {len(failed)}  in {args.features}")
+
+
+# ---- samples -----------------------------------------------------------------------------------
+
+class ClipPretext(Dataset):
+    """F2C: the transformed clips of each video, up to six of them."""
+
+    def __init__(self, videos, args):
+        self.videos, self.args, self.names = videos, args, args.transforms.split(",")
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (-1, key)               # -1: validation
+        a, v = self.args, self.videos[i]
+        rng = np.random.default_rng((a.seed, epoch + 1, i, 2))
+        c = draw_clip_choices(rng, v.frames, self.names, a.clip_len, a.crops,
+                              a.compat == "released")
+        made = transform_clips(v.frames, c, self.names, a.clip_len)
+        x = read_rows(v.path, np.concatenate([frames for _, frames in made]))
+        return {"clips": x.split([len(frames) for _, frames in made]),
+                "label": torch.tensor([self.names.index(name) for name, _ in made])}
+
+
+class VideoPretext(ClipPretext):
+    """F2C2V: the transformed versions of each video, up to six, of clips of 16 frames.
+
+    Versions share most of their clips, so each clip is read, and embedded, once.
+    """
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (-1, key)
+        v, released = self.videos[i], self.args.compat == "released"
+        rng = np.random.default_rng((self.args.seed, epoch + 1, i, 3))
+        made = transform_video(v.frames, draw_video_choices(rng, v.frames, released=released),
+                               self.names)
+        clips, order = np.unique(np.concatenate([frames for _, frames in made]), axis=0,
+                                 return_inverse=True)
+        x = read_rows(v.path, clips.ravel())
+        return {"pool": x.view(*clips.shape, -1),                             # (U, 16, D)
+                "order": torch.from_numpy(order.ravel()).split([len(f) for _, f in made]),
+                "label": torch.tensor([label_of(n, self.names, released) for n, _ in made])}
+
+
+class LabelledClips(Dataset):
+    """Clip level: single clips of all videos. table: (M, 3) of video, clip and label."""
+
+    def __init__(self, videos, table, step):
+        self.videos, self.table, self.step = videos, table, step
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, key):
+        i, j, label = self.table[key[1]]
+        video = self.videos[i]
+        return {"x": read_rows(video.path, cut(video, self.step)[0][j]), "label": label}
+
+
+class LabelledVideos(Dataset):
+    """All clips of each video, in their order, cut into `phases` sequences: the clips 0, p, 2p ...,
+    the clips 1, p + 1, ... So a model trained on clips 1 s apart reads clips 0.25 s apart.
+    """
+
+    def __init__(self, videos, args, step, phases=1):
+        self.videos, self.args, self.step, self.phases = videos, args, step, phases
+
+    def __len__(self):
+        return len(self.videos)
+
+    def __getitem__(self, key):
+        video = self.videos[key[1] if isinstance(key, tuple) else key]
+        frames, spans = cut(video, self.step)
+        which, labels = targets(self.args, video, spans, self.step)
+        if isinstance(key, tuple):                            # training: what has labels
+            frames, order = frames[which], [torch.arange(len(which))]
+        else:
+            order = [torch.arange(p, len(frames), self.phases)
+                     for p in range(min(self.phases, len(frames)))]
+        x = read_rows(video.path, frames.ravel())
+        return {"pool": x.view(*frames.shape, -1), "order": order,
+                "label": torch.from_numpy(labels), "t": video.note.t[1] / video.note.len}
+
+
+def targets(args, video, spans, step):
+    """(clips to be shown, their labels) of a video, as --anticipate and --compat say."""
+    t, released = video.note.t[1], args.compat == "released"
+    if args.anticipate:
+        return anticipation(spans, t, args.anticipate, args.anticipate_protocol, step, released)
+    return np.arange(len(spans)), run_labels(spans, t, released)
+
+
+def collate_clips(items):
+    """Clips of all items, shorter ones filled with PAD: x (S, L, D), their lengths, labels (S,)."""
+    clips = [clip for item in items for clip in item["clips"]]
+    lengths = torch.tensor([len(c) for c in clips])
+    return {"x": nn.utils.rnn.pad_sequence(clips, True, PAD), "label": torch.cat(
+        [item["label"] for item in items]), "order": lengths,
+        "broken": [item.get("broken", "") for item in items]}
+
+
+def collate_videos(items):
+    """The clips of all items one behind the other: x (U, 16, D); which of them each sequence has:
+    order (S, N), then PAD; labels, of the sequences (S,) or of their clips (S, N).
+    """
+    order, first = [], 0
+    for item in items:
+        order += [first + o for o in item["order"]]
+        first += len(item["pool"])
+    per_video = "t" not in items[0]
+    labels = [item["label"] for item in items]
+    batch = {"x": torch.cat([item["pool"] for item in items]),
+             "order": nn.utils.rnn.pad_sequence(order, True, PAD),
+             "label": torch.cat(labels) if per_video else nn.utils.rnn.pad_sequence(
+                 labels, True, PAD), "broken": [item.get("broken", "") for item in items]}
+    return batch if per_video else {**batch, "t": torch.tensor([item["t"] for item in items])}
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+def prepare(args, path):
+    """Take from the checkpoint what the flags leave open of the network's shape; returns what is
+    known of it. None for `--init none`.
+    """
+    made = None if path in (None, "none") else describe(Path(path))
+    if args.stage in ("localize", "evaluate"):
+        args.level, args.loss = made["level"], made.get("loss") or "ce"
+        args.step = made.get("step") or (1.0 if args.level == "video" else 0.25)
+        args.anticipate = args.anticipate or made.get("anticipate")
+    for key, default in SHAPE.items():
+        given, known = getattr(args, key), (made or {}).get(key)
+        if given is None:
+            setattr(args, key, default if known is None else known)
+        elif known is not None and given != known:
+            raise UserError(f"{path}: was made with --{key} {known}, now it is {given}")
+    if made and made.get("compat", args.compat) != args.compat:
+        raise UserError(f"{path}: was made with --compat {made['compat']}, now it is "
+                        f"{args.compat}")
+    return made
+
+
+def build(args, dim, classes, level, per_clip=False, crf=False):
+    """The model of a stage."""
+    if dim % args.heads:
+        raise UserError(f"--heads {args.heads} do not divide the {dim} channels of the features")
+    options = {k: getattr(args, k) for k in ("layers", "heads", "window", "ff", "positions",
+                                             "dropout", "mlp")}
+    options |= {"released": args.compat == "released", "crf": crf}
+    if level == "clip":
+        return F2C(dim, classes, **options)
+    return F2C2V(dim, classes, **options, per_clip=per_clip, tune=args.finetune_frames)
+
+
+def initialise(args, model, made, dim):
+    """Fill the encoders: of F2C the frame encoder alone, of F2C2V both; heads are new."""
+    if made is None:
+        return common.say("init none: random weights")
+    if made["dim"] != dim:
+        raise UserError(f"{args.init}: is of features of {made['dim']} numbers, those of "
+                        f"{args.features} have {dim}")
+    both = made["level"] == "video" and hasattr(model, "clips")
+    common.load_weights(model, Path(args.init), layouts(args.layers, heads=False),
+                        ("frames.", "clips.") if both else "frames.")
+
+
+def train(args, device, model, dataset, collate, losses, validate, **made):
+    """The loop of all stages. losses: (output, batch) -> terms; validate: model -> metrics, of
+    which `val_top1` may choose the checkpoint.
+    """
+    dataset = common.SkipBroken(dataset, args.seed)
+    if args.compile:
+        model.compile()
+    ddp = DDP(model, gradient_as_bucket_view=True)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=args.weight_decay)
+    if common.world_size() > 2:
+        common.settle(ddp, *inputs(model, collate([dataset[0, 0]]), device))
+    saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
+    start, best = saved["step"], saved.get("best", -math.inf)
+    common.same_samples(saved, len(dataset), args.out)
+
+    per_epoch = len(dataset) // args.batch_size
+    steps = args.epochs * per_epoch
+    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
+                        pin_memory=device.type == "cuda", collate_fn=collate,
+                        generator=torch.Generator())
+    log = common.Log(args, start, steps, per_epoch)
+    ddp.train()
+    for step, batch in log.steps(loader):
+        lr = learning_rate(args.lr, step // per_epoch, args.epochs, min(1e-6, args.lr))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        common.seed_step(args.seed, step, common.rank())      # dropout repeats after a restart
+        with common.autocast(device, args.precision):
+            out = ddp(*inputs(model, batch, device))
+        terms = losses(out, {k: v.to(device) for k, v in batch.items()})
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(learned, 1.0)
+        log.guard(step, loss=terms["loss"], gradient=norm)
+        optimizer.step()
+
+        ended, measured = (step + 1) % per_epoch == 0, {}
+        saving = ended or (step + 1) % args.save_every == 0
+        if ended:
+            began = time.perf_counter()
+            measured = validate(model.eval())
+            if args.select == "last" or measured["val_top1"] > best:
+                best = measured["val_top1"]
+                common.save(args.out / "best.pt", step + 1, args, model=model, **made)
+            ddp.train()
+            log.since += time.perf_counter() - began          # not part of the training speed
+        log(step, saving, **terms, gradient=norm, lr=lr, **measured)
+        if saving:
+            common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
+                        best=best, samples=len(dataset), **made)
+    common.barrier()
+    if common.rank() == 0:
+        common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
+                          ["loss", "top1", "val_loss", "val_top1", "lr"])
+    model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
+    return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
+
+
+def inputs(model, batch, device):
+    """What a model takes of a batch: clips, and their lengths where not all are full, or the order
+    of them in videos.
+    """
+    x, order = batch["x"], batch.get("order")
+    if order is not None and not hasattr(model, "clips") and (
+            order.dim() == 2 or bool((order == x.shape[1]).all())):
+        order = None
+    return [v.to(device, non_blocking=True) for v in (x, order) if v is not None]
+
+
+def finish(args, metrics, words=""):
+    """metrics.json and a line of the console."""
+    if common.rank() == 0:
+        common.write_json(args.out / "metrics.json", metrics)
+    common.say("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()
+                         if isinstance(v, (int, float))) + words)
+
+
+def pretrain(args, device, made):
+    """F2C or F2C2V: tell the transformations apart, on labelled and unlabelled videos alike."""
+    video, sets = args.stage == "f2c2v", []
+    need = 16 if video else args.clip_len + 1
+    for part in ("train", "val"):
+        videos = scan(args, part)
+        if videos[0].spans is not None:
+            raise UserError(f"{args.features}: holds features of clips; the pre-training needs "
+                            "those of pictures")
+        long = [v for v in videos if v.frames >= need]
+        common.say(f"{part}: {len(videos) - len(long)} videos of less than {need} frames left out")
+        sets.append((VideoPretext if video else ClipPretext)(long, args))
+    if not len(sets[1]):
+        raise UserError(f"{args.features / 'val'}: no video is long enough")
+    collate = collate_videos if video else collate_clips
+    dim, classes = sets[1].videos[0].dim, len(args.transforms.split(","))
+    torch.manual_seed(args.seed)                              # the same weights on every process
+    model = build(args, dim, classes, "video" if video else "clip").to(device)
+    if not (args.out / "last.pt").exists():
+        initialise(args, model, made, dim)
+
+    def losses(logits, batch):
+        total, n = cross_entropy(logits, batch["label"])
+        hits = (logits.argmax(1) == batch["label"]).float().sum()
+        return {"loss": over_all(total, n), "top1": over_all(hits, n)}
+
+    def validate(model):
+        def network(items, batch):
+            label = batch["label"].to(device)
+            logits = model(*inputs(model, batch, device)).float()
+            lost = F.cross_entropy(logits, label, reduction="none")
+            rows = torch.stack([lost, (logits.argmax(1) == label).float(), label.float()], 1)
+            return [rows.split(batch["count"])]
+        rows, = common.predict(args, device, sets[1], network, "val", 16, lambda items: {
+            **collate(items), "count": [len(item["label"]) for item in items]})
+        loss, hit, label = np.concatenate(rows).T
+        per_class = {f"val_{n}": float(hit[label == c].mean())
+                     for c, n in enumerate(args.transforms.split(",")) if (label == c).any()}
+        return {"val_loss": float(loss.mean()), "val_top1": float(hit.mean()), **per_class}
+
+    finish(args, train(args, device, model, sets[0], collate, losses, validate))
+
+
+# ---- classification, localization, anticipation -------------------------------------------------
+
+class ClipMLP(nn.Module):
+    """Of features of clips, R(2+1)D-18's: a network of two hidden layers (r21d/mainr21d.py)."""
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.head = nn.Sequential(
+            nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128), nn.Dropout(0.1),
+            nn.ReLU(), nn.Linear(128, classes))
+        self.crf = None
+
+    def forward(self, x):
+        """(B, 1, D) -> (B, C)"""
+        return self.head(x[:, 0].float())
+
+
+def classifier(args, dim, of_clips):
+    """The model of stage `classify`."""
+    if of_clips:
+        if args.level == "video" or args.loss != "ce":
+            raise UserError(f"{args.features}: holds features of clips: --level clip --loss ce")
+        return ClipMLP(dim, 3)
+    regress = args.loss == "regression"
+    return build(args, dim, 1 if regress else 3, args.level, per_clip=not regress,
+                 crf=args.loss == "crf")
+
+
+def labelled(args):
+    """(training videos, validation videos) with their annotations."""
+    path = find(args.data, "transition_times.json")
+    if path is None:
+        raise UserError(f"{args.data}: holds no transition_times.json; it comes with the official "
+                        "annotations")
+    notes = read_notes(path)
+    self_check(notes, {part: names_of(args, part, True) for part in ("train", "val")})
+    return notes
+
+
+def clip_table(args, videos):
+    """(M, 3) of video, clip and label, for training at clip level, and the labels' counts."""
+    step, rows, counts = round(args.step * FPS), [], np.zeros(3, int)
+    for i, video in enumerate(videos):
+        which, labels = targets(args, video, cut(video, step)[1], step)
+        counts += np.bincount(labels, minlength=3)
+        if len(labels):
+            rng = np.random.default_rng((args.seed, i, 4))
+            keep = np.arange(len(labels)) if args.unbalanced else balanced(labels, rng)
+            rows.append(np.stack([np.full(len(keep), i), which[keep], labels[keep]], 1))
+    return np.concatenate(rows), counts
+
+
+def weights_of(args, counts):
+    """Class weights of the cross entropy, (3,) or None: the most frequent label's count over each.
+    """
+    if args.class_weights == "none" or args.loss != "ce":
+        return None
+    if args.class_weights == "published":
+        return torch.tensor(PUBLISHED_WEIGHTS, dtype=torch.float32)
+    if not counts.all():
+        raise UserError(f"--class_weights computed: a label has no training clip: {counts}")
+    return torch.tensor(counts.max() / counts, dtype=torch.float32)
+
+
+def sequence_loss(args, model, out, batch):
+    """-log p of the labels of each video under the CRF: summed over a batch at video level, the
+    mean at clip level. NOTE: the release sums over one process's videos, then takes the mean over
+    processes; the sum over all of them does not depend on how many there are.
+    """
+    label, n = batch["label"], (batch["label"] != PAD).sum(1)
+    q = restack(out, batch["order"]) if out.dim() == 2 else out
+    nll = crf_nll(q.float(), label, n, model.crf).sum()
+    videos = over_all(nll, torch.tensor(float(len(label)), device=label.device))
+    total = over_all(nll, torch.tensor(1.0 / common.world_size(), device=label.device))
+    return q, total if args.level == "video" else videos
+
+
+def classify(args, device, made):
+    """Fine-tune on labelled videos: at clip level, at video level, with or without CRF."""
+    notes = labelled(args)
+    videos, val = scan(args, "train", notes), scan(args, "val", notes)
+    step = round(args.step * FPS)
+    table, counts = clip_table(args, videos)
+    common.say(f"labels of the training clips, {args.step:g} s apart: "
+               + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
+    single = args.level == "clip" and args.loss == "ce"
+    if single:
+        dataset, collate = LabelledClips(videos, table, step), torch.utils.data.default_collate
+    else:
+        held = [videos[i] for i in np.unique(table[:, 0])]
+        dataset, collate = LabelledVideos(held, args, step), collate_videos
+    torch.manual_seed(args.seed)
+    model = classifier(args, videos[0].dim, videos[0].spans is not None).to(device)
+    if not (args.out / "last.pt").exists() and not isinstance(model, ClipMLP):
+        initialise(args, model, made, videos[0].dim)
+    if args.freeze and not isinstance(model, ClipMLP):
+        model.frames.requires_grad_(False)
+        if args.level == "video":
+            model.clips.requires_grad_(False)
+    weights = weights_of(args, counts)
+    if weights is not None:
+        common.say(f"class weights {[round(float(w), 4) for w in weights]}")
+        weights = weights.to(device)
+
+    def losses(out, batch):
+        if args.loss == "regression":
+            t = batch["t"].float()
+            near = ((out[:, 0].sigmoid() - t).abs() < 0.1).float().sum()
+            one = torch.tensor(1.0 / common.world_size(), device=device)
+            n = torch.tensor(float(len(t)), device=device)
+            return {"loss": over_all(regression_loss(out[:, 0], t), one), "top1": over_all(near, n)}
+        if args.loss == "crf":
+            out, loss = sequence_loss(args, model, out, batch)
+        logits, label = out.flatten(0, -2), batch["label"].flatten()
+        if args.loss == "ce":
+            loss = over_all(*cross_entropy(logits, label, weights))
+        hits = ((logits.argmax(1) == label) & (label != PAD)).float().sum()
+        return {"loss": loss, "top1": over_all(hits, (label != PAD).sum())}
+
+    def validate(model):
+        if args.loss == "regression":
+            found = regress_videos(args, device, model, val)
+            near = np.mean([abs(t - v.note.t[1]) <= 1.5 for t, v in zip(found, val)])
+            return {"val_top1": float(near)}
+        label, tags, prob = stack(args, val, predict_clips(args, device, model, val, step), step)
+        overall, each = accuracy(label, tags)
+        lost = -np.log(np.maximum(prob[np.arange(len(label)), label], 1e-12)).mean()
+        return {"val_loss": float(lost), "val_top1": overall,
+                **{f"val_{n}": x for n, x in zip(LABELS, each) if x == x}}
+
+    metrics = train(args, device, model, dataset, collate, losses, validate)
+    finish(args, {**metrics, "step_s": args.step, "val_videos": len(val),
+                  "chosen_on": {"val": "the validation videos, as published",
+                                "last": "nothing: the last epoch"}[args.select]})
+
+
+@torch.inference_mode()
+def predict_clips(args, device, model, videos, step):
+    """[(p(label) (N, 3), most probable labels (N,))] of each video's clips, `step` grid positions
+    apart. With a CRF: posterior marginals and Viterbi's labels.
+
+    A model of sequences reads clips as far apart as in training: nearer ones as several sequences.
+    """
+    phases = max(1, round(args.step * FPS) // step)
+    alone = isinstance(model, (F2C, ClipMLP)) and model.crf is None
+
+    def network(items, batch):
+        x, order = batch["x"].to(device), batch["order"].to(device)
+        out = model(x) if isinstance(model, (F2C, ClipMLP)) else model(x, order)
+        if alone:
+            p = out.float().softmax(1)
+            return [[p], [p.argmax(1)]]
+        q = (restack(out, order) if out.dim() == 2 else out).float()          # (phases, n, 3)
+        n, keep = (order != PAD).sum(1), order != PAD
+        # NOTE: the release localizes by the softmax of the CRF's inputs.
+        by_crf = model.crf is not None and args.compat == "fixed"
+        p = crf_marginals(q, n, model.crf) if by_crf else q.softmax(2)
+        tags = q.argmax(2)
+        if model.crf is not None:
+            tags = nn.utils.rnn.pad_sequence(crf_viterbi(q, n, model.crf), True, PAD).to(device)
+        back = order[keep].argsort()
+        return [[p[keep][back]], [tags[keep][back]]]
+
+    dataset = LabelledVideos(videos, args, step, 1 if alone else phases)
+    found = common.predict(args, device, dataset, network, "val", 1, collate_videos)
+    return list(zip(found[0], (tags.astype(int) for tags in found[1])))
+
+
+def regress_videos(args, device, model, videos):
+    """t̂ of each video: the model's share of its length."""
+    dataset = LabelledVideos(videos, args, round(args.step * FPS))
+    found, = common.predict(args, device, dataset, lambda _, batch: [
+        model(*inputs(model, batch, device))[:, 0].float().sigmoid()], "val", 1, collate_videos)
+    return [float(x) * v.note.len for x, v in zip(found, videos)]
+
+
+def stack(args, videos, found, step):
+    """(labels, most probable labels, p (M, 3)) of all clips that count, video after video."""
+    rows = []
+    for video, (prob, tags) in zip(videos, found):
+        which, labels = targets(args, video, cut(video, step)[1], step)
+        rows.append((labels, tags[which], prob[which]))
+    return [np.concatenate(column) for column in zip(*rows)]
+
+
+def references(args, videos, tolerances):
+    """What random times, always the middle, and a fourth annotator would reach, in %."""
+    path, metrics = find(args.data, "heldout_transition_times.json"), {}
+    fourth = read_notes(path) if path else {}
+    for k in tolerances:
+        metrics[f"random_within_{k:g}s"] = 100 * float(np.mean(
+            [chance(v.note.len, v.note.t[1], k) for v in videos]))
+        metrics[f"middle_within_{k:g}s"] = 100 * float(np.mean(
+            [distance(v.note.len / 2, v.note.t) <= k for v in videos]))
+        known = [v for v in videos if v.name in fourth]
+        if known:
+            metrics[f"human_within_{k:g}s"] = 100 * float(np.mean(
+                [fourth[v.name].t[0] >= 0 and distance(fourth[v.name].t[0], v.note.t) <= k
+                 for v in known]))
+    return metrics
+
+
+def localize(args, device, model, videos):
+    """Transition times from clips 0.25 s apart: metrics, and [t̂]; writes localization.csv."""
+    if args.loss == "regression":
+        times = regress_videos(args, device, model, videos)
+    else:
+        found = predict_clips(args, device, model, videos, 4)
+        spans = [cut(v, 4)[1] for v in videos]
+        times = [predicted_time(p[:, 1], s) for (p, _), s in zip(found, spans)]
+        if common.rank() == 0:
+            draw_timeline(args, videos, found, times)
+    errors = [distance(t, v.note.t) for t, v in zip(times, videos)]
+    if common.rank() == 0:
+        write_csv(args.out / "localization.csv", [
+            ("filename", "predicted_s", "error_s", "annotated_s", "len"),
+            *((f"{v.name}.mp4", f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in v.note.t),
+               v.note.len) for v, t, e in zip(videos, times, errors))])
+    return {**localization(errors, [v.note.len for v in videos], args.tolerance),
+            **references(args, videos, args.tolerance), "videos": len(videos)}
+
+
+def write_csv(path, rows):
+    """Rows with the names quoted where they need it."""
+    def content(f):
+        text = io.TextIOWrapper(f, "utf-8", newline="")
+        csv.writer(text).writerows(rows)
+        text.detach()
+    common.write(path, content)
+
+
+def evaluate(args, device, made):
+    """A classifier on all validation videos: clips, 0.25 s and 1 s apart; times; or anticipation.
+    """
+    notes = labelled(args)
+    videos = scan(args, "val", notes)
+    model = classifier(args, videos[0].dim, videos[0].spans is not None)
+    whole = layouts(args.layers)
+    common.load_weights(model, Path(args.init), whole, tuple(model.state_dict()))
+    model = model.to(device).eval()
+    metrics = {}
+    if args.stage == "evaluate" and args.loss != "regression":
+        tasks = [("", None)] if not args.anticipate else [("paper_", "paper"), ("oops_", "oops")]
+        for step, (prefix, protocol) in itertools.product((4, 16), tasks):
+            args.anticipate_protocol = protocol or args.anticipate_protocol
+            found = predict_clips(args, device, model, videos, step)
+            label, tags, prob = stack(args, videos, found, step)
+            if not len(label):
+                continue
+            overall, each = accuracy(label, tags)
+            key = f"{prefix}step_{step / FPS:g}s"
+            metrics |= {f"{key}_accuracy": 100 * overall, f"{key}_clips": len(label)}
+            metrics |= {f"{key}_{n}": 100 * x for n, x in zip(LABELS, each) if x == x}
+            if common.rank() == 0:
+                write_predictions(args, videos, found, step, f"predictions_{key}.csv")
+    if not args.anticipate:
+        metrics |= localize(args, device, model, videos)
+    finish(args, {**metrics, "checkpoint": str(args.init), "anticipate_s": args.anticipate})
+
+
+def write_predictions(args, videos, found, step, name):
+    """One row per clip: when, its label, the predicted one, probabilities."""
+    rows = [("filename", "start_s", "end_s", "label", "predicted",
+             *(f"p_{label}" for label in LABELS))]
+    for video, (prob, tags) in zip(videos, found):
+        spans = cut(video, step)[1]
+        for j, label in zip(*targets(args, video, spans, step)):
+            rows.append((f"{video.name}.mp4", *(f"{s:.4f}" for s in spans[j]), label, tags[j],
+                         *(f"{p:.5f}" for p in prob[j])))
+    write_csv(args.out / name, rows)
+
+
+def draw_timeline(args, videos, found, times, count=4, wide=900):
+    """timeline.png: pictures of some videos, class probabilities over time, the annotated and the
+    predicted transition.
+    """
+    from PIL import Image, ImageDraw
+    chosen = np.unique(np.linspace(0, len(videos) - 1, count).round().astype(int))
+    high, side = 300, 96
+    image = Image.new("RGB", (wide, 30 + high * len(chosen)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((60, 8), "Class probabilities of clips 0.25 s apart; red: annotated transition, "
+              "black, dotted: predicted", "black", common.font(15))
+    for n, i in enumerate(chosen):
+        video, (prob, _), top = videos[i], found[i], 30 + high * n
+        spans = cut(video, 4)[1]
+        centre, box = spans.mean(1), (60, top + 20 + side + 8, wide - 20, top + high - 50)
+        title = video.name.encode("ascii", "replace").decode()
+        draw.text((60, top + 2), f"{title[:70]}   predicted {times[i]:.2f} s, annotated "
+                  f"{', '.join(f'{t:.2f}' for t in video.note.t if t >= 0)} s", "#333333",
+                  common.font())
+        shown = np.linspace(centre[0], centre[-1], 8)
+        with contextlib.suppress(VideoError):                 # videos may be elsewhere by now
+            pictures, = common.read_clip(video_file(args, "val", video.name), [shown], side)
+            for t, x in zip(shown, pictures):
+                small = Image.fromarray(x)
+                small.thumbnail((side, side))
+                place = box[0] + (t - centre[0]) / max(1e-9, centre[-1] - centre[0]) * (
+                    box[2] - box[0])
+                image.paste(small, (int(min(max(place - small.width / 2, box[0]),
+                                            box[2] - small.width)), top + 20))
+        marks = [t for t in video.note.t if centre[0] <= t <= centre[-1]]
+        common.draw_panel(draw, box, centre, dict(zip(LABELS, prob.T)), "seconds", marks)
+        x = box[0] + (times[i] - centre[0]) / max(1e-9, centre[-1] - centre[0]) * (box[2] - box[0])
+        for y in range(box[1], box[3], 6):
+            draw.line([(x, y), (x, y + 3)], fill="black", width=2)
+    common.save_picture(image, args.out / "timeline.png")
+
+
+def main(args):
+    if not args.data.is_dir():
+        raise UserError(f"{args.data}: no such folder; --data is the Oops! folder as README lays "
+                        "it out (`make toy` writes a small one, data/toy/oops)")
+    if args.stage == "features":
+        return extract(args, common.start_run(args))
+    made = prepare(args, args.init)
+    {"f2c": pretrain, "f2c2v": pretrain, "classify": classify, "localize": evaluate,
+     "evaluate": evaluate}[args.stage](args, common.start_run(args), made)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    common.launch(main, arguments)
