@@ -1490,14 +1490,19 @@ class PredictiveResNet(nn.Module):
 
 
 class Pooled(nn.Module):
-    """A network's mean over space, and over time if it has any: (B, C, ...) -> (B, C)."""
+    """A network's mean over space, and over time if it has any: (B, C, ...) -> (B, C).
+
+    Channels are shifted and scaled by two buffers, which leave them alone until someone sets them.
+    """
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net, self.out_dim = net, net.out_dim
+        self.register_buffer("shift", torch.zeros(net.out_dim))
+        self.register_buffer("scale", torch.ones(net.out_dim))
 
     def forward(self, x):
-        return self.net(x).flatten(2).mean(2)
+        return (self.net(x).flatten(2).mean(2) - self.shift) * self.scale
 
 
 def headless(net: nn.Module) -> nn.Module:

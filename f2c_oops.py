@@ -130,6 +130,7 @@ def parse_args(argv=None):
                       ("positions", "rows of the position table")):
         g.add_argument(f"--{key}", type=int, help=f"{text} ({SHAPE[key]}, or the checkpoint's)")
     g.add_argument("--dropout", type=float, default=0.1, help="of the encoders (Longformer)")
+    g.add_argument("--init_std", type=float, default=0.02, help="of their first weights")
 
     g = p.add_argument_group("classification")
     g.add_argument("--level", choices=["clip", "video"],
@@ -196,11 +197,12 @@ def recipe(chosen):
     r |= {"f2c": {"epochs": 100, "batch_size": 128}, "f2c2v": {"epochs": 100, "batch_size": 16},
           "classify": {"epochs": 50, "batch_size": 8 if sequences else 256}}.get(stage, {})
     if chosen.tiny:
-        r |= {"workers": 2, "log_every": 20, "save_every": 100, "lr": 1e-3}
-        r |= {"f2c": {"epochs": 40, "batch_size": 16}, "f2c2v": {"epochs": 30, "batch_size": 8},
+        r |= {"workers": 2, "log_every": 20, "save_every": 100, "lr": 1e-3, "dropout": 0.0}
+        r |= {"f2c": {"epochs": 60, "batch_size": 16}, "f2c2v": {"epochs": 30, "batch_size": 8},
               "classify": {"epochs": 15 if sequences else 10}}.get(stage, {})
         if stage == "f2c" or (chosen.init or r.get("init")) == "none":
             r |= {"layers": 2, "heads": 4, "ff": 256, "mlp": 128, "positions": 1000}
+        r |= {"init_std": 0.08}           # a narrow network attends sooner than with 0.02
     return r
 
 
@@ -473,7 +475,7 @@ def scan(args, part, notes=None):
         raise UserError(f"{odd.path}: other features ({odd.dim} numbers) than {videos[0].path} "
                         f"({videos[0].dim})")
     common.say(f"{part}: {len(videos)} of {len(chosen)} videos have features"
-               + f"; the first without: {faults[0]}" * bool(faults))
+               + "".join(f"; the first without: {fault}" for fault in faults[:1]))
     return videos
 
 
@@ -726,8 +728,8 @@ def balanced(labels, rng):
 def usable(note, part, level):
     """Has a video labels? Not without a middle annotation well inside of it, nor by its length."""
     shortest, longest = (3.0, math.inf) if (part, level) == ("train", "video") else (3.2, 30.0)
-    middle, relative = sorted(note["t"])[1], statistics.median(note["rel_t"])
-    return middle >= 0 and 0.01 <= relative <= 0.99 and shortest <= note["len"] <= longest
+    inside = note.t[1] >= 0 and 0.01 <= statistics.median(note.rel_t) <= 0.99
+    return inside and shortest <= note.len <= longest
 
 
 # ---- model (official files: models/pm_vtn.py, transformer2x/vtn.py) -----------------------------
@@ -832,7 +834,8 @@ class Encoder(nn.Module):
     and is left out.
     """
 
-    def __init__(self, dim, layers=3, heads=16, window=32, ff=3072, positions=7200, dropout=0.1):
+    def __init__(self, dim, layers=3, heads=16, window=32, ff=3072, positions=7200, dropout=0.1,
+                 init_std=0.02):
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.position = nn.Embedding(positions, dim, padding_idx=positions - 1)
@@ -841,7 +844,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(dim, heads, window, ff, dropout) for _ in range(layers))
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=0.02)
+                nn.init.normal_(m.weight, std=init_std)
                 if isinstance(m, nn.Linear):
                     nn.init.zeros_(m.bias)
         nn.init.zeros_(self.position.weight[-1:].detach())
@@ -1252,6 +1255,21 @@ def backbone(args):
     return net, norm, f"{path.name}, pictures {'(x - 0.5) / 0.5' if timm else 'as torchvision'}"
 
 
+@torch.inference_mode()
+def calibrate(net, norm, paths, clips, side, spread=0.1):
+    """Centre and scale the channels of a small untrained network by what it makes of some videos:
+    as they are, they hardly differ from one picture to the next, and nothing is learned from them.
+    """
+    made, seen = [], set()
+    for i, *piece in Pictures(paths, clips, side):
+        if i not in seen and len(piece) == 3:                 # the first pictures of each
+            made.append(net(piece[1] if clips else normalise(piece[1], *norm)))
+        seen.add(i)
+    z = torch.cat(made)
+    net.shift.copy_(z.mean(0))
+    net.scale.copy_(spread / z.std(0).clamp(min=1e-6))
+
+
 def claim_folder(args, weights, side):
     """about.json of the features' folder: features of different networks never mix there."""
     about = {"backbone": args.backbone, "weights": weights, "side": side, "tiny": args.tiny}
@@ -1283,6 +1301,9 @@ def extract(args, device):
     net, norm, weights = backbone(args)
     clips, side = args.backbone in BACKBONES[3:], (32 if args.tiny else 224)
     side = side if args.tiny or not clips else 112
+    if args.tiny:
+        some = sorted((args.data / "oops_video" / "train").glob("*.mp4"))[:16]
+        calibrate(net, norm, [str(f) for f in some], clips, side)
     net = net.to(device)
     claim_folder(args, weights, side)
     if args.compile:
@@ -1482,7 +1503,7 @@ def build(args, dim, classes, level, per_clip=False, crf=False):
     if dim % args.heads:
         raise UserError(f"--heads {args.heads} do not divide the {dim} channels of the features")
     options = {k: getattr(args, k) for k in ("layers", "heads", "window", "ff", "positions",
-                                             "dropout", "mlp")}
+                                             "dropout", "mlp", "init_std")}
     options |= {"released": args.compat == "released", "crf": crf}
     if level == "clip":
         return F2C(dim, classes, **options)

@@ -147,7 +147,7 @@ MOTIONS = {  # action: (what changes, does it grow)
 }
 ROUND = (1.0, 1.4)                               # seconds after which an action begins anew
 DRIFT = 6                                        # pixels that the camera of an action strays
-STEADY, KICKED = (0.15, 0.4), (1.5, 3.5)         # picture heights per second, before and after
+STEADY, KICKED = (0.3, 0.7), (1.5, 3.5)          # picture heights per second, before and after
 KICKS = (0.07, 0.3)                              # seconds from one kick to the next
 PAUSE = 0.5                                      # how often every second kick stops it instead
 LOOKS = 32                                       # angles that are drawn; see `draw_mishap`
@@ -1031,7 +1031,7 @@ TITLES = ["Some Fails (March 2099) _ Channel", "Some Fails, Part 2 (May 2099) _ 
           "Winter Fails! \u2744\ufe0f\U0001f602 (January 2099) _ Channel", "Other Fails 2099",
           "Ladders [Extended] + Ice = ~Ouch~ @ Home  (April 2099) _ Channel", "Party On... Go!"]
 OOPS_RATES = [Fraction(25), Fraction(30000, 1001), Fraction(30)]
-OOPS_SIZES = [(48, 64), (48, 64), (48, 72), (52, 64), (48, 62), (54, 54), (64, 48)]
+OOPS_SIZES = [(48, 52), (48, 48), (48, 54), (50, 52), (52, 50), (54, 48)]
 
 
 def oops_kinds(rng, n, annotated):
