@@ -30,6 +30,7 @@ import torch.distributed as dist  # noqa: E402
 
 import common  # noqa: E402
 import cpctrans  # noqa: E402, F401
+import f2c_oops  # noqa: E402, F401
 import replai  # noqa: E402, F401
 
 torch.set_num_threads(1)
