@@ -209,8 +209,8 @@ def pool_of(case):
     """(all clips one after another, which of them each video consists of)"""
     x, c = only_input(case), case.config
     assert x.shape[2] == c["frames_per_clip"]
-    order = order_of(c["clips_per_video"])
-    return x[order != PAD], order
+    counts = c["clips_per_video"]
+    return torch.cat([clips[:n] for clips, n in zip(x, counts)]), order_of(counts)
 
 
 def two_level(case, as_released):
