@@ -49,6 +49,32 @@ class Dealt:
         return not (self.numbers or self.choices or self.offsets or self.permutations)
 
 
+class Extreme:
+    """A random generator of the lowest numbers that may be drawn, or of the highest."""
+
+    def __init__(self, high):
+        self.high = high
+
+    def integers(self, low, high=None, size=None):
+        low, high = (0, low) if high is None else (low, high)
+        x = high - 1 if self.high else low
+        return x if size is None else np.full(size, x)
+
+    def choice(self, of):
+        return (range(of) if isinstance(of, int) else list(of))[-1 if self.high else 0]
+
+    def permutation(self, n):
+        return np.arange(n)
+
+
+def check_drawn(case, choice, size, T):
+    """The case's words, "drawn uniformly from a..b", against what is drawn for T frames."""
+    told = re.search(r"drawn uniformly from (\d+)\.\.(\d+)", case.what)
+    ours = [f2c_oops.draw_clip_choices(Extreme(high), T, f2c_oops.CLIP_TRANSFORMS, size,
+                                       released=True)[choice] for high in (False, True)]
+    assert ours == [*map(int, told.groups())], (choice, ours, told[0])
+
+
 # ---- reading a case ----------------------------------------------------------------------------
 
 def told(case, pattern, of=int):
@@ -284,6 +310,9 @@ def t1_speed(case):
     size, rows, speeds = told(case, r"crop (\d+)"), [], []
     for c in case.config["cases"]:
         assert c["skip"] == 2 ** c["label"]
+        left = len(range(0, c["T"], c["skip"]))
+        last = max(0, left - size) // told(case, r"floor\(\(n-\d+\)/(\d+)\)")
+        assert f2c_oops.random_start(Extreme(True), max(left, size), size) == last
         rows.append(f2c_oops.speed_up(c["T"], c["label"], c.get("start") or 0, size))
         speeds.append(f2c_oops.max_speed(c["T"], size))
     return {**frames_of(rows), "max_speed": speeds}
@@ -295,6 +324,7 @@ def t1_shuffle(case):
 
 def t1_double_flip(case):
     size = told(case, r"Crop (\d+)")
+    check_drawn(case, "flip_offset", size, max(c["T"] for c in case.config["cases"]))
     return frames_of(f2c_oops.double_flip(c["start"], c["offset"], size)
                      for c in case.config["cases"])
 
@@ -305,6 +335,7 @@ def t1_random_point(case):
     normal, fast = (np.arange(int(a), int(b) + 1)
                     for a, b in re.findall(r"entries (\d+)\.\.(\d+)", case.what))
     size = told(case, r"(\d+) entries from offset")
+    check_drawn(case, "point_offset", size, 2 * size)
     return frames_of(f2c_oops.random_point(normal, fast, offset, size)
                      for offset in case.config["offsets"])
 
