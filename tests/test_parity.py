@@ -5,7 +5,7 @@ The fixtures, `parity/*.json`, hold what the original code computed from weights
 form. The adapter is chosen by the longest prefix of the case's id that is a family; everything
 else, sizes, temperatures, rates and draws, comes from the case. Weights are written as a released
 checkpoint and read back by the function behind `--init`. RepLAI's adapters stand here, those of
-CPCTrans in parity_cpctrans.py.
+CPCTrans in parity_cpctrans.py, those of F2C and F2C2V in parity_f2c_oops.py.
 """
 
 import copy
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import parity_cpctrans
+import parity_f2c_oops
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,7 +43,13 @@ COMING = {}
 NOT_REPRODUCED = {"replai": {"audio_window": {
     "first_last_length": "a fault of the released decoder, which drops the partial first codec "
                          "frame and then as many samples again; common.audio_window is exact to "
-                         "the sample, which `recommended_first_last_length` checks"}}}
+                         "the sample, which `recommended_first_last_length` checks"}},
+    "f2c_oops": {
+        "clip_frames": {"frames_read_by_original": "a fault of the release, which rounds times "
+                        "down to frames, now and then one frame early, and fails at 16, 32, ... "
+                        "frames a second; `frames_intended` are read"},
+        "anticipation_labels": {"original": "the release fails at 16, 32, ... frames a second; "
+                                "`expected` holds the labels of every video"}}}
 
 
 def load_recipe():
@@ -248,13 +255,22 @@ class Bound(NamedTuple):
 def bounds(tolerance, output, state=()):
     """The Bound of an output, from words or from a table.
 
-    In words, an output that no clause names takes the first.
+    In words, an output that no clause names takes the first. A table may have an output's own
+    atol, `atol_<output>`; where it tells nothing of statistics, rtol and atol hold for each of
+    them as for a value.
     """
     gradient = output.startswith("grad:")
     if isinstance(tolerance, dict):
         known = {"rtol", "atol", "atol_std", "norm_rtol", "tensor_implementation", "note"}
-        if set(tolerance) - known - {"grads"}:
-            raise ValueError(f"tolerance: cannot read {set(tolerance) - known}")
+        own = {k for k in tolerance if k.startswith("atol_")} - known
+        unknown = set(tolerance) - known - own - {"grads", "exact"}
+        exact = tolerance.get("exact", False)
+        if unknown or exact not in (True, False) or exact and {"rtol", "atol"} & set(tolerance):
+            raise ValueError(f"tolerance: cannot read {unknown or tolerance}")
+        if f"atol_{output}" in own:
+            tolerance = {**tolerance, "atol": tolerance[f"atol_{output}"]}
+        if not {"atol_std", "norm_rtol", "grads"} & set(tolerance):
+            tolerance = {**tolerance, "norm_rtol": tolerance.get("rtol", 0)}
         table = tolerance.get("grads", tolerance) if gradient else tolerance
         numbers = [float(table.get(k, 0)) for k in ("rtol", "atol", "norm_rtol", "atol_std")]
         return Bound(*numbers, tolerance.get("tensor_implementation", ""))
@@ -746,7 +762,7 @@ def transpositions(case):
                                 for a, b in pairs]}
 
 
-ADAPTERS = {"cpctrans": parity_cpctrans.ADAPTERS, "replai": {
+ADAPTERS = {"cpctrans": parity_cpctrans.ADAPTERS, "f2c_oops": parity_f2c_oops.ADAPTERS, "replai": {
     "backbone.video": video_backbone, "backbone.audio": audio_backbone,
     "criterion": criterion, "criterion.two_sgd_steps": criterion_sgd_steps,
     "loss.avc": avc, "loss.avc_two_processes": avc_processes, "loss.astc": astc,
@@ -780,6 +796,8 @@ def read_cases():
     params = []
     for path in sorted(FOLDER.glob("*.json")):
         file = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(file["cases"], dict):                   # {id: case}
+            file["cases"] = [{"id": k, **c} for k, c in file["cases"].items()]
         params += [pytest.param(path.stem, file, c, id=f"{path.stem}/{c['id']}")
                    for c in file["cases"]]
     return params
@@ -794,7 +812,8 @@ def test_matches_the_original(stem, file, case, tmp_path):
         pytest.skip(coming[family])
     assert family, f"{stem}/{case['id']}: no adapter for this family"
     left_out = NOT_REPRODUCED.get(script, {}).get(family, {})
-    want = {k: v for k, v in case["outputs"].items() if k not in left_out}
+    want = {k: v["exact"] if isinstance(v, dict) and set(v) == {"exact"} else v
+            for k, v in case["outputs"].items() if k not in left_out}
     assert want, f"{stem}/{case['id']}: names no output that could be compared"
     c = Case(stem, file, case, tmp_path)
     torch.manual_seed(0)
@@ -837,6 +856,11 @@ def test_a_table_of_tolerances_is_held_to_what_it_says():
     assert each == (0.1, 3.5, None, None, "")
     with pytest.raises(ValueError, match="cannot read"):
         bounds({**table, "about": 1}, "score")
+    assert bounds({"rtol": 0.1, "atol": 1}, "score") == (0.1, 1, 0.1, 0, "")
+    table = {"exact": True, "atol_times": 1e-9}
+    assert [bounds(table, k)[:2] for k in ("frames", "times")] == [(0, 0), (0, 1e-9)]
+    with pytest.raises(ValueError, match="cannot read"):
+        bounds({"exact": True, "rtol": 1}, "score")
 
 
 @pytest.mark.parametrize("off, hue, faulty", [(1.9, False, False), (2.1, False, True),

@@ -1,0 +1,620 @@
+"""Adapters of the parity tests for F2C and F2C2V: {family: function of a Case to its outputs}.
+
+Weights are written as a released checkpoint and read by the function behind `--init`. Random
+choices are dealt out to the functions that draw them, in the order in which the release drew
+them. Constants that a case tells in words alone are read from its words.
+"""
+
+import functools
+import math
+import re
+from fractions import Fraction
+from itertools import groupby
+from unittest import mock
+
+import numpy as np
+import torch
+from parity_cpctrans import watch
+
+import common
+import f2c_oops
+from f2c_oops import FPS, PAD
+
+
+class Dealt:
+    """A random generator that deals out a case's choices, each within what may be drawn."""
+
+    def __init__(self, numbers, choices=None, offsets=(), permutations=()):
+        self.numbers, self.offsets = list(numbers), list(offsets)
+        self.choices = self.numbers if choices is None else list(choices)
+        self.permutations = list(permutations)
+
+    def integers(self, low, high=None, size=None):
+        low, high = (0, low) if high is None else (low, high)
+        x = self.numbers.pop(0) if size is None else self.offsets.pop(0)
+        assert np.size(x) == (size or 1) and low <= np.min(x) and np.max(x) < high, (x, low, high)
+        return x if size is None else np.array(x)
+
+    def choice(self, of):
+        x = self.choices.pop(0)
+        assert x in (range(of) if isinstance(of, int) else list(of)), (x, of)
+        return x
+
+    def permutation(self, n):
+        x = self.permutations.pop(0)
+        assert sorted(x) == list(range(n)), (x, n)
+        return np.array(x)
+
+    def used_up(self):
+        return not (self.numbers or self.choices or self.offsets or self.permutations)
+
+
+class Extreme:
+    """A random generator of the lowest numbers that may be drawn, or of the highest."""
+
+    def __init__(self, high):
+        self.high = high
+
+    def integers(self, low, high=None, size=None):
+        low, high = (0, low) if high is None else (low, high)
+        x = high - 1 if self.high else low
+        return x if size is None else np.full(size, x)
+
+    def choice(self, of):
+        return (range(of) if isinstance(of, int) else list(of))[-1 if self.high else 0]
+
+    def permutation(self, n):
+        return np.arange(n)
+
+
+def check_drawn(case, choice, size, T):
+    """The case's words, "drawn uniformly from a..b", against what is drawn for T frames."""
+    told = re.search(r"drawn uniformly from (\d+)\.\.(\d+)", case.what)
+    ours = [f2c_oops.draw_clip_choices(Extreme(high), T, f2c_oops.CLIP_TRANSFORMS, size,
+                                       released=True)[choice] for high in (False, True)]
+    assert ours == [*map(int, told.groups())], (choice, ours, told[0])
+
+
+# ---- reading a case ----------------------------------------------------------------------------
+
+def told(case, pattern, of=int):
+    """The number at this place of the case's words."""
+    found = re.search(pattern, case.what)
+    assert found, f"{case.id}: `what` does not match {pattern!r}"
+    return of(found[1])
+
+
+def sibling(case, key):
+    """The case whose id stands under `key` of the config, else the case itself."""
+    other = case.config.get(key)
+    if other is None:
+        return case
+    found = next(c for c in case.file["cases"] if c["id"] == other)
+    return type(case)(case.stem, case.file, found, case.folder)
+
+
+def only_input(case):
+    (x,) = case.inputs().values()
+    return torch.from_numpy(x)
+
+
+def released(case, add="", strip=""):
+    """The case's state as a checkpoint of the release: the names that begin with `strip`, without
+    it, behind `add`.
+    """
+    state = {f"module.{add}{k.removeprefix(strip)}": v for k, v in case.state().items()
+             if k.startswith(strip)}
+    path = case.folder / "epoch7_0.25.pth.tar"
+    torch.save({"epoch": 7, "state_dict": state,
+                "optimizer": {"state": {}, "param_groups": []}}, path)
+    return path
+
+
+def sizes(c):
+    """(width, width of the head, arguments of the encoder) of a config."""
+    (window,) = set(c["attention_window"])
+    assert len(c["attention_window"]) == c["num_hidden_layers"]
+    assert c["hidden_dim"] == c["embed_dim"]
+    return c["embed_dim"], c["mlp_dim"], {
+        "layers": c["num_hidden_layers"], "heads": c["num_attention_heads"], "window": window,
+        "ff": c["intermediate_size"], "positions": c["max_positions_embedding"]}
+
+
+def network(kind, case, path, **options):
+    """F2C or F2C2V of the case's sizes, with the weights of that file, in evaluation mode."""
+    c = {**sibling(case, "same_model_as").config, **case.config}
+    dim, mlp, shape = sizes(c)
+    model = kind(dim, c["num_classes"], mlp, **options, **shape)
+    common.load_weights(model, path, f2c_oops.layouts(shape["layers"]),
+                        ("frames.", "clips.", "head."))
+    return model.eval()
+
+
+def own_names(case, layout, own):
+    """{name in the file: ours} of the tensors that have a place in our network."""
+    return {k: b + k.removeprefix(a) for a, b in layout.items() for k in case.entries()
+            if k.startswith(a) and b + k.removeprefix(a) in own}
+
+
+def parameters_of(entries):
+    buffers = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
+    return {k: shape for k, shape in entries.items() if not k.endswith(buffers)}
+
+
+def count(entries):
+    return sum(math.prod(shape) for shape in parameters_of(entries).values())
+
+
+def check_size(case, model, names):
+    """The original's number of parameters: ours and those that we have no place for."""
+    c, ours = case.config, sum(p.numel() for p in model.parameters())
+    spare = count({k: v for k, v in case.entries().items() if k not in names})
+    for n, key in ((ours + spare, "n_parameters"), (ours, "n_parameters_without_lin_projector")):
+        assert n == c.get(key, n), f"{n} parameters, {key} {c[key]}"
+
+
+# ---- encoder -----------------------------------------------------------------------------------
+
+def frame_level(case):
+    """(F2C of the case, lengths): a case that says `pure_nr_frames` is as released."""
+    c = {**sibling(case, "same_model_as").config, **case.config}
+    as_released = c.get("pure_nr_frames") is not None
+    lengths = c["pure_nr_frames"] if as_released else c.get("lengths")
+    model = network(f2c_oops.F2C, case, released(case), released=as_released)
+    return model, None if lengths is None else torch.tensor(lengths)
+
+
+def names_of(case, model):
+    """{name in the file: ours} of an F2C or F2C2V."""
+    layers = len(model.frames.layers)
+    return max((own_names(case, layout, model.state_dict())
+                for layout in f2c_oops.layouts(layers)), key=len)
+
+
+def vtn(case):
+    """The rows of all tokens come by attention in blocks, the others by the whole."""
+    model, lengths = frame_level(case)
+    check_size(case, model, names_of(case, model))
+    x, given = only_input(case), []
+    model.frames.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    with torch.no_grad():
+        found = {"features": model.embed(x, lengths), "logits": model(x, lengths)}
+        with mock.patch.object(f2c_oops, "DENSE", 0):
+            tokens = model.frames(x, given[0], every=True)
+    seen = given[0]                                           # rows of frames that may be seen
+    return {**found, "tokens": tokens if seen is None else torch.cat(
+        [rows[:1 + n] for rows, n in zip(tokens, seen.tolist())])}
+
+
+def vtn_gradients(case):
+    model, lengths = frame_level(case)
+    total, number = f2c_oops.cross_entropy(model(only_input(case), lengths),
+                                           torch.tensor(case.config["labels"]))
+    loss = total / number
+    loss.backward()
+    return {"loss": loss, **gradients(case, model)}
+
+
+def gradients(case, model):
+    """Under the original's names; None where there is none or no such parameter.
+
+    zero_or_none: the names of those without, or with zeros alone.
+    """
+    names, ours = names_of(case, model), dict(model.named_parameters())
+    found = {k: ours[names[k]].grad if k in names else None for k in parameters_of(case.entries())}
+    return {**{f"grad:{k}": g for k, g in found.items()}, "zero_or_none": [
+        k for k, g in found.items() if g is None or not g.any()]}
+
+
+def vtn_receptive_field(case):
+    model, lengths = frame_level(case)
+    x, least = only_input(case), told(case, r"more than (\d[\d.e-]*)", float)
+    seen = watch({"first": model.frames.layers[0]})["first"]
+    with torch.no_grad():
+        before = model.frames(x, lengths, every=True)
+        x[:, -1] *= -1
+        after = model.frames(x, lengths, every=True)
+
+    def changed(a, b):
+        return ((a - b)[0].abs().amax(1) > least).nonzero().flatten()
+    return {"rows_changed_after_layer_1": changed(*seen), "rows_changed_at_end":
+            changed(before, after)}
+
+
+# ---- two levels --------------------------------------------------------------------------------
+
+def order_of(counts):
+    """(B, N): the rows of a pool that each video consists of, one video after another, then PAD."""
+    order = torch.full((len(counts), max(counts)), PAD)
+    for i, (n, stop) in enumerate(zip(counts, np.cumsum(counts).tolist())):
+        order[i, :n] = torch.arange(stop - n, stop)
+    return order
+
+
+def pool_of(case):
+    """(all clips one after another, which of them each video consists of)"""
+    x, c = only_input(case), case.config
+    assert x.shape[2] == c["frames_per_clip"]
+    counts = c["clips_per_video"]
+    return torch.cat([clips[:n] for clips, n in zip(x, counts)]), order_of(counts)
+
+
+def two_level(case, as_released):
+    clips, order = pool_of(case)
+    path = released(case)
+    video, each = (network(f2c_oops.F2C2V, case, path, released=as_released, per_clip=per)
+                   for per in (False, True))
+    local = network(f2c_oops.F2C, case, released(case, strip="local_model."), released=as_released)
+    with torch.no_grad():
+        z = video.embed(clips)
+        return {"clip_features": z, "clip_logits_single_scale": local(clips),
+                "stacked": f2c_oops.restack(z, order), "video_logits": video(clips, order),
+                "per_clip_logits": each(clips, order)[order != PAD]}
+
+
+def stage2_loss(case):
+    clips, order = pool_of(case)
+    model = network(f2c_oops.F2C2V, case, released(case), released=True)
+    total, number = f2c_oops.cross_entropy(model(clips, order),
+                                           torch.tensor(case.config["labels"]))
+    loss = total / number
+    loss.backward()
+    ours = gradients(case, model)
+    return {"loss": loss, **ours, "local_model_params_with_grad": [
+        k for k in parameters_of(case.entries()) if k.startswith("local_model.")
+        and ours[f"grad:{k}"] is not None]}
+
+
+def stage3_weighted_ce(case):
+    (clips, order), c = pool_of(case), case.config
+    model = network(f2c_oops.F2C2V, case, released(case), released=True, per_clip=True)
+    labels = torch.full_like(order, PAD)
+    for row, y in zip(labels, c["labels"]):
+        row[:len(y)] = torch.tensor(y)
+    with torch.no_grad():
+        q = model(clips, order)
+    weighted, plain = (f2c_oops.cross_entropy(q.flatten(0, 1), labels.flatten(), weights)
+                       for weights in (torch.tensor(c["class_weights"]), None))
+    return {"logits": q[order != PAD], "loss_weighted": weighted[0] / weighted[1],
+            "loss_unweighted": plain[0] / plain[1]}
+
+
+def crf(case):
+    """Emissions past a video's length are left as drawn: they must not matter."""
+    q, c = only_input(case), case.config
+    holder = torch.nn.ModuleDict({"crf": f2c_oops.CRF(q.shape[2])})
+    common.load_weights(holder, released(case, "crf."), f2c_oops.layouts(1))
+    n, y = torch.tensor(c["lengths"]), torch.full(q.shape[:2], PAD)
+    for row, tags in zip(y, c["tags"]):
+        row[:len(tags)] = torch.tensor(tags)
+    nll = f2c_oops.crf_nll(q, y, n, holder.crf)
+    marginals = f2c_oops.crf_marginals(q, n, holder.crf)
+    return {"nll_per_video": nll, "nll_sum": nll.sum(), "nll_mean": nll.mean(),
+            "viterbi": [tags.tolist() for tags in f2c_oops.crf_viterbi(q, n, holder.crf)],
+            "marginals": torch.cat([p[:k] for p, k in zip(marginals, n.tolist())])}
+
+
+def restack(case):
+    order = order_of(case.config["clips_per_video"])
+    return {"stacked": f2c_oops.restack(only_input(case), order),
+            "lengths": (order != PAD).sum(1)}
+
+
+# ---- transformations ---------------------------------------------------------------------------
+
+def frames_of(rows):
+    return {"frames": [[int(i) for i in row] for row in rows]}
+
+
+def t1_speed(case):
+    size, rows, speeds = told(case, r"crop (\d+)"), [], []
+    for c in case.config["cases"]:
+        assert c["skip"] == 2 ** c["label"]
+        left = len(range(0, c["T"], c["skip"]))
+        last = max(0, left - size) // told(case, r"floor\(\(n-\d+\)/(\d+)\)")
+        assert f2c_oops.random_start(Extreme(True), max(left, size), size) == last
+        rows.append(f2c_oops.speed_up(c["T"], c["label"], c.get("start") or 0, size))
+        speeds.append(f2c_oops.max_speed(c["T"], size))
+    return {**frames_of(rows), "max_speed": speeds}
+
+
+def t1_shuffle(case):
+    return frames_of(f2c_oops.shuffle(c["start"], c["perm"]) for c in case.config["cases"])
+
+
+def t1_double_flip(case):
+    size = told(case, r"Crop (\d+)")
+    check_drawn(case, "flip_offset", size, max(c["T"] for c in case.config["cases"]))
+    return frames_of(f2c_oops.double_flip(c["start"], c["offset"], size)
+                     for c in case.config["cases"])
+
+
+def t1_random_point(case):
+    """The places of both clips stand in words: "normal crop = entries 0..19, sped-up ...".
+    """
+    normal, fast = (np.arange(int(a), int(b) + 1)
+                    for a, b in re.findall(r"entries (\d+)\.\.(\d+)", case.what))
+    size = told(case, r"(\d+) entries from offset")
+    check_drawn(case, "point_offset", size, 2 * size)
+    return frames_of(f2c_oops.random_point(normal, fast, offset, size)
+                     for offset in case.config["offsets"])
+
+
+def t1_warp(case):
+    size, rows = told(case, r"first (\d+) entries"), []
+    for c in case.config["cases"]:
+        M = f2c_oops.max_speed(c["T"], size)
+        extent, by_steps = f2c_oops.warp_extent(c["T"], M, size, released=True)
+        assert M == c["max_speed"] and extent == len(c["perm"])
+        kept = {"steps": c["offsets"]} if by_steps else {"order": c["perm"]}
+        rows.append(f2c_oops.warp(c["start"], **kept, size=size))
+    return frames_of(rows)
+
+
+def videos_of(inputs, lengths):
+    """The videos of a case, (T, D) each, in the order of their numbers."""
+    videos = sorted(inputs.items(), key=lambda i: int(re.search(r"\d+$", i[0])[0]))
+    assert [len(x) for _, x in videos] == lengths
+    return [x for _, x in videos]
+
+
+def t1_collate(case):
+    """The release draws one more number before the choices of each video."""
+    c, names = case.config, f2c_oops.CLIP_TRANSFORMS
+    assert "one unused draw" in c["draws_in_order"]
+    size = told(case, r"length <= (\d+) are skipped")
+    rng = Dealt(c["integers"], None, c["warp_offsets"], c["permutations"])
+    labels, rows = [], []
+    for x in videos_of(case.inputs(), c["lengths"]):
+        if len(x) > size:
+            rng.numbers.pop(0)
+            drawn = f2c_oops.draw_clip_choices(rng, len(x), names, size, released=True)
+            for name, frames in f2c_oops.transform_clips(len(x), drawn, names, size):
+                labels.append(f2c_oops.label_of(name, names, released=True))
+                rows.append(x[frames])
+    assert rng.used_up()
+    return {"labels": labels, "pure_nr_frames": [len(x) for x in rows], "features": padded(rows)}
+
+
+def padded(rows):
+    """Stacked, the shorter ones followed by -1 as in the release."""
+    longest = max(map(len, rows))
+    return np.stack([np.concatenate([x, np.full((longest - len(x), *x.shape[1:]), -1, x.dtype)])
+                     for x in rows])
+
+
+def t2_transforms(case):
+    c, size = case.config, told(case, r"clips of (\d+)")
+    assert [*f2c_oops.split_points(c["T"], size)] == c["split_choices"]
+    drawn = {"speed": True, "flip": c["double_flip_split"], "warp": c["warp_split"],
+             "order": np.array(c["shuffle_perm"])}
+    made = dict(f2c_oops.transform_video(c["T"], drawn, f2c_oops.VIDEO_TRANSFORMS, size))
+    theirs = {"point": "random_point", "flip": "double_flip"}
+    return {**{theirs.get(k, k): clips[:, 0] for k, clips in made.items()},
+            "double_flip_split_clip": made["flip"][c["double_flip_split"] // size],
+            "warp_all_first": made["warp"][0]}
+
+
+def t2_collate(case):
+    """The release draws once more for each video that it does not speed up."""
+    c, names = case.config, f2c_oops.VIDEO_TRANSFORMS
+    rng = Dealt(c["integers"], c["splits_double_flip_then_warp_per_video"], (), c["permutations"])
+    labels, rows = [], []
+    for x in videos_of(case.inputs(), c["lengths"]):
+        drawn = f2c_oops.draw_video_choices(rng, len(x), released=True)
+        made = f2c_oops.transform_video(len(x), drawn, names)
+        if "speed" not in dict(made):
+            rng.numbers.pop(0)
+        labels += [f2c_oops.label_of(name, names, released=True) for name, _ in made]
+        rows += [x[clips] for _, clips in made]
+    assert rng.used_up()
+    return {"labels": labels, "clips": [len(x) for x in rows], "features": padded(rows)}
+
+
+# ---- clips, labels -----------------------------------------------------------------------------
+
+def cut(video, step):
+    """(frames, spans) of a video's clips."""
+    stamps = [float(i * video["pts_step"] * Fraction(video["time_base"]))
+              for i in range(video["n_frames"])]
+    return f2c_oops.cut_clips(video["n_frames"], Fraction(video["fps"]), stamps, step)
+
+
+def middle(video):
+    return sorted(video["t"])[1]
+
+
+def runs(labels):
+    return [[int(k), len(list(g))] for k, g in groupby(labels)]
+
+
+def labels_of(video, step, part, level):
+    """As released; none for a video that has no labels."""
+    if not f2c_oops.usable(video, part, level):
+        return np.zeros(0, dtype=np.int64)
+    return f2c_oops.run_labels(cut(video, step)[1], middle(video), released=True)
+
+
+def clip_labels(case):
+    found = {}
+    for key in case.case["outputs"]:
+        part, step = re.fullmatch(r"(train|val)_step(\d+)", key).groups()
+        labels = {v["name"]: labels_of(v, int(step), part, "video") for v in case.config["videos"]}
+        found[key] = {k: {"n_clips": len(y), "labels_run_length": runs(y)}
+                      for k, y in labels.items()}
+    return found
+
+
+def clip_frames(case):
+    """Times are the release's, which has none where the rate is a multiple of the grid's."""
+    step = told(case, r"\(step (\d+)\)")
+    videos = {v["name"]: v for v in case.config["videos"]}
+    clips = {k: cut(v, step) for k, v in videos.items()}
+    rows = [(r["video"], r["clip"]) for r in case.config["rows"]]
+    crash = {k for k, v in videos.items() if Fraction(v["fps"]) % FPS == 0}
+    return {"frames_intended": [clips[k][0][i].tolist() for k, i in rows], "times": [
+        [None, None] if k in crash else clips[k][1][i].tolist() for k, i in rows]}
+
+
+def anticipation_labels(case):
+    step, found = told(case, r"step (\d+)"), {}
+    usable = [v for v in case.config["videos"] if f2c_oops.usable(v, "train", "video")]
+    for ahead in case.case["outputs"]["expected"]["exact"]:
+        found[ahead] = {}
+        for v in usable:
+            spans = cut(v, step)[1]
+            shown, labels = f2c_oops.anticipation(spans, middle(v), float(ahead), "paper", step)
+            assert shown.tolist() == list(range(len(spans)))
+            found[ahead][v["name"]] = labels.tolist()
+    return {"expected": found}
+
+
+def anticipation_official(case):
+    """The case tells the labels, not the times that they come from."""
+    c, y = case.config, np.array(case.config["labels"])
+    with mock.patch.object(f2c_oops, "run_labels", lambda *_: y):
+        shown, labels = f2c_oops.anticipation(np.zeros((len(y), 2)), 0.0, c["A"], "oops",
+                                              c["step_seconds"] * FPS)
+    return {"pairs": [[int(i), int(k)] for i, k in zip(shown, labels, strict=True)]}
+
+
+def balanced(case):
+    step, found = told(case, r"\(step (\d+)\)"), {}
+    for v in case.config["videos"]:
+        labels = labels_of(v, step, "train", "clip")
+        picked = f2c_oops.balanced(labels, np.random.default_rng(0)) if len(labels) else []
+        assert set(picked) == set(range(len(labels))), "a clip was left out"
+        found[v["name"]] = runs(labels[picked]) if len(labels) else []
+    return {"labels_run_length": found}
+
+
+# ---- metrics, schedule -------------------------------------------------------------------------
+
+def located(case):
+    """(predicted time of every video, errors of those that count)"""
+    c, logits = case.config, only_input(case)
+    prob = logits.softmax(1)[:, 1].numpy()
+    spans = np.stack([c["start_times"], c["end_times"]], 1)
+    video = np.array(c["video_index"])
+    assert np.bincount(video).tolist() == c["clips_per_video"]
+    times = [f2c_oops.predicted_time(prob[video == i], spans[video == i])
+             for i in range(len(c["t"]))]
+    counted = [f2c_oops.usable({"t": t, "rel_t": r, "len": math.inf}, "train", "video")
+               for t, r in zip(c["t"], c["rel_t"])]           # the lengths are not told
+    return times, [f2c_oops.distance(x, t) for x, t, n in zip(times, c["t"], counted) if n]
+
+
+def localization(case):
+    times, errors = located(case)
+    keys = [k for k in case.case["outputs"] if k.startswith("accuracy_")]
+    within = [float(k.removeprefix("accuracy_")) for k in keys]
+    found = f2c_oops.localization(errors, np.ones(len(errors)), within)
+    return {"predicted_times": times, "videos_counted": len(errors),
+            **{k: found[f"within_{t:g}s"] / 100 for k, t in zip(keys, within)}}
+
+
+def localization_errors(case):
+    _, errors = located(sibling(case, "same_data_as"))
+    found = f2c_oops.localization(errors, np.ones(len(errors)))
+    return {"mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
+            "std": found["std_error_s"]}
+
+
+def classification_accuracy(case):
+    top1, each = f2c_oops.accuracy(np.array(case.config["labels"]),
+                                   only_input(case).argmax(1).numpy())
+    return {"top1": top1, "per_class": each}
+
+
+def regression(case):
+    out = only_input(case)
+    relative, length = (torch.tensor(case.config[k]) for k in ("rel_t", "len"))
+    times = zip((out.sigmoid() * length).tolist(), (relative * length).tolist())
+    within = told(case, r"<= ([\d.]+) s", float)
+    found = f2c_oops.localization([f2c_oops.distance(x, [t]) for x, t in times], length, [within])
+    return {"loss": f2c_oops.regression_loss(out, relative),
+            "accuracy": found[f"within_{within:g}s"] / 100}
+
+
+def lr_schedule(case):
+    """All epochs, or those of the original's, whose numbers it does not tell: of each rate the
+    epoch that comes nearest, from epoch 0 on and rising.
+    """
+    c, want = case.config, case.case["outputs"]["lr"]["exact"]
+    rates = np.array([f2c_oops.learning_rate(c["base"], e, c["epochs"], c["end"])
+                      for e in range(c["epochs"])])
+    if len(want) < len(rates):
+        epochs = [int(np.abs(rates - x).argmin()) for x in want]
+        assert epochs[0] == 0 and (np.diff(epochs) > 0).all(), f"epochs {epochs}"
+        rates = rates[epochs]
+    return {"lr": rates}
+
+
+# ---- pictures, backbones -----------------------------------------------------------------------
+
+def pictures_of(case):
+    """The values made bytes: clamped, truncated."""
+    limits = torch.iinfo(torch.uint8)
+    return only_input(case).clamp(limits.min, limits.max).to(torch.uint8)
+
+
+def clip_transform(case):
+    (crop,) = set(case.config["crop"])
+    clip = f2c_oops.clip_pictures(pictures_of(case), tuple(case.config["resize"]), crop)
+    return {"clip": clip.transpose(0, 1)}
+
+
+def frame_normalise(case):
+    return {"frames": f2c_oops.normalise(pictures_of(case), *f2c_oops.HALF)}
+
+
+def features(case, model, layout=None):
+    layout = layout or {"": ""}
+    common.load_weights(model, released(case), [layout])
+    check_size(case, model, own_names(case, layout, model.state_dict()))
+    with torch.no_grad():
+        return {"features": model.eval()(only_input(case))}
+
+
+def backbone(name):
+    return lambda case: features(case, common.feature_network(name))
+
+
+def vit(case):
+    """Of the sizes that the case tells, else ViT-B/16."""
+    from torchvision.models import VisionTransformer
+    c = case.config
+    if "embed_dim" in c:
+        ff, dim = case.entries()["blocks.0.mlp.fc1.weight"]
+        assert dim == c["embed_dim"]
+        model = common.headless(VisionTransformer(c["img_size"], c["patch_size"], c["depth"],
+                                                  c["num_heads"], dim, ff))
+    else:
+        model = common.feature_network("vit_b16")
+    return features(case, model, f2c_oops.timm_names(len(model.encoder.layers)))
+
+
+def bottleneck(case):
+    return features(case, common.headless(common.bottleneck_r2plus1d(case.config["layers"])))
+
+
+ADAPTERS = {
+    "vtn_masked": vtn, "vtn_unmasked": vtn, "vtn_masked_fixed": vtn, "vtn_long_window": vtn,
+    "vtn_published_size": vtn, "vtn_gradients": vtn_gradients,
+    "vtn_receptive_field": vtn_receptive_field,
+    "two_level_as_released": functools.partial(two_level, as_released=True),
+    "two_level_corrected": functools.partial(two_level, as_released=False),
+    "stage2_loss": stage2_loss, "stage3_weighted_ce": stage3_weighted_ce, "crf": crf,
+    "restack": restack, "t1_speed": t1_speed, "t1_shuffle": t1_shuffle,
+    "t1_double_flip": t1_double_flip, "t1_random_point_speedup": t1_random_point,
+    "t1_warp": t1_warp, "t1_collate": t1_collate, "t2_transforms": t2_transforms,
+    "t2_collate_as_released": t2_collate, "clip_labels": clip_labels, "clip_frames": clip_frames,
+    "anticipation_labels": anticipation_labels,
+    "anticipation_official_oops": anticipation_official, "balanced_training_labels": balanced,
+    "localization": localization, "localization_official_errors": localization_errors,
+    "classification_accuracy": classification_accuracy, "regression_variant": regression,
+    "lr_schedule": lr_schedule, "clip_transform_r21d": clip_transform,
+    "frame_normalise_vit": frame_normalise, "vit_small": vit, "vit_b16": vit,
+    "resnet50": backbone("resnet50"), "resnet18": backbone("resnet18"),
+    "r2plus1d_18": backbone("r2plus1d_18"), "r3d_18": backbone("r3d_18"),
+    "r2plus1d_bottleneck": bottleneck}
