@@ -129,7 +129,8 @@ def parse_args(argv=None):
                       ("ff", "width of the feed-forward layers"), ("mlp", "width of the head"),
                       ("positions", "rows of the position table")):
         g.add_argument(f"--{key}", type=int, help=f"{text} ({SHAPE[key]}, or the checkpoint's)")
-    g.add_argument("--dropout", type=float, default=0.1, help="of the encoders (Longformer)")
+    g.add_argument("--dropout", type=float, default=0.1, help="of the encoders (Longformer); "
+                   "0: also none in the head, which has 0.2")
     g.add_argument("--init_std", type=float, default=0.02, help="of their first weights")
 
     g = p.add_argument_group("classification")
@@ -871,10 +872,10 @@ class Encoder(nn.Module):
         return h if every else h[:, 0]
 
 
-def head(dim, mlp, classes):
+def head(dim, mlp, classes, dropout):
     """Classifier of an embedding; places in it are those of the release."""
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, mlp), nn.GELU(), nn.Dropout(0.2),
-                         nn.Linear(mlp, classes))
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, mlp), nn.GELU(),
+                         nn.Dropout(0.2 if dropout else 0.0), nn.Linear(mlp, classes))
 
 
 def restack(rows, order):
@@ -890,10 +891,11 @@ class F2C(nn.Module):
     frame is never seen; but with a CRF, by another fault of it, all are.
     """
 
-    def __init__(self, dim, classes, mlp=1024, released=False, crf=False, **shape):
+    def __init__(self, dim, classes, mlp=1024, released=False, crf=False, dropout=0.1, **shape):
         super().__init__()
         self.released = released
-        self.frames, self.head = Encoder(dim, **shape), head(dim, mlp, classes)
+        self.frames = Encoder(dim, dropout=dropout, **shape)
+        self.head = head(dim, mlp, classes, dropout)
         self.crf = CRF(classes) if crf else None
         for part in (self.frames.layers[-1].query, self.frames.layers[-1].key,
                      self.frames.layers[-1].value):
@@ -921,11 +923,11 @@ class F2C2V(nn.Module):
     """
 
     def __init__(self, dim, classes, mlp=1024, released=False, crf=False, per_clip=False,
-                 tune=False, **shape):
+                 tune=False, dropout=0.1, **shape):
         super().__init__()
         self.released, self.per_clip, self.tune = released, per_clip, tune
-        self.frames, self.clips = Encoder(dim, **shape), Encoder(dim, **shape)
-        self.head = head(dim, mlp, classes)
+        self.frames, self.clips = (Encoder(dim, dropout=dropout, **shape) for _ in range(2))
+        self.head = head(dim, mlp, classes, dropout)
         self.crf = CRF(classes) if crf else None
         self.frames.requires_grad_(tune)
         for part in [self.frames.layers[-1]] + [self.clips.layers[-1]] * (not per_clip):
@@ -1143,17 +1145,17 @@ def describe(path):
     found, tensors = common.load_file(path), common.find_weights(path)
     video = any(k.startswith(("clips.", "global_model.")) for k in tensors)
     if isinstance(found, dict) and isinstance(found.get("args"), dict) and "step" in found:
-        known = {**found["args"], "stage": found["args"].get("stage")}
-        dim = tensors.get("frames.cls_token")
+        known = found["args"]
+        dim = tensors.get("frames.cls_token", tensors.get("head.0.weight"))   # the latter: ClipMLP
     else:
         t = "local_model." if video else ""
         depth = [int(m[1]) + 1 for k in tensors if (
             m := re.match(rf"{t}temporal_encoder\.encoder\.layer\.(\d+)\.", k))]
         rows = {"ff": f"{t}temporal_encoder.encoder.layer.0.intermediate.dense.weight",
-                "mlp": f"{t}mlp_head.1.weight",
+                "mlp": f"{t.replace('local', 'global')}mlp_head.1.weight",
                 "positions": f"{t}temporal_encoder.embeddings.position_embeddings.weight"}
         dim = tensors.get(f"{t}cls_token")
-        known = {"layers": max(depth, default=None), "stage": None,
+        known = {"layers": max(depth, default=None),
                  **{k: len(tensors[name]) for k, name in rows.items() if name in tensors}}
         known["loss"] = "crf" if "crf.transitions" in tensors else "ce"
     if dim is None:

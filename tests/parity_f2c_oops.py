@@ -428,9 +428,13 @@ def runs(labels):
     return [[int(k), len(list(g))] for k, g in groupby(labels)]
 
 
+def note(video):
+    return f2c_oops.Note(tuple(sorted(video["t"])), video["len"], tuple(video["rel_t"]))
+
+
 def labels_of(video, step, part, level):
     """As released; none for a video that has no labels."""
-    if not f2c_oops.usable(video, part, level):
+    if not f2c_oops.usable(note(video), part, level):
         return np.zeros(0, dtype=np.int64)
     return f2c_oops.run_labels(cut(video, step)[1], middle(video), released=True)
 
@@ -458,7 +462,7 @@ def clip_frames(case):
 
 def anticipation_labels(case):
     step, found = told(case, r"step (\d+)"), {}
-    usable = [v for v in case.config["videos"] if f2c_oops.usable(v, "train", "video")]
+    usable = [v for v in case.config["videos"] if f2c_oops.usable(note(v), "train", "video")]
     for ahead in case.case["outputs"]["expected"]["exact"]:
         found[ahead] = {}
         for v in usable:
@@ -499,7 +503,7 @@ def located(case):
     assert np.bincount(video).tolist() == c["clips_per_video"]
     times = [f2c_oops.predicted_time(prob[video == i], spans[video == i])
              for i in range(len(c["t"]))]
-    counted = [f2c_oops.usable({"t": t, "rel_t": r, "len": math.inf}, "train", "video")
+    counted = [f2c_oops.usable(f2c_oops.Note(sorted(t), math.inf, r), "train", "video")
                for t, r in zip(c["t"], c["rel_t"])]           # the lengths are not told
     return times, [f2c_oops.distance(x, t) for x, t, n in zip(times, c["t"], counted) if n]
 
