@@ -402,7 +402,7 @@ def test_the_authors_csv_and_folders_of_pictures_are_read(root, ucf, tmp_path):
     assert classes[36] == "handstandpushups" and len(classes) == 101
 
 
-FAULTS = {  # name: (file, its line or None for the whole, the new content, line of the fault, words)
+FAULTS = {  # name: (file, its line or None for all, new content, line of the fault, words)
     "no class": ("trainlist01.txt", 2, "Fencing/v_Fencing_g08_c01.avi 3", 2, "classInd"),
     "other number": ("trainlist01.txt", 3, "Archery/v_Archery_g15_c01.avi 4", 3, "classInd"),
     "no folder": ("trainlist01.txt", 1, "v_Archery_g08_c01.avi 3", 1, "<Class>/<video>.avi"),

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import re
 import shutil
 import statistics
 from types import SimpleNamespace
@@ -1008,3 +1009,23 @@ def test_defaults_are_those_of_the_published_recipe(flags, want):
         f.prepare(args, None)
         assert (args.layers, args.heads, args.window, args.ff, args.mlp, args.positions) == (
             3, 16, 32, 3072, 1024, 7200)
+
+
+def test_bf16_stays_near_fp32():
+    torch.manual_seed(0)
+    for model, x in ((f.F2C(32, 3, 16, **{**SIZE, "layers": 3}), (torch.randn(4, 20, 32),)),
+                     (f.F2C2V(32, 3, 16, per_clip=True, crf=True, **SIZE),
+                      (torch.randn(5, 16, 32), torch.tensor([[0, 1, 2], [3, 4, -1]])))):
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(*x)
+        assert torch.allclose(low.float(), model(*x), atol=0.05)
+
+
+def test_every_command_of_the_readme_is_understood(monkeypatch):
+    text = (running.REPO / "README.md").read_text() + f.__doc__
+    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) f2c_oops\.py([^\n`|#(,]*)", text)
+    assert len(lines) >= 15
+    for line in (x for x in lines if "--help" not in x):
+        line = line.replace("CHECKPOINT", "x.pt").replace(" S ", " 0 ")
+        f.parse_args(line.split())
