@@ -33,11 +33,10 @@ The paper's text was not at hand, only its abstract: files named here are those 
 code. Where the sources and this file differ, grep NOTE in this file.
 """
 
-import argparse
 import contextlib
+import copy
 import csv
 import io
-import itertools
 import math
 import os
 import re
@@ -45,6 +44,8 @@ import statistics
 import struct
 import time
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ FPS = 16                             # of clips that have labels; pre-training t
 FASTER = 3                           # speed of the sped-up videos of F2C2V
 RATIOS = (1, 0.93, 1 / 0.93)         # of the labels in balanced training
 PUBLISHED_WEIGHTS = (19670 / 18069, 19670 / 4137, 1.0)        # of the labels, clips 1 s apart
-HALF = ((0.5,) * 3, (0.5 + 1e-8,) * 3)                        # mean and std of timm's ViT
+HALF = ((0.5,) * 3, (0.5 + 1e-8,) * 3)      # mean and std of timm's ViT; the ε is the release's
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KINETICS = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
 DENSE = 400                          # tokens up to which one masked attention beats blocks
@@ -78,18 +79,10 @@ common.FREE_FLAGS |= {"features", "list", "val_list", "allow_missing", "toleranc
 
 # ---- arguments ---------------------------------------------------------------------------------
 
-STAGES = ["f2c", "f2c2v", "features", "classify", "localize", "evaluate"]
-BACKBONES = ["vit_b16", "resnet50", "resnet18", "r2plus1d_18", "r3d_18", "r2plus1d_152"]
-
-
-def names(allowed):
-    """Type of a flag: a comma-separated choice, without repetition, in the order of `allowed`."""
-    def convert(text):
-        chosen = text.split(",")
-        if len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of {','.join(allowed)}")
-        return ",".join(n for n in allowed if n in chosen)
-    return convert
+TESTS = ["localize", "evaluate"]
+STAGES = ["f2c", "f2c2v", "features", "classify", *TESTS]
+OF_CLIPS = ["r2plus1d_18", "r3d_18", "r2plus1d_152"]          # backbones with kernels in time
+BACKBONES = ["vit_b16", "resnet50", "resnet18", *OF_CLIPS]
 
 
 def parse_args(argv=None):
@@ -176,27 +169,28 @@ def recipe(chosen):
     level = "video" if loss == "regression" else level
     before = {"f2c2v": "f2c", "classify": {"clip": "f2c", "video": "f2c2v"}[level]}.get(stage)
     data = chosen.data or Path("data") / chosen.dataset
-    r = {"data": data, "features": data / "features" / chosen.backbone, "lr": 1e-4,
-         "level": level, "loss": loss}
+    r = {"data": data, "features": data / "features" / chosen.backbone, "lr": 1e-4}
     if chosen.weights is None:
         r["weights"] = ("none" if chosen.tiny else "timm" if chosen.backbone == "vit_b16"
                         else "torchvision")
-    if before and chosen.backbone in BACKBONES[3:]:
+    if before and chosen.backbone in OF_CLIPS:
         r["init"] = "none"                                    # there is no encoder to start from
     elif before:
         r["init"] = str(runs / f"f2c_oops_{chosen.dataset}_{before}" / "best.pt")
-    if stage in ("localize", "evaluate"):
-        r["init"] = str(runs / f"f2c_oops_{chosen.dataset}_classify" / "best.pt")
-    if stage == "classify":
+    if stage in ("classify", *TESTS):
         seconds = f"_anticipate{chosen.anticipate:g}" if chosen.anticipate else ""
-        video = "_regression" if loss == "regression" else "_video" if level == "video" else ""
-        r["out"] = runs / f"f2c_oops_{chosen.dataset}_classify{video}{seconds}"
-        r |= {"step": 1.0 if level == "video" else 0.25, "class_weights": (
-            "none" if level == "clip" or loss != "ce" else
-            "published" if chosen.compat == "released" and not chosen.anticipate else "computed")}
+        kind = "_regression" if loss == "regression" else "_video" if level == "video" else ""
+        folder = runs / f"f2c_oops_{chosen.dataset}_classify{kind}{seconds}"
+        r |= {"out": folder} if stage == "classify" else {"init": str(folder / "best.pt")}
+    if stage not in TESTS:                                    # these ask the checkpoint
+        r |= {"level": level, "loss": loss, "step": 1.0 if level == "video" else 0.25}
+        r["class_weights"] = ("none" if level == "clip" or loss != "ce" else "computed" if
+                              chosen.compat == "fixed" or chosen.anticipate else "published")
     sequences = level == "video" or loss == "crf"
     r |= {"f2c": {"epochs": 100, "batch_size": 128}, "f2c2v": {"epochs": 100, "batch_size": 16},
           "classify": {"epochs": 50, "batch_size": 8 if sequences else 256}}.get(stage, {})
+    if chosen.backbone in OF_CLIPS:
+        r["weight_decay"] = 1e-8                              # r21d/mainr21d.py
     if chosen.tiny:
         r |= {"workers": 2, "log_every": 20, "save_every": 100, "lr": 1e-3, "dropout": 0.0}
         r |= {"f2c": {"epochs": 60, "batch_size": 16}, "f2c2v": {"epochs": 30, "batch_size": 8},
@@ -210,29 +204,43 @@ def recipe(chosen):
 def check(p, args):
     """Flags that do not go together."""
     allowed = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
-    try:
-        args.transforms = names(allowed)(args.transforms or ",".join(allowed))
-    except argparse.ArgumentTypeError as e:
-        p.error(f"--transforms {e}")
-    if args.stage in ("f2c", "f2c2v") and len(args.transforms.split(",")) < 2:
-        p.error("--transforms: two at least, there is nothing to tell apart")
-    if args.clip_len < 8:
-        p.error(f"--clip_len {args.clip_len}: must be at least 8")
-    if args.step is not None and not (args.step * FPS).is_integer():
-        p.error(f"--step {args.step}: must be a multiple of 1/{FPS} s")
-    if args.anticipate is not None and not 0 < args.anticipate < 60:
-        p.error(f"--anticipate {args.anticipate}: seconds, above 0")
-    if args.loss == "regression" and (args.level == "clip" or args.anticipate):
-        p.error("--loss regression is of whole videos (--level video), without --anticipate")
-    if args.stage in ("localize", "evaluate") and args.init == "none":
-        p.error("--init: names a trained classifier")
-    if not 0 <= args.dropout < 1:
-        p.error(f"--dropout {args.dropout}: must be below 1")
+    chosen = (args.transforms or ",".join(allowed)).split(",")
+    args.transforms = ",".join(n for n in allowed if n in chosen)
+    crf, at_video = args.loss == "crf", args.level == "video"
+    faults = {
+        f"--transforms: two at least of {','.join(allowed)}, none twice":
+            len(set(chosen)) < max(2, len(chosen)) or not set(chosen) <= set(allowed),
+        f"--clip_len {args.clip_len}: must be at least 8": args.clip_len < 8,
+        f"--positions {args.positions}: must be at least 3": (args.positions or 3) < 3,
+        f"--step {args.step}: must be a multiple of 1/{FPS} s, above 0":
+            args.step is not None and not (args.step > 0 and (args.step * FPS).is_integer()),
+        f"--tolerance {args.tolerance}: must be seconds, 0 or more":
+            not all(0 <= x < 1e6 for x in args.tolerance),
+        f"--anticipate {args.anticipate}: must be seconds, above 0 and below 60":
+            args.anticipate is not None and not 0 < args.anticipate < 60,
+        f"--dropout {args.dropout}: must be below 1": not args.dropout < 1,
+        "--loss regression is of whole videos (--level video), without --anticipate":
+            args.loss == "regression" and bool(args.level == "clip" or args.anticipate),
+        "--class_weights go with --loss ce": args.class_weights != "none" and args.loss in (
+            "crf", "regression"),
+        "--unbalanced goes with --level clip --loss ce": args.unbalanced and (crf or at_video),
+        "--finetune_frames goes with --stage f2c2v and --level video":
+            args.finetune_frames and args.stage == "classify" and not at_video,
+        "--freeze and --finetune_frames exclude each other": args.freeze and args.finetune_frames,
+        "--init: names a trained classifier": args.stage in TESTS and args.init == "none",
+        "--anticipate has no time to localize": args.stage == "localize" and bool(args.anticipate)}
+    for fault, there in faults.items():
+        if there:
+            p.error(fault)
+    steps = (args.anticipate or 0) / (args.step or 1)
+    if args.anticipate_protocol == "oops" and args.stage == "classify" and steps % 1:
+        p.error(f"--anticipate {args.anticipate}: must be a multiple of --step {args.step} in the "
+                "protocol of oops, which shows another clip")
 
 
 # ---- annotations (official files: Oops annotations; resources/metadata/oops) --------------------
 
-class Note(NamedTuple):
+class Annotation(NamedTuple):
     """Transition times of a video by several annotators, sorted, -1 where one saw none; its
     length in seconds; the times relative to it.
     """
@@ -273,8 +281,8 @@ def read_names(path):
 
 
 def read_notes(path):
-    """{name: Note} of transition_times.json; len 0 and no rel_t of heldout_transition_times.json,
-    which has neither.
+    """{name: Annotation} of transition_times.json, or of heldout_transition_times.json, which has
+    neither lengths (0 here) nor times relative to them.
     """
     table = common.read_json(path)
     if not isinstance(table, dict):
@@ -298,7 +306,7 @@ def read_notes(path):
             raise UserError(f"{where}.t: {want} times are expected")
         if "len" in value and length <= 0:
             raise fields.fault("len", "is no length in seconds")
-        notes[name] = Note(lists["t"], float(length), lists["rel_t"])
+        notes[name] = Annotation(lists["t"], float(length), lists["rel_t"])
     return notes
 
 
@@ -351,16 +359,19 @@ def self_check(notes, names):
 class Video(NamedTuple):
     """A video's feature file: T vectors of D numbers, when they are seen, and its annotation.
 
+    dtype, offset: how and where they lie in the file; offset None: packed, to be read as a whole.
     times: (T,) seconds of the frames; spans: (T, 2), where the vectors are of clips, else None.
     """
     name: str
     path: str
     frames: int
     dim: int
+    dtype: str
+    offset: int
     fps: float
     times: np.ndarray
     spans: np.ndarray
-    note: Note
+    note: Annotation
 
 
 def video_file(args, part, name):
@@ -369,15 +380,14 @@ def video_file(args, part, name):
 
 
 @contextlib.contextmanager
-def opened(path):
-    """A feature file as a zip archive; whatever is wrong with it becomes a VideoError."""
+def readable(path):
+    """Whatever is wrong with a feature file becomes a VideoError."""
     try:
-        with zipfile.ZipFile(path) as z:
-            yield z
+        yield
     except VideoError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, struct.error, NotImplementedError,
-            zipfile.BadZipFile, SyntaxError) as e:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, OverflowError, SyntaxError,
+            NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile) as e:
         raise VideoError(f"{path}: no feature file ({str(e)[:80] or type(e).__name__})") from e
 
 
@@ -388,12 +398,11 @@ def array(z, name):
 
 
 def layout(z):
-    """(shape, data type, offset in the file or None) of the features; None: only as a whole."""
+    """(shape, data type, offset in the file or None) of the features of an archive."""
     info = z.getinfo("arr_0.npy")
     with z.open(info) as f:
-        version = np.lib.format.read_magic(f)
         header = {(1, 0): np.lib.format.read_array_header_1_0,
-                  (2, 0): np.lib.format.read_array_header_2_0}[version]
+                  (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
         shape, fortran, dtype = header(f)
         inside = f.tell()
     if len(shape) != 2 or 0 in shape or dtype.kind != "f":
@@ -405,39 +414,53 @@ def layout(z):
     return shape, dtype, info.header_offset + 30 + name + extra + inside
 
 
-def read_rows(path, rows):
-    """Vectors `rows` of a feature file, float32: only these are read.    (n,) -> (n, D)"""
-    with opened(path) as z:
-        shape, dtype, offset = layout(z)
-        x = array(z, "arr_0") if offset is None else np.memmap(path, dtype, "r", offset, shape)
+def look(path, video, name, note=None):
+    """A Video from its feature file; times only with an annotation. Files that lack them take them
+    from the video itself, which may have up to two pictures more or less.
+    """
+    with readable(path), zipfile.ZipFile(path) as z:
+        (T, D), dtype, offset = layout(z)
+        there = {n.removesuffix(".npy") for n in z.namelist()}
+        spans = array(z, "spans") if "spans" in there else None
+        times, fps = None, 0.0
+        if note and spans is None and {"times", "fps"} <= there:
+            times, fps = array(z, "times"), float(array(z, "fps"))
+        elif note and spans is None:
+            if not video.is_file():
+                raise VideoError(f"{path}: has no times, and {video} is not there to take them "
+                                 "from")
+            times, fps = common.clock(video)
+            if abs(len(times) - T) > 2:
+                raise VideoError(f"{path}: has {T} vectors, {video} {len(times)} pictures")
+            T = min(T, len(times))
+            times = times[:T]
+        for x, shape in ((times, (T,)), (spans, (T, 2))):
+            if x is not None and (x.shape != shape or not np.isfinite(x).all()):
+                raise ValueError("its times do not fit its vectors")
+        if times is not None and not 1 <= fps <= 1000:
+            raise ValueError(f"fps is {fps}")
+    made = Video(name, str(path), T, D, dtype.str, offset, fps, times, spans, note)
+    if note and not len(cut(made, 4)[0]):
+        raise VideoError(f"{path}: is shorter than a clip of one second")
+    return made
+
+
+def read_rows(video, rows):
+    """Vectors `rows` of a video's feature file, float32: only these are read.   (n,) -> (n, D)"""
+    with readable(video.path):
+        if video.offset is None:
+            with zipfile.ZipFile(video.path) as z:
+                x = array(z, "arr_0")
+        else:
+            x = np.memmap(video.path, video.dtype, "r", video.offset, (video.frames, video.dim))
         x = torch.from_numpy(x[rows].astype(np.float32))
     if not torch.isfinite(x).all():
-        raise VideoError(f"{path}: holds NaN or Inf")
+        raise VideoError(f"{video.path}: holds NaN or Inf")
     return x
 
 
-def look(path, video, name, note):
-    """A Video from its feature file; files without times take them from the video's own."""
-    with opened(path) as z:
-        (T, D), _, _ = layout(z)
-        there = {n.removesuffix(".npy") for n in z.namelist()}
-        fps = float(array(z, "fps")) if "fps" in there else 0.0
-        times = array(z, "times") if "times" in there else None
-        spans = array(z, "spans") if "spans" in there else None
-        if any(x is not None and (len(x) != T or not np.isfinite(x).all())
-               for x in (times, spans)):
-            raise ValueError("times do not fit the features")
-    if note and times is None and spans is None:
-        if not video.is_file():
-            raise VideoError(f"{path}: has no times, and {video} is not there to take them from")
-        times, fps = common.clock(video)
-        if len(times) != T:
-            raise VideoError(f"{path}: has {T} vectors, {video} {len(times)} pictures")
-    return Video(name, str(path), T, D, fps, times if note else None, spans, note)
-
-
 def scan(args, part, notes=None):
-    """The videos of a part that have features, as [Video]; with `notes` only labelled ones.
+    """The videos of a part that have features, as [Video]; with annotations only labelled ones.
 
     Training goes on without a file that is missing or broken, and says how many there are;
     evaluation stops, unless --allow_missing.
@@ -448,42 +471,49 @@ def scan(args, part, notes=None):
     chosen = chosen[:args.limit]
     folder = args.features / part if (args.features / part).is_dir() else args.features
     here = set(os.listdir(folder)) if folder.is_dir() else set()
-    files = [next((f for f in (f"{n}.npz", f"{n}.mp4.npz") if f in here), None) for n in chosen]
-    if not any(files):
+
+    def examine(i):
+        name = chosen[i]
+        file = next((f for f in (f"{name}.npz", f"{name}.mp4.npz") if f in here), None)
+        if file is None:
+            return f"{folder / name}.npz: no such file"
+        try:
+            return look(folder / file, video_file(args, part, name), name, (notes or {}).get(name))
+        except VideoError as e:
+            return str(e)
+
+    mine = range(common.rank(), len(chosen), common.world_size())
+    with ThreadPoolExecutor(16) as pool:                      # on a network disk each file waits
+        found = common.gather(dict(zip(mine, pool.map(examine, mine))), expect=len(chosen))
+    videos = [x for x in found.values() if isinstance(x, Video)]
+    faults = [x for x in found.values() if not isinstance(x, Video)]
+    if not videos:
         raise UserError(f"{folder}: holds no features of the {part} videos; --stage features makes "
-                        "them")
-    found = {}
-    for i in range(common.rank(), len(chosen), common.world_size()):
-        found[i] = f"{folder / chosen[i]}.npz: no such file" if files[i] is None else None
-        if files[i]:
-            note = notes[chosen[i]] if notes else None
-            try:
-                found[i] = look(folder / files[i], video_file(args, part, chosen[i]), chosen[i],
-                                note)
-            except VideoError as e:
-                found[i] = str(e)
-    found = list(common.gather(found, expect=len(chosen)).values())
-    faults, videos = [x for x in found if isinstance(x, str)], [x for x in found if
-                                                                isinstance(x, Video)]
+                        f"them ({faults[0] if faults else 'none has labels'})")
     if faults and part == "val" and notes is not None and not args.allow_missing:
         raise UserError(f"{faults[0]} ({len(faults)} of {len(chosen)} validation videos; "
                         "--allow_missing leaves them out)")
-    if not videos:
-        raise UserError(faults[0])
-    odd = next((v for v in videos if (v.dim, v.spans is None) != (
-        videos[0].dim, videos[0].spans is None)), None)
-    if odd:
-        raise UserError(f"{odd.path}: other features ({odd.dim} numbers) than {videos[0].path} "
-                        f"({videos[0].dim})")
+    same_kind(videos)
     common.say(f"{part}: {len(videos)} of {len(chosen)} videos have features"
                + "".join(f"; the first without: {fault}" for fault in faults[:1]))
     return videos
+
+
+def same_kind(videos):
+    """Refuse features of different networks."""
+    first = videos[0]
+    for v in videos:
+        if (v.dim, v.spans is None) != (first.dim, first.spans is None):
+            raise UserError(f"{v.path}: other features ({v.dim} numbers) than {first.path} "
+                            f"({first.dim})")
 
 
 def cut(video, step):
     """Clips of a Video: rows of its feature file (N, 16), or (N, 1) of clips, and their spans."""
     if video.spans is None:
         return cut_clips(video.frames, video.fps, video.times, step)
+    if step % 4:
+        raise UserError(f"--step {step / FPS:g}: {video.path} has clips 0.25 s apart")
     return np.arange(video.frames)[::step // 4, None], video.spans[::step // 4]
 
 
@@ -628,20 +658,26 @@ def draw_video_choices(rng, T, size=16, released=False):
 
 def transform_video(T, c, names, size=16):
     """[(name, frames (N, size))] of the transformed versions of a video, for the choices `c`."""
-    x = np.arange(T // size * size)
-    made = []
-    if long_enough(T, size):
-        half = len(x) // size // 2 * size
-        made = [("speed", split_clips(x[::FASTER], size))] if c["speed"] else []
-        made += [("normal", split_clips(x, size)),
-                 ("point", np.concatenate([split_clips(x[:half], size),
-                                           split_clips(x[half::FASTER], size)]))]
-    else:
-        made = [("normal", split_clips(x, size))]
+    x, long = np.arange(T // size * size), long_enough(T, size)
+    half = len(x) // size // 2 * size
+    made = [("speed", split_clips(x[::FASTER], size))] if long and c["speed"] else []
+    made += [("normal", split_clips(x, size))]
+    made += [("point", np.concatenate([split_clips(x[:half], size),
+                                       split_clips(x[half::FASTER], size)]))] if long else []
     made += [("flip", split_clips(np.concatenate([x[:c["flip"]], x[c["flip"]:][::-1]]), size)),
              ("shuffle", split_clips(x, size)[c["order"]]),
              ("warp", split_clips(np.concatenate([x[c["warp"]:], x[:c["warp"]]]), size))]
     return [(name, clips) for name, clips in made if name in names]
+
+
+def possible(T, names, video, size, released=False):
+    """Do T frames suffice for one of the named transformations, whatever is drawn?"""
+    if video:
+        always = {"normal", "flip", "shuffle", "warp"} | (
+            set() if not long_enough(T) else {"point"} if released else {"point", "speed"})
+        return T >= 16 and not always.isdisjoint(names)
+    slow = {SPEEDS[k] for k in range(max_speed(T, size) + 1)} if T > size else set()
+    return T > size and not ({*CLIP_TRANSFORMS[4:], *slow}).isdisjoint(names)
 
 
 def label_of(name, names, released=False):
@@ -690,12 +726,11 @@ def run_labels(spans, t, released=False):
         if released or not (labels == 2).any():
             return np.zeros_like(labels)
         labels[np.abs(spans - t).min(1).argmin()] = 1
-    first = int((labels == 1).argmax())
-    last = first + int((labels[first:] == 2).argmax()) if (labels[first:] == 2).any() else None
-    out = np.zeros_like(labels)
-    out[first:last] = 1
-    if last is not None:
-        out[last:] = 2
+    first, out = int((labels == 1).argmax()), np.zeros_like(labels)
+    out[first:] = 1
+    after = np.flatnonzero(labels[first:] == 2)
+    if len(after):
+        out[first + after[0]:] = 2
     return out
 
 
@@ -884,6 +919,14 @@ def restack(rows, order):
     return stacked * (order != PAD).view(*order.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
 
 
+def quieten(model):
+    """After `.train()`: encoders that do not learn have no dropout. NOTE: as released, they do."""
+    for part in model.children():
+        if isinstance(part, Encoder) and not part.cls_token.requires_grad and not model.released:
+            part.eval()
+    return model
+
+
 class F2C(nn.Module):
     """Frames to clip: Enc_frame and a head.
 
@@ -891,9 +934,11 @@ class F2C(nn.Module):
     frame is never seen; but with a CRF, by another fault of it, all are.
     """
 
+    takes = "length"                                          # beside the clips, of a batch
+
     def __init__(self, dim, classes, mlp=1024, released=False, crf=False, dropout=0.1, **shape):
         super().__init__()
-        self.released = released
+        self.released, self.hide_last = released, released and not crf
         self.frames = Encoder(dim, dropout=dropout, **shape)
         self.head = head(dim, mlp, classes, dropout)
         self.crf = CRF(classes) if crf else None
@@ -903,10 +948,13 @@ class F2C(nn.Module):
 
     def embed(self, x, lengths=None):
         """Clip embeddings z.    x: (B, L, D), lengths: (B,) -> (B, D)"""
-        if self.released and (self.crf is None or hasattr(self, "clips")):
+        if self.hide_last:
             full = torch.full((len(x),), x.shape[1], device=x.device)
             lengths = (full if lengths is None else lengths) - 1
         return self.frames(x.float(), lengths)
+
+    def train(self, mode=True):
+        return quieten(super().train(mode))
 
     def forward(self, x, lengths=None):
         """Logits of each clip, (B, C)."""
@@ -921,11 +969,13 @@ class F2C2V(nn.Module):
     row of clip j - 1, those of the first from the class token; the dropout of Enc_frame, frozen as
     it is, stays active.
     """
+    takes = "order"
 
     def __init__(self, dim, classes, mlp=1024, released=False, crf=False, per_clip=False,
                  tune=False, dropout=0.1, **shape):
         super().__init__()
         self.released, self.per_clip, self.tune = released, per_clip, tune
+        self.hide_last = released
         self.frames, self.clips = (Encoder(dim, dropout=dropout, **shape) for _ in range(2))
         self.head = head(dim, mlp, classes, dropout)
         self.crf = CRF(classes) if crf else None
@@ -937,10 +987,7 @@ class F2C2V(nn.Module):
     embed = F2C.embed
 
     def train(self, mode=True):
-        super().train(mode)
-        if not self.tune and not self.released:
-            self.frames.eval()
-        return self
+        return quieten(super().train(mode))
 
     def forward(self, x, order):
         """x: (U, 16, D) clips; order: (B, N), which of them each video consists of, then PAD.
@@ -1027,10 +1074,11 @@ def cross_entropy(logits, labels, weights=None):
     """(Σ_i w_yi CE_i, Σ_i w_yi): a mean is their quotient.    (M, C), (M,); labels PAD are not
     counted.
     """
-    keep = labels != PAD
-    logits, labels = logits[keep].float(), labels[keep]
-    total = F.cross_entropy(logits, labels, weights, reduction="sum")
-    return total, torch.ones_like(logits[:, 0]).sum() if weights is None else weights[labels].sum()
+    total = F.cross_entropy(logits.float(), labels, weights, ignore_index=PAD, reduction="sum")
+    each = labels != PAD
+    if weights is not None:
+        each = each * weights[labels.clamp(min=0)]
+    return total, each.sum()
 
 
 def over_all(total, count):
@@ -1172,9 +1220,9 @@ TIMM = ("https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k/r
 class Pictures(IterableDataset):
     """What φ needs of each video, in pieces of bounded size, by as many processes as there are.
 
-    Yields (video, times or spans, pieces for φ, is it the last one?), or the video's number and
-    what is wrong with it. Pictures: uint8 (n, S, S, 3), short side scaled to S, the centre of the
-    long side; clips: (n, 3, 16, S, S), each 0.25 s after the one before.
+    Yields (video, fps, times or spans, pieces for φ, is it the last one?), or the video's number
+    and what is wrong with it. Pictures: uint8 (n, S, S, 3), short side scaled to S, the centre of
+    the long side; clips: (n, 3, 16, S, S), each 0.25 s after the one before.
     NOTE: the release cuts the picture up to 56 pixels off its centre.
     """
 
@@ -1186,19 +1234,20 @@ class Pictures(IterableDataset):
         first, every = (info.id, info.num_workers) if info else (0, 1)
         for i in range(first, len(self.paths), every):
             try:
+                fps = common.probe(Path(self.paths[i])).fps
                 pieces = self.clips_of if self.clips else self.pictures_of
                 held = None
-                for piece in pieces(Path(self.paths[i])):
+                for piece in pieces(Path(self.paths[i]), fps):
                     if held:
-                        yield i, *held, False
+                        yield i, fps, *held, False
                     held = piece
                 if held is None:
                     raise VideoError(f"{self.paths[i]}: is shorter than a clip")
-                yield i, *held, True
+                yield i, fps, *held, True
             except VideoError as e:
                 yield i, str(e)
 
-    def pictures_of(self, path):
+    def pictures_of(self, path, _):
         def size(w, h):
             return tuple(int(s * self.side / min(w, h)) for s in (w, h))
 
@@ -1207,36 +1256,38 @@ class Pictures(IterableDataset):
             x = x[:, top:top + self.side, left:left + self.side]
             yield times, torch.from_numpy(np.ascontiguousarray(x))
 
-    def clips_of(self, path):
-        ratio, kept, n = common.probe(path).fps / FPS, [], 0  # kept: (time, picture) on the grid
+    def clips_of(self, path, fps):
+        ratio, k, n = fps / FPS, 0, 0                         # position on the grid, picture
+        kept, made = [], []                                   # (time, picture), (span, clip)
         size = (round(self.side * 128 / 112), round(self.side * 171 / 112))
 
-        def clips(last):                                      # a position is sure once one follows
+        def cut_off(last):                                    # a position is sure once one follows
             while len(kept) >= FPS + (not last):
                 part = kept[:FPS]
+                made.append(((part[0][0], part[-1][0]), torch.stack([x for _, x in part], 1)))
                 del kept[:4]
-                yield (np.array([[part[0][0], part[-1][0]]]),
-                       torch.stack([x for _, x in part], 1)[None])
+            while len(made) >= 8 or (last and made):
+                spans, clips = zip(*made[:8])
+                del made[:8]
+                yield np.array(spans), torch.stack(clips)
 
-        k = 0
         for times, x in common.stream(path, chunk=16):
-            while math.floor(np.float32(k) * np.float32(ratio)) < n + len(times):
-                j = math.floor(np.float32(k) * np.float32(ratio)) - n
-                kept.append((times[j], clip_pictures(torch.from_numpy(x[j:j + 1]), size,
-                                                     self.side)[0]))
+            while (j := math.floor(np.float32(k) * np.float32(ratio)) - n) < len(times):
+                picture = clip_pictures(torch.from_numpy(x[j:j + 1]), size, self.side)[0]
+                kept.append((times[j], picture))
                 k += 1
             n += len(times)
-            yield from clips(False)
+            yield from cut_off(False)
         if not ratio.is_integer() and k > math.floor(n / ratio):
             kept.pop()                                        # as `cut_clips` counts
-        yield from clips(True)
+        yield from cut_off(True)
 
 
 def backbone(args):
     """(φ, mean and std of its pictures, what its weights are)."""
     torch.manual_seed(args.seed)
     net, name = common.feature_network(args.backbone, args.tiny), args.backbone
-    clips = name in BACKBONES[3:]
+    clips = name in OF_CLIPS
     if args.weights == "none":
         return net, HALF, f"none, seed {args.seed}"
     if args.tiny:
@@ -1262,12 +1313,13 @@ def calibrate(net, norm, paths, clips, side, spread=0.1):
     """Centre and scale the channels of a small untrained network by what it makes of some videos:
     as they are, they hardly differ from one picture to the next, and nothing is learned from them.
     """
-    made, seen = [], set()
+    made = {}
     for i, *piece in Pictures(paths, clips, side):
-        if i not in seen and len(piece) == 3:                 # the first pictures of each
-            made.append(net(piece[1] if clips else normalise(piece[1], *norm)))
-        seen.add(i)
-    z = torch.cat(made)
+        if i not in made and len(piece) == 4:                 # the first pictures of each
+            made[i] = net(piece[2] if clips else normalise(piece[2], *norm))
+    if not made:
+        raise UserError(f"{paths[0]}: can not be read, nor can the {len(paths) - 1} after it")
+    z = torch.cat(list(made.values()))
     net.shift.copy_(z.mean(0))
     net.scale.copy_(spread / z.std(0).clamp(min=1e-6))
 
@@ -1288,71 +1340,78 @@ def claim_folder(args, weights, side):
         raise UserError(fault[0])
 
 
-def save_features(args, path, rows, parts):
+def save_features(args, path, fps, parts):
     """One video's .npz: arr_0 (T, D), fps, and times (T,), or spans (T, 2) of clips."""
     seen, x = (np.concatenate(p) for p in zip(*parts))
     x = x.astype(np.float16 if args.float16 else np.float32)
     if not np.isfinite(x).all():
         raise UserError(f"{path}: its features are not finite; nothing was written")
     kind = "spans" if seen.ndim == 2 else "times"
-    common.write(path, lambda f: np.savez(f, arr_0=x, fps=common.probe(rows).fps, **{kind: seen}))
+    common.write(path, lambda f: np.savez(f, arr_0=x, fps=fps, **{kind: seen}))
+
+
+def extract_part(args, device, network, part, files, clips, side):
+    """Features of the videos that have none yet, shared out: ({name: fault}, how many made)."""
+    folder, ending = args.features / part, ".mp4.npz" if args.naming == "mp4" else ".npz"
+    if common.rank() == 0 and folder.is_dir():
+        common.remove_stale(folder)
+    common.barrier()
+    mine = [f for f in files[common.rank()::common.world_size()] if not any(
+        (folder / f"{f.stem}{e}").exists() for e in (".npz", ".mp4.npz"))]
+    common.barrier()
+    loader = DataLoader(Pictures([str(f) for f in mine], clips, side), batch_size=None,
+                        num_workers=min(args.workers, len(mine)), generator=torch.Generator())
+    failed, done, parts, began = {}, 0, {}, time.perf_counter()
+    shown = began
+    for i, *piece in loader:
+        if len(piece) == 1:
+            failed[f"{part}/{mine[i].name}"] = piece[0]
+            parts.pop(i, None)
+            print(f"warning: {piece[0]}; left out", flush=True)
+            continue
+        fps, seen, x, last = piece
+        parts.setdefault(i, []).append((np.asarray(seen), network(x.to(device))))
+        if last:
+            save_features(args, folder / f"{mine[i].stem}{ending}", fps, parts.pop(i))
+            done += 1
+        if time.perf_counter() - shown > 10:
+            shown = time.perf_counter()
+            left = (shown - began) / max(1, done) * (len(mine) - done)
+            common.say(f"{part} {done}/{len(mine)} videos of this process, ETA {left:.0f} s")
+    return failed, done
 
 
 def extract(args, device):
     """Features of every video in oops_video/train and val, each once; killed, it goes on."""
+    files = {part: sorted((args.data / "oops_video" / part).glob("*.mp4"))[:args.limit]
+             for part in ("train", "val")}
+    for part in files:
+        if not files[part]:
+            raise UserError(f"{args.data / 'oops_video' / part}: holds no .mp4 videos")
     net, norm, weights = backbone(args)
-    clips, side = args.backbone in BACKBONES[3:], (32 if args.tiny else 224)
-    side = side if args.tiny or not clips else 112
+    clips = args.backbone in OF_CLIPS
+    side = 32 if args.tiny else 112 if clips else 224
     if args.tiny:
-        some = sorted((args.data / "oops_video" / "train").glob("*.mp4"))[:16]
-        calibrate(net, norm, [str(f) for f in some], clips, side)
+        calibrate(net, norm, [str(f) for f in files["train"][:16]], clips, side)
     net = net.to(device)
     claim_folder(args, weights, side)
     if args.compile:
         net.compile()
-    ending = ".mp4.npz" if args.naming == "mp4" else ".npz"
+
+    @torch.inference_mode()
+    def network(x):
+        with common.autocast(device, args.precision):
+            return net(x if clips else normalise(x, *norm)).float().cpu().numpy()
+
     failed, totals = {}, {}
-    for part in ("train", "val"):
-        files = sorted((args.data / "oops_video" / part).glob("*.mp4"))[:args.limit]
-        if not files:
-            raise UserError(f"{args.data / 'oops_video' / part}: holds no .mp4 videos")
-        folder = args.features / part
-        if common.rank() == 0 and folder.is_dir():
-            common.remove_stale(folder)
-        common.barrier()
-        mine = [f for f in files[common.rank()::common.world_size()] if not any(
-            (folder / f"{f.stem}{e}").exists() for e in (".npz", ".mp4.npz"))]
-        common.barrier()
-        loader = DataLoader(Pictures([str(f) for f in mine], clips, side), batch_size=None,
-                            num_workers=min(args.workers, len(mine)),
-                            generator=torch.Generator())
-        began, done, parts = time.perf_counter(), 0, {}
-        shown = began
-        for i, *piece in loader:
-            if len(piece) == 1:
-                failed[f"{part}/{mine[i].name}"] = piece[0]
-                parts.pop(i, None)
-                print(f"warning: {piece[0]}; left out", flush=True)
-                continue
-            seen, x, last = piece
-            x = x.to(device)
-            with torch.inference_mode(), common.autocast(device, args.precision):
-                z = net(x if clips else normalise(x, *norm)).float().cpu().numpy()
-            parts.setdefault(i, []).append((np.asarray(seen), z))
-            if last:
-                save_features(args, folder / f"{mine[i].stem}{ending}", mine[i], parts.pop(i))
-                done += 1
-            if time.perf_counter() - shown > 10:
-                shown = time.perf_counter()
-                left = (shown - began) / max(1, done) * (len(mine) - done)
-                common.say(f"{part} {done}/{len(mine)} videos of this process, ETA {left:.0f} s")
-        counts = common.mean({"made": done, "failed": len(failed)})
-        totals |= {f"{part}_videos": len(files),
-                   f"{part}_made": round(counts["made"] * common.world_size())}
-    every = [failed] * common.world_size()
-    if common.world_size() > 1:
-        dist.all_gather_object(every, failed)
-    failed = {k: v for f in every for k, v in sorted(f.items())}
+    for part in files:
+        broken, done = extract_part(args, device, network, part, files[part], clips, side)
+        every = [(broken, done)] * common.world_size()
+        if common.world_size() > 1:
+            dist.all_gather_object(every, (broken, done))
+        failed |= {k: v for faults, _ in every for k, v in sorted(faults.items())}
+        totals |= {f"{part}_videos": len(files[part]),
+                   f"{part}_made": sum(made for _, made in every)}
     if common.rank() == 0:
         common.write_json(args.out / "metrics.json", {**totals, "unreadable": failed,
                                                       "weights": weights, "dim": net.out_dim})
@@ -1378,7 +1437,7 @@ class ClipPretext(Dataset):
         c = draw_clip_choices(rng, v.frames, self.names, a.clip_len, a.crops,
                               a.compat == "released")
         made = transform_clips(v.frames, c, self.names, a.clip_len)
-        x = read_rows(v.path, np.concatenate([frames for _, frames in made]))
+        x = read_rows(v, np.concatenate([frames for _, frames in made]))
         return {"clips": x.split([len(frames) for _, frames in made]),
                 "label": torch.tensor([self.names.index(name) for name, _ in made])}
 
@@ -1397,7 +1456,7 @@ class VideoPretext(ClipPretext):
                                self.names)
         clips, order = np.unique(np.concatenate([frames for _, frames in made]), axis=0,
                                  return_inverse=True)
-        x = read_rows(v.path, clips.ravel())
+        x = read_rows(v, clips.ravel())
         return {"pool": x.view(*clips.shape, -1),                             # (U, 16, D)
                 "order": torch.from_numpy(order.ravel()).split([len(f) for _, f in made]),
                 "label": torch.tensor([label_of(n, self.names, released) for n, _ in made])}
@@ -1415,7 +1474,7 @@ class LabelledClips(Dataset):
     def __getitem__(self, key):
         i, j, label = self.table[key[1]]
         video = self.videos[i]
-        return {"x": read_rows(video.path, cut(video, self.step)[0][j]), "label": label}
+        return {"x": read_rows(video, cut(video, self.step)[0][j]), "label": label}
 
 
 class LabelledVideos(Dataset):
@@ -1433,14 +1492,12 @@ class LabelledVideos(Dataset):
         video = self.videos[key[1] if isinstance(key, tuple) else key]
         frames, spans = cut(video, self.step)
         which, labels = targets(self.args, video, spans, self.step)
-        if isinstance(key, tuple):                            # training: what has labels
-            frames, order = frames[which], [torch.arange(len(which))]
-        else:
-            order = [torch.arange(p, len(frames), self.phases)
-                     for p in range(min(self.phases, len(frames)))]
-        x = read_rows(video.path, frames.ravel())
-        return {"pool": x.view(*frames.shape, -1), "order": order,
-                "label": torch.from_numpy(labels), "t": video.note.t[1] / video.note.len}
+        frames = frames[which]                                # what may not be seen is not
+        x = read_rows(video, frames.ravel())
+        return {"pool": x.view(*frames.shape, -1), "label": torch.from_numpy(labels),
+                "order": [torch.arange(p, len(frames), self.phases)
+                          for p in range(min(self.phases, len(frames)))],
+                "time": torch.tensor([video.note.t[1], video.note.len])}
 
 
 def targets(args, video, spans, step):
@@ -1452,29 +1509,31 @@ def targets(args, video, spans, step):
 
 
 def collate_clips(items):
-    """Clips of all items, shorter ones filled with PAD: x (S, L, D), their lengths, labels (S,)."""
+    """Clips of all items, shorter ones filled with PAD: x (S, L, D); labels (S,); length (S,), if
+    there are shorter ones.
+    """
     clips = [clip for item in items for clip in item["clips"]]
-    lengths = torch.tensor([len(c) for c in clips])
+    length = torch.tensor([len(c) for c in clips])
     return {"x": nn.utils.rnn.pad_sequence(clips, True, PAD), "label": torch.cat(
-        [item["label"] for item in items]), "order": lengths,
-        "broken": [item.get("broken", "") for item in items]}
+        [item["label"] for item in items]), "broken": [item.get("broken", "") for item in items],
+        **({"length": length} if length.min() < length.max() else {})}
 
 
 def collate_videos(items):
     """The clips of all items one behind the other: x (U, 16, D); which of them each sequence has:
     order (S, N), then PAD; labels, of the sequences (S,) or of their clips (S, N).
     """
-    order, first = [], 0
+    order, first, labels = [], 0, [item["label"] for item in items]
     for item in items:
         order += [first + o for o in item["order"]]
         first += len(item["pool"])
-    per_video = "t" not in items[0]
-    labels = [item["label"] for item in items]
     batch = {"x": torch.cat([item["pool"] for item in items]),
              "order": nn.utils.rnn.pad_sequence(order, True, PAD),
-             "label": torch.cat(labels) if per_video else nn.utils.rnn.pad_sequence(
-                 labels, True, PAD), "broken": [item.get("broken", "") for item in items]}
-    return batch if per_video else {**batch, "t": torch.tensor([item["t"] for item in items])}
+             "broken": [item.get("broken", "") for item in items]}
+    if "time" not in items[0]:
+        return {**batch, "label": torch.cat(labels)}
+    return {**batch, "label": nn.utils.rnn.pad_sequence(labels, True, PAD),
+            "time": torch.stack([item["time"] for item in items])}
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -1483,21 +1542,20 @@ def prepare(args, path):
     """Take from the checkpoint what the flags leave open of the network's shape; returns what is
     known of it. None for `--init none`.
     """
-    made = None if path in (None, "none") else describe(Path(path))
-    if args.stage in ("localize", "evaluate"):
-        args.level, args.loss = made["level"], made.get("loss") or "ce"
-        args.step = made.get("step") or (1.0 if args.level == "video" else 0.25)
-        args.anticipate = args.anticipate or made.get("anticipate")
-    for key, default in SHAPE.items():
-        given, known = getattr(args, key), (made or {}).get(key)
+    known = None if path in (None, "none") else describe(Path(path))
+    wanted = dict(SHAPE)
+    if args.stage in TESTS:                                   # the classifier, as it was trained
+        wanted |= {"level": None, "loss": "ce", "anticipate": None,
+                   "step": 1.0 if known["level"] == "video" else 0.25}
+    for key, default in [*wanted.items(), ("compat", args.compat)]:
+        given, made = getattr(args, key), (known or {}).get(key)
         if given is None:
-            setattr(args, key, default if known is None else known)
-        elif known is not None and given != known:
-            raise UserError(f"{path}: was made with --{key} {known}, now it is {given}")
-    if made and made.get("compat", args.compat) != args.compat:
-        raise UserError(f"{path}: was made with --compat {made['compat']}, now it is "
-                        f"{args.compat}")
-    return made
+            setattr(args, key, default if made is None else made)
+        elif made is not None and given != made:
+            raise UserError(f"{path}: was made with --{key} {made}, now it is {given}")
+    if args.stage == "localize" and args.anticipate:
+        raise UserError(f"{path}: foresees labels, it has no time to localize; --stage evaluate")
+    return known
 
 
 def build(args, dim, classes, level, per_clip=False, crf=False):
@@ -1512,22 +1570,24 @@ def build(args, dim, classes, level, per_clip=False, crf=False):
     return F2C2V(dim, classes, **options, per_clip=per_clip, tune=args.finetune_frames)
 
 
-def initialise(args, model, made, dim):
+def initialise(args, model, known, dim):
     """Fill the encoders: of F2C the frame encoder alone, of F2C2V both; heads are new."""
-    if made is None:
+    if known is None:
         return common.say("init none: random weights")
-    if made["dim"] != dim:
-        raise UserError(f"{args.init}: is of features of {made['dim']} numbers, those of "
+    if known["dim"] != dim:
+        raise UserError(f"{args.init}: is of features of {known['dim']} numbers, those of "
                         f"{args.features} have {dim}")
-    both = made["level"] == "video" and hasattr(model, "clips")
+    both = known["level"] == "video" and isinstance(model, F2C2V)
     common.load_weights(model, Path(args.init), layouts(args.layers, heads=False),
                         ("frames.", "clips.") if both else "frames.")
 
 
-def train(args, device, model, dataset, collate, losses, validate, **made):
+def train(args, device, model, dataset, collate, losses, validate):
     """The loop of all stages. losses: (output, batch) -> terms; validate: model -> metrics, of
     which `val_top1` may choose the checkpoint.
     """
+    names = "\n".join(v.name for v in dataset.videos)
+    samples = f"{len(dataset)} (list {zlib.crc32(names.encode()):08x})"
     dataset = common.SkipBroken(dataset, args.seed)
     if args.compile:
         model.compile()
@@ -1535,10 +1595,10 @@ def train(args, device, model, dataset, collate, losses, validate, **made):
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=args.weight_decay)
     if common.world_size() > 2:
-        common.settle(ddp, *inputs(model, collate([dataset[0, 0]]), device))
+        common.settle(ddp, *inputs(model, to_device(collate([dataset[0, 0]]), device)))
     saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
     start, best = saved["step"], saved.get("best", -math.inf)
-    common.same_samples(saved, len(dataset), args.out)
+    common.same_samples(saved, samples, args.out)
 
     per_epoch = len(dataset) // args.batch_size
     steps = args.epochs * per_epoch
@@ -1553,9 +1613,10 @@ def train(args, device, model, dataset, collate, losses, validate, **made):
         for group in optimizer.param_groups:
             group["lr"] = lr
         common.seed_step(args.seed, step, common.rank())      # dropout repeats after a restart
+        batch = to_device(batch, device)
         with common.autocast(device, args.precision):
-            out = ddp(*inputs(model, batch, device))
-        terms = losses(out, {k: v.to(device) for k, v in batch.items()})
+            out = ddp(*inputs(model, batch))
+        terms = losses(out, batch)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
         norm = nn.utils.clip_grad_norm_(learned, 1.0)
@@ -1569,13 +1630,13 @@ def train(args, device, model, dataset, collate, losses, validate, **made):
             measured = validate(model.eval())
             if args.select == "last" or measured["val_top1"] > best:
                 best = measured["val_top1"]
-                common.save(args.out / "best.pt", step + 1, args, model=model, **made)
+                common.save(args.out / "best.pt", step + 1, args, model=model)
             ddp.train()
             log.since += time.perf_counter() - began          # not part of the training speed
         log(step, saving, **terms, gradient=norm, lr=lr, **measured)
         if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
-                        best=best, samples=len(dataset), **made)
+                        best=best, samples=samples)
     common.barrier()
     if common.rank() == 0:
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
@@ -1584,45 +1645,50 @@ def train(args, device, model, dataset, collate, losses, validate, **made):
     return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
 
 
-def inputs(model, batch, device):
-    """What a model takes of a batch: clips, and their lengths where not all are full, or the order
-    of them in videos.
-    """
-    x, order = batch["x"], batch.get("order")
-    if order is not None and not hasattr(model, "clips") and (
-            order.dim() == 2 or bool((order == x.shape[1]).all())):
-        order = None
-    return [v.to(device, non_blocking=True) for v in (x, order) if v is not None]
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
 
 
-def finish(args, metrics, words=""):
+def inputs(model, batch):
+    """What a model takes of a batch: clips, and their lengths, or their order in videos."""
+    return [batch["x"], *(batch[k] for k in [model.takes] if k in batch)]
+
+
+def finish(args, metrics):
     """metrics.json and a line of the console."""
     if common.rank() == 0:
         common.write_json(args.out / "metrics.json", metrics)
     common.say("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()
-                         if isinstance(v, (int, float))) + words)
+                         if isinstance(v, (int, float))))
 
 
-def pretrain(args, device, made):
+# ---- stages f2c and f2c2v (official files: rep_learning/main.py, train.py) ----------------------
+
+def pretext_videos(args, part):
+    """The videos of a part of which at least one transformation can be made."""
+    videos, names = scan(args, part), args.transforms.split(",")
+    if videos[0].spans is not None:
+        raise UserError(f"{args.features}: holds features of clips; the pre-training needs those "
+                        "of pictures")
+    long = [v for v in videos if possible(v.frames, names, args.stage == "f2c2v", args.clip_len,
+                                          args.compat == "released")]
+    common.say(f"{part}: {len(videos) - len(long)} videos are too short and left out")
+    if not long:
+        raise UserError(f"{args.features}: no {part} video is long enough")
+    return long
+
+
+def pretrain(args, device, known):
     """F2C or F2C2V: tell the transformations apart, on labelled and unlabelled videos alike."""
-    video, sets = args.stage == "f2c2v", []
-    need = 16 if video else args.clip_len + 1
-    for part in ("train", "val"):
-        videos = scan(args, part)
-        if videos[0].spans is not None:
-            raise UserError(f"{args.features}: holds features of clips; the pre-training needs "
-                            "those of pictures")
-        long = [v for v in videos if v.frames >= need]
-        common.say(f"{part}: {len(videos) - len(long)} videos of less than {need} frames left out")
-        sets.append((VideoPretext if video else ClipPretext)(long, args))
-    if not len(sets[1]):
-        raise UserError(f"{args.features / 'val'}: no video is long enough")
-    collate = collate_videos if video else collate_clips
-    dim, classes = sets[1].videos[0].dim, len(args.transforms.split(","))
+    video = args.stage == "f2c2v"
+    videos, val = pretext_videos(args, "train"), pretext_videos(args, "val")
+    same_kind([*videos, *val])
+    dataset, checked = ((VideoPretext if video else ClipPretext)(v, args) for v in (videos, val))
+    collate, names = collate_videos if video else collate_clips, args.transforms.split(",")
     torch.manual_seed(args.seed)                              # the same weights on every process
-    model = build(args, dim, classes, "video" if video else "clip").to(device)
+    model = build(args, val[0].dim, len(names), "video" if video else "clip").to(device)
     if not (args.out / "last.pt").exists():
-        initialise(args, model, made, dim)
+        initialise(args, model, known, val[0].dim)
 
     def losses(logits, batch):
         total, n = cross_entropy(logits, batch["label"])
@@ -1630,52 +1696,57 @@ def pretrain(args, device, made):
         return {"loss": over_all(total, n), "top1": over_all(hits, n)}
 
     def validate(model):
-        def network(items, batch):
+        def network(_, batch):
             label = batch["label"].to(device)
-            logits = model(*inputs(model, batch, device)).float()
+            logits = model(*inputs(model, to_device(batch, device))).float()
             lost = F.cross_entropy(logits, label, reduction="none")
             rows = torch.stack([lost, (logits.argmax(1) == label).float(), label.float()], 1)
             return [rows.split(batch["count"])]
-        rows, = common.predict(args, device, sets[1], network, "val", 16, lambda items: {
+        rows, = common.predict(args, device, checked, network, "val", 16, lambda items: {
             **collate(items), "count": [len(item["label"]) for item in items]})
         loss, hit, label = np.concatenate(rows).T
         per_class = {f"val_{n}": float(hit[label == c].mean())
-                     for c, n in enumerate(args.transforms.split(",")) if (label == c).any()}
+                     for c, n in enumerate(names) if (label == c).any()}
         return {"val_loss": float(loss.mean()), "val_top1": float(hit.mean()), **per_class}
 
-    finish(args, train(args, device, model, sets[0], collate, losses, validate))
+    finish(args, train(args, device, model, dataset, collate, losses, validate))
 
 
-# ---- classification, localization, anticipation -------------------------------------------------
+# ---- stage classify (official files: action_classification/, transformer2x/, r21d/mainr21d.py) --
 
 class ClipMLP(nn.Module):
-    """Of features of clips, R(2+1)D-18's: a network of two hidden layers (r21d/mainr21d.py)."""
+    """Of features of clips, R(2+1)D-18's: two hidden layers, no pre-training (r21d/mainr21d.py).
 
-    def __init__(self, dim, classes):
+    NOTE: the release trains it with Adam, we with AdamW as all others.
+    """
+    takes, crf = "length", None
+
+    def __init__(self, dim, classes, dropout=0.1):
         super().__init__()
-        self.head = nn.Sequential(
-            nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128), nn.Dropout(0.1),
-            nn.ReLU(), nn.Linear(128, classes))
-        self.crf = None
+        p = dropout and 0.1
+        self.head = nn.Sequential(nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(p),
+                                  nn.Linear(256, 128), nn.Dropout(p), nn.ReLU(),
+                                  nn.Linear(128, classes))
 
-    def forward(self, x):
+    def forward(self, x, lengths=None):
         """(B, 1, D) -> (B, C)"""
         return self.head(x[:, 0].float())
 
 
-def classifier(args, dim, of_clips):
-    """The model of stage `classify`."""
-    if of_clips:
-        if args.level == "video" or args.loss != "ce":
-            raise UserError(f"{args.features}: holds features of clips: --level clip --loss ce")
-        return ClipMLP(dim, 3)
+def classifier(args, video):
+    """The model of stage `classify`, for features like those of a Video."""
+    if video.spans is not None:
+        if args.level == "video" or args.loss != "ce" or args.freeze:
+            raise UserError(f"{args.features}: holds features of clips: --level clip --loss ce, "
+                            "without --freeze")
+        return ClipMLP(video.dim, 3, args.dropout)
     regress = args.loss == "regression"
-    return build(args, dim, 1 if regress else 3, args.level, per_clip=not regress,
+    return build(args, video.dim, 1 if regress else 3, args.level, per_clip=not regress,
                  crf=args.loss == "crf")
 
 
-def labelled(args):
-    """(training videos, validation videos) with their annotations."""
+def annotations(args):
+    """{name: Annotation} of the transition times below --data."""
     path = find(args.data, "transition_times.json")
     if path is None:
         raise UserError(f"{args.data}: holds no transition_times.json; it comes with the official "
@@ -1686,149 +1757,169 @@ def labelled(args):
 
 
 def clip_table(args, videos):
-    """(M, 3) of video, clip and label, for training at clip level, and the labels' counts."""
+    """(M, 3) of video, clip and label, for training at clip level, balanced unless --unbalanced."""
     step, rows, counts = round(args.step * FPS), [], np.zeros(3, int)
+    single = args.level == "clip" and args.loss == "ce"
     for i, video in enumerate(videos):
         which, labels = targets(args, video, cut(video, step)[1], step)
         counts += np.bincount(labels, minlength=3)
         if len(labels):
             rng = np.random.default_rng((args.seed, i, 4))
-            keep = np.arange(len(labels)) if args.unbalanced else balanced(labels, rng)
-            rows.append(np.stack([np.full(len(keep), i), which[keep], labels[keep]], 1))
-    return np.concatenate(rows), counts
+            keep = balanced(labels, rng) if single and not args.unbalanced else slice(None)
+            labels, which = labels[keep], which[keep]
+            rows.append(np.stack([np.full(len(which), i), which, labels], 1))
+    if not rows:
+        raise UserError(f"{args.data}: no training video has a clip to show and a label for it")
+    common.say(f"labels of the training clips, {args.step:g} s apart: "
+               + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
+    return np.concatenate(rows)
 
 
 def weights_of(args, counts):
     """Class weights of the cross entropy, (3,) or None: the most frequent label's count over each.
     """
-    if args.class_weights == "none" or args.loss != "ce":
+    if args.class_weights == "none":
         return None
     if args.class_weights == "published":
         return torch.tensor(PUBLISHED_WEIGHTS, dtype=torch.float32)
     if not counts.all():
         raise UserError(f"--class_weights computed: a label has no training clip: {counts}")
-    return torch.tensor(counts.max() / counts, dtype=torch.float32)
+    weights = torch.tensor(counts.max() / counts, dtype=torch.float32)
+    common.say(f"class weights {[round(float(w), 4) for w in weights]}")
+    return weights
 
 
-def sequence_loss(args, model, out, batch):
-    """-log p of the labels of each video under the CRF: summed over a batch at video level, the
-    mean at clip level. NOTE: the release sums over one process's videos, then takes the mean over
-    processes; the sum over all of them does not depend on how many there are.
+def clip_losses(args, model, weights):
+    """(output, batch) -> loss and accuracy of clips, by cross entropy or CRF.
+
+    The CRF's loss is summed over a batch at video level, the mean at clip level. NOTE: the release
+    sums over one process's videos, then takes the mean over processes; the sum over all of them
+    does not depend on how many there are.
     """
-    label, n = batch["label"], (batch["label"] != PAD).sum(1)
-    q = restack(out, batch["order"]) if out.dim() == 2 else out
-    nll = crf_nll(q.float(), label, n, model.crf).sum()
-    videos = over_all(nll, torch.tensor(float(len(label)), device=label.device))
-    total = over_all(nll, torch.tensor(1.0 / common.world_size(), device=label.device))
-    return q, total if args.level == "video" else videos
-
-
-def classify(args, device, made):
-    """Fine-tune on labelled videos: at clip level, at video level, with or without CRF."""
-    notes = labelled(args)
-    videos, val = scan(args, "train", notes), scan(args, "val", notes)
-    step = round(args.step * FPS)
-    table, counts = clip_table(args, videos)
-    common.say(f"labels of the training clips, {args.step:g} s apart: "
-               + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
-    single = args.level == "clip" and args.loss == "ce"
-    if single:
-        dataset, collate = LabelledClips(videos, table, step), torch.utils.data.default_collate
-    else:
-        held = [videos[i] for i in np.unique(table[:, 0])]
-        dataset, collate = LabelledVideos(held, args, step), collate_videos
-    torch.manual_seed(args.seed)
-    model = classifier(args, videos[0].dim, videos[0].spans is not None).to(device)
-    if not (args.out / "last.pt").exists() and not isinstance(model, ClipMLP):
-        initialise(args, model, made, videos[0].dim)
-    if args.freeze and not isinstance(model, ClipMLP):
-        model.frames.requires_grad_(False)
-        if args.level == "video":
-            model.clips.requires_grad_(False)
-    weights = weights_of(args, counts)
-    if weights is not None:
-        common.say(f"class weights {[round(float(w), 4) for w in weights]}")
-        weights = weights.to(device)
-
     def losses(out, batch):
-        if args.loss == "regression":
-            t = batch["t"].float()
-            near = ((out[:, 0].sigmoid() - t).abs() < 0.1).float().sum()
-            one = torch.tensor(1.0 / common.world_size(), device=device)
-            n = torch.tensor(float(len(t)), device=device)
-            return {"loss": over_all(regression_loss(out[:, 0], t), one), "top1": over_all(near, n)}
+        label = batch["label"]
         if args.loss == "crf":
-            out, loss = sequence_loss(args, model, out, batch)
-        logits, label = out.flatten(0, -2), batch["label"].flatten()
+            out = restack(out, batch["order"]) if args.level == "clip" else out
+            nll = crf_nll(out.float(), label, (label != PAD).sum(1), model.crf).sum()
+            videos = torch.tensor(len(label), device=label.device)
+            loss = nll * common.world_size() if args.level == "video" else over_all(nll, videos)
+        logits, label = out.flatten(0, -2), label.flatten()
         if args.loss == "ce":
             loss = over_all(*cross_entropy(logits, label, weights))
         hits = ((logits.argmax(1) == label) & (label != PAD)).float().sum()
         return {"loss": loss, "top1": over_all(hits, (label != PAD).sum())}
+    return losses
+
+
+def time_losses(out, batch):
+    """Loss of the regression variant, summed over the batch, and the share within 1.5 s."""
+    t, length = batch["time"].float().unbind(1)
+    near = ((out[:, 0].float().sigmoid() * length - t).abs() <= 1.5).float().sum()
+    return {"loss": regression_loss(out[:, 0], t / length) * common.world_size(),
+            "top1": over_all(near, torch.tensor(len(t), device=t.device))}
+
+
+def clip_metrics(args, device, model, videos, step):
+    """Loss, accuracy, and accuracy per class of the clips of all validation videos."""
+    found = predict_clips(args, device, model, videos, step)
+    label, tags, prob = stack(args, videos, found, step)
+    overall, each = accuracy(label, tags)
+    lost = -np.log(np.maximum(prob[np.arange(len(label)), label], 1e-12)).mean()
+    return {"val_loss": float(lost), "val_top1": overall,
+            **{f"val_{n}": x for n, x in zip(LABELS, each) if x == x}}
+
+
+def classify(args, device, known):
+    """Fine-tune on labelled videos: at clip level, at video level, with or without CRF."""
+    notes, step = annotations(args), round(args.step * FPS)
+    videos, val = scan(args, "train", notes), scan(args, "val", notes)
+    same_kind([*videos, *val])
+    table = clip_table(args, videos)
+    if args.level == "clip" and args.loss == "ce":
+        dataset, collate = LabelledClips(videos, table, step), torch.utils.data.default_collate
+    else:
+        dataset = LabelledVideos([videos[i] for i in np.unique(table[:, 0])], args, step)
+        collate = collate_videos
+    if args.anticipate and args.level == "video" or args.loss == "crf" and args.anticipate:
+        common.say("note: a model of whole videos sees the clips that follow, what it anticipates "
+                   "among them, as in the release; --level clip --loss ce does not")
+    torch.manual_seed(args.seed)
+    model = classifier(args, val[0]).to(device)
+    if not (args.out / "last.pt").exists() and not isinstance(model, ClipMLP):
+        initialise(args, model, known, val[0].dim)
+    if args.freeze:
+        for part in model.children():
+            part.requires_grad_(not isinstance(part, Encoder))
+    weights = weights_of(args, np.bincount(table[:, 2], minlength=3))
+    losses = clip_losses(args, model, weights if weights is None else weights.to(device))
 
     def validate(model):
-        if args.loss == "regression":
-            found = regress_videos(args, device, model, val)
-            near = np.mean([abs(t - v.note.t[1]) <= 1.5 for t, v in zip(found, val)])
-            return {"val_top1": float(near)}
-        label, tags, prob = stack(args, val, predict_clips(args, device, model, val, step), step)
-        overall, each = accuracy(label, tags)
-        lost = -np.log(np.maximum(prob[np.arange(len(label)), label], 1e-12)).mean()
-        return {"val_loss": float(lost), "val_top1": overall,
-                **{f"val_{n}": x for n, x in zip(LABELS, each) if x == x}}
+        if args.loss != "regression":
+            return clip_metrics(args, device, model, val, step)
+        found = regress_videos(args, device, model, val)
+        return {"val_top1": float(np.mean([abs(t - v.note.t[1]) <= 1.5
+                                           for t, v in zip(found, val)]))}
 
-    metrics = train(args, device, model, dataset, collate, losses, validate)
+    metrics = train(args, device, model, dataset, collate,
+                    time_losses if args.loss == "regression" else losses, validate)
     finish(args, {**metrics, "step_s": args.step, "val_videos": len(val),
                   "chosen_on": {"val": "the validation videos, as published",
                                 "last": "nothing: the last epoch"}[args.select]})
 
 
+# ---- stages localize and evaluate (official files: action_localization/main_al.py, test.py) -----
+
 @torch.inference_mode()
 def predict_clips(args, device, model, videos, step):
     """[(p(label) (N, 3), most probable labels (N,))] of each video's clips, `step` grid positions
-    apart. With a CRF: posterior marginals and Viterbi's labels.
+    apart, as far as --anticipate shows them. With a CRF: posterior marginals and Viterbi's labels.
 
     A model of sequences reads clips as far apart as in training: nearer ones as several sequences.
     """
-    phases = max(1, round(args.step * FPS) // step)
     alone = isinstance(model, (F2C, ClipMLP)) and model.crf is None
+    phases = 1 if alone else max(1, round(args.step * FPS) // step)
+    crf = copy.deepcopy(model.crf).cpu() if model.crf else None               # no loop on a GPU
 
-    def network(items, batch):
-        x, order = batch["x"].to(device), batch["order"].to(device)
-        out = model(x) if isinstance(model, (F2C, ClipMLP)) else model(x, order)
+    def network(_, batch):
+        out = model(*inputs(model, to_device(batch, device))).float()
         if alone:
-            p = out.float().softmax(1)
+            p = out.softmax(1)
             return [[p], [p.argmax(1)]]
-        q = (restack(out, order) if out.dim() == 2 else out).float()          # (phases, n, 3)
-        n, keep = (order != PAD).sum(1), order != PAD
-        # NOTE: the release localizes by the softmax of the CRF's inputs.
-        by_crf = model.crf is not None and args.compat == "fixed"
-        p = crf_marginals(q, n, model.crf) if by_crf else q.softmax(2)
-        tags = q.argmax(2)
-        if model.crf is not None:
-            tags = nn.utils.rnn.pad_sequence(crf_viterbi(q, n, model.crf), True, PAD).to(device)
-        back = order[keep].argsort()
-        return [[p[keep][back]], [tags[keep][back]]]
+        order = batch["order"]
+        q = (out if out.dim() == 3 else restack(out, order.to(device))).cpu()
+        n, there = (order != PAD).sum(1), order != PAD        # (phases,), (phases, n)
+        p, tags = q.softmax(2), q.argmax(2)
+        if crf is not None:
+            # NOTE: the release localizes by the softmax of the CRF's inputs.
+            p = crf_marginals(q, n, crf) if args.compat == "fixed" else p
+            tags = nn.utils.rnn.pad_sequence(crf_viterbi(q, n, crf), True, PAD)
+        back = order[there].argsort()
+        return [[p[there][back]], [tags[there][back]]]
 
-    dataset = LabelledVideos(videos, args, step, 1 if alone else phases)
+    shown = [len(targets(args, v, cut(v, step)[1], step)[0]) > 0 for v in videos]
+    dataset = LabelledVideos([v for v, s in zip(videos, shown) if s], args, step, phases)
     found = common.predict(args, device, dataset, network, "val", 1, collate_videos)
-    return list(zip(found[0], (tags.astype(int) for tags in found[1])))
+    pairs = iter([(p, tags.astype(int)) for p, tags in zip(*found)])
+    return [next(pairs) if s else (np.zeros((0, 3)), np.zeros(0, int)) for s in shown]
 
 
 def regress_videos(args, device, model, videos):
     """t̂ of each video: the model's share of its length."""
     dataset = LabelledVideos(videos, args, round(args.step * FPS))
     found, = common.predict(args, device, dataset, lambda _, batch: [
-        model(*inputs(model, batch, device))[:, 0].float().sigmoid()], "val", 1, collate_videos)
+        model(*inputs(model, to_device(batch, device)))[:, 0].float().sigmoid()], "val", 1,
+        collate_videos)
     return [float(x) * v.note.len for x, v in zip(found, videos)]
 
 
 def stack(args, videos, found, step):
     """(labels, most probable labels, p (M, 3)) of all clips that count, video after video."""
-    rows = []
-    for video, (prob, tags) in zip(videos, found):
-        which, labels = targets(args, video, cut(video, step)[1], step)
-        rows.append((labels, tags[which], prob[which]))
-    return [np.concatenate(column) for column in zip(*rows)]
+    rows = [(targets(args, video, cut(video, step)[1], step)[1], tags, prob)
+            for video, (prob, tags) in zip(videos, found)]
+    labels, tags, prob = (np.concatenate(column) for column in zip(*rows))
+    if not len(labels):
+        raise UserError(f"--anticipate {args.anticipate}: no validation video is long enough")
+    return labels, tags, prob
 
 
 def references(args, videos, tolerances):
@@ -1848,16 +1939,8 @@ def references(args, videos, tolerances):
     return metrics
 
 
-def localize(args, device, model, videos):
-    """Transition times from clips 0.25 s apart: metrics, and [t̂]; writes localization.csv."""
-    if args.loss == "regression":
-        times = regress_videos(args, device, model, videos)
-    else:
-        found = predict_clips(args, device, model, videos, 4)
-        spans = [cut(v, 4)[1] for v in videos]
-        times = [predicted_time(p[:, 1], s) for (p, _), s in zip(found, spans)]
-        if common.rank() == 0:
-            draw_timeline(args, videos, found, times)
+def localize(args, videos, times):
+    """Metrics of the predicted transition times, beside the references; writes localization.csv."""
     errors = [distance(t, v.note.t) for t, v in zip(times, videos)]
     if common.rank() == 0:
         write_csv(args.out / "localization.csv", [
@@ -1868,6 +1951,48 @@ def localize(args, device, model, videos):
             **references(args, videos, args.tolerance), "videos": len(videos)}
 
 
+def score_clips(args, videos, found, step, key):
+    """Accuracy of clips, in %, overall and per class; writes the predictions."""
+    label, tags, _ = stack(args, videos, found, step)
+    overall, each = accuracy(label, tags)
+    if common.rank() == 0:
+        write_predictions(args, videos, found, step, f"predictions_{key}.csv")
+    return {f"{key}_accuracy": 100 * overall, f"{key}_clips": len(label),
+            **{f"{key}_{n}": 100 * x for n, x in zip(LABELS, each) if x == x}}
+
+
+def evaluate(args, device, known):
+    """A classifier on all validation videos: clips 0.25 s and 1 s apart, and times; or, if it
+    anticipates, clips by both protocols.
+    """
+    videos = scan(args, "val", annotations(args))
+    if known["dim"] != videos[0].dim:
+        raise UserError(f"{args.init}: is of features of {known['dim']} numbers, those of "
+                        f"{args.features} have {videos[0].dim}")
+    model = classifier(args, videos[0])
+    common.load_weights(model, Path(args.init), layouts(args.layers))
+    model, metrics, found = model.to(device).eval(), {}, {}
+    steps = [4, 16] if args.stage == "evaluate" else [4]
+    for step in steps if args.loss != "regression" else []:
+        for protocol in ("paper", "oops") if args.anticipate else ("",):
+            ahead = (args.anticipate or 0) * FPS / step
+            if protocol == "oops" and ahead % 1:              # no clip lies so far back
+                continue
+            args.anticipate_protocol = protocol
+            found[step] = predict_clips(args, device, model, videos, step)
+            if args.stage == "evaluate":
+                key = f"{protocol}{'_' if protocol else ''}step_{step / FPS:g}s"
+                metrics |= score_clips(args, videos, found[step], step, key)
+    if args.loss == "regression":
+        metrics |= localize(args, videos, regress_videos(args, device, model, videos))
+    elif not args.anticipate:
+        times = [predicted_time(p[:, 1], cut(v, 4)[1]) for (p, _), v in zip(found[4], videos)]
+        metrics |= localize(args, videos, times)
+        if common.rank() == 0:
+            draw_timeline(args, videos, found[4], times)
+    finish(args, {**metrics, "checkpoint": str(args.init), "anticipate_s": args.anticipate})
+
+
 def write_csv(path, rows):
     """Rows with the names quoted where they need it."""
     def content(f):
@@ -1875,35 +2000,6 @@ def write_csv(path, rows):
         csv.writer(text).writerows(rows)
         text.detach()
     common.write(path, content)
-
-
-def evaluate(args, device, made):
-    """A classifier on all validation videos: clips, 0.25 s and 1 s apart; times; or anticipation.
-    """
-    notes = labelled(args)
-    videos = scan(args, "val", notes)
-    model = classifier(args, videos[0].dim, videos[0].spans is not None)
-    whole = layouts(args.layers)
-    common.load_weights(model, Path(args.init), whole, tuple(model.state_dict()))
-    model = model.to(device).eval()
-    metrics = {}
-    if args.stage == "evaluate" and args.loss != "regression":
-        tasks = [("", None)] if not args.anticipate else [("paper_", "paper"), ("oops_", "oops")]
-        for step, (prefix, protocol) in itertools.product((4, 16), tasks):
-            args.anticipate_protocol = protocol or args.anticipate_protocol
-            found = predict_clips(args, device, model, videos, step)
-            label, tags, prob = stack(args, videos, found, step)
-            if not len(label):
-                continue
-            overall, each = accuracy(label, tags)
-            key = f"{prefix}step_{step / FPS:g}s"
-            metrics |= {f"{key}_accuracy": 100 * overall, f"{key}_clips": len(label)}
-            metrics |= {f"{key}_{n}": 100 * x for n, x in zip(LABELS, each) if x == x}
-            if common.rank() == 0:
-                write_predictions(args, videos, found, step, f"predictions_{key}.csv")
-    if not args.anticipate:
-        metrics |= localize(args, device, model, videos)
-    finish(args, {**metrics, "checkpoint": str(args.init), "anticipate_s": args.anticipate})
 
 
 def write_predictions(args, videos, found, step, name):
@@ -1918,23 +2014,27 @@ def write_predictions(args, videos, found, step, name):
     write_csv(args.out / name, rows)
 
 
-def draw_timeline(args, videos, found, times, count=4, wide=900):
+def draw_timeline(args, videos, found, times, count=4, wide=900, high=300, side=96):
     """timeline.png: pictures of some videos, class probabilities over time, the annotated and the
     predicted transition.
     """
     from PIL import Image, ImageDraw
     chosen = np.unique(np.linspace(0, len(videos) - 1, count).round().astype(int))
-    high, side = 300, 96
+    left, right = 60, wide - 20
     image = Image.new("RGB", (wide, 30 + high * len(chosen)), "white")
     draw = ImageDraw.Draw(image)
     draw.text((60, 8), "Class probabilities of clips 0.25 s apart; red: annotated transition, "
               "black, dotted: predicted", "black", common.font(15))
     for n, i in enumerate(chosen):
         video, (prob, _), top = videos[i], found[i], 30 + high * n
-        spans = cut(video, 4)[1]
-        centre, box = spans.mean(1), (60, top + 20 + side + 8, wide - 20, top + high - 50)
+        centre = cut(video, 4)[1].mean(1)
+        box = (left, top + 28 + side, right, top + high - 50)
+
+        def place(t, first=centre[0], last=centre[-1]):
+            return left + (t - first) / max(1e-9, last - first) * (right - left)
+
         title = video.name.encode("ascii", "replace").decode()
-        draw.text((60, top + 2), f"{title[:70]}   predicted {times[i]:.2f} s, annotated "
+        draw.text((left, top + 2), f"{title[:70]}   predicted {times[i]:.2f} s, annotated "
                   f"{', '.join(f'{t:.2f}' for t in video.note.t if t >= 0)} s", "#333333",
                   common.font())
         shown = np.linspace(centre[0], centre[-1], 8)
@@ -1943,15 +2043,12 @@ def draw_timeline(args, videos, found, times, count=4, wide=900):
             for t, x in zip(shown, pictures):
                 small = Image.fromarray(x)
                 small.thumbnail((side, side))
-                place = box[0] + (t - centre[0]) / max(1e-9, centre[-1] - centre[0]) * (
-                    box[2] - box[0])
-                image.paste(small, (int(min(max(place - small.width / 2, box[0]),
-                                            box[2] - small.width)), top + 20))
+                middle = int(place(t) - small.width / 2)
+                image.paste(small, (min(max(middle, left), right - small.width), top + 20))
         marks = [t for t in video.note.t if centre[0] <= t <= centre[-1]]
         common.draw_panel(draw, box, centre, dict(zip(LABELS, prob.T)), "seconds", marks)
-        x = box[0] + (times[i] - centre[0]) / max(1e-9, centre[-1] - centre[0]) * (box[2] - box[0])
         for y in range(box[1], box[3], 6):
-            draw.line([(x, y), (x, y + 3)], fill="black", width=2)
+            draw.line([(place(times[i]), y), (place(times[i]), y + 3)], fill="black", width=2)
     common.save_picture(image, args.out / "timeline.png")
 
 
@@ -1961,9 +2058,9 @@ def main(args):
                         "it out (`make toy` writes a small one, data/toy/oops)")
     if args.stage == "features":
         return extract(args, common.start_run(args))
-    made = prepare(args, args.init)
-    {"f2c": pretrain, "f2c2v": pretrain, "classify": classify, "localize": evaluate,
-     "evaluate": evaluate}[args.stage](args, common.start_run(args), made)
+    known = prepare(args, args.init)
+    stage = {"f2c": pretrain, "f2c2v": pretrain, "classify": classify}.get(args.stage, evaluate)
+    stage(args, common.start_run(args), known)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,22 @@ def test_versions_of_a_video_are_what_their_names_say(T):
             assert list(flat[:cut]) == list(range(cut)) and set(np.diff(flat[cut:])) == {3}
 
 
+@pytest.mark.parametrize("video", [False, True])
+def test_a_video_is_used_if_something_can_be_made_of_it(video):
+    every = f.VIDEO_TRANSFORMS if video else f.CLIP_TRANSFORMS
+    groups = [c for k in (1, 2) for c in itertools.combinations(every, k)] + [every]
+    for T, chosen, released in itertools.product((5, 16, 20, 21, 39, 40, 80, 192, 193), groups,
+                                                 (False, True)):
+        made = []
+        if T >= (16 if video else 21):
+            for seed in range(20):
+                rng = np.random.default_rng(seed)
+                made.append(f.transform_video(T, f.draw_video_choices(
+                    rng, T, released=released), chosen) if video else f.transform_clips(
+                    T, f.draw_clip_choices(rng, T, chosen, released=released), chosen))
+        assert f.possible(T, chosen, video, 20, released) == (all(made) and bool(made))
+
+
 def test_labels_of_versions_and_the_releases_collision():
     assert [f.label_of(n, VIDEO) for n in VIDEO] == list(range(6))
     assert [f.label_of(n, VIDEO, released=True) for n in VIDEO] == [0, 1, 3, 3, 4, 5]
@@ -442,7 +458,7 @@ def test_names_are_read_as_they_are(oops):
 
 
 def test_which_videos_have_labels():
-    ok = f.Note((2.0, 2.1, 2.3), 5.0, (0.4, 0.42, 0.46))
+    ok = f.Annotation((2.0, 2.1, 2.3), 5.0, (0.4, 0.42, 0.46))
     assert all(f.usable(ok, *x) for x in itertools.product(("train", "val"), ("clip", "video")))
     assert not f.usable(ok._replace(t=(-1, -1, 2.0)), "train", "clip")
     assert f.usable(ok._replace(t=(-1, 2.0, 2.1)), "train", "clip")
@@ -505,7 +521,7 @@ def test_the_self_check_counts_the_clips_of_the_annotations(capsys):
     for i in range(200):
         part, length = ("train", "val")[i % 2], float(rng.integers(20, 90)) / 8
         t = np.sort(rng.uniform(0, length, 3))
-        notes[str(i)] = f.Note(tuple(t), length, tuple(t / length))
+        notes[str(i)] = f.Annotation(tuple(t), length, tuple(t / length))
         names[part].append(str(i))
     found = f.official_counts(notes, names)
     counts = {step: np.zeros(3, int) for step in (4, 16)}
@@ -521,7 +537,7 @@ def test_the_self_check_counts_the_clips_of_the_annotations(capsys):
     assert got == [*counts[16], *counts[4]]
     f.self_check(notes, names)                                # not the official 10,961
     assert not capsys.readouterr().out
-    f.self_check({**notes, **{f"x{i}": f.Note((-1.0,) * 3, 5.0, (-0.2,) * 3)
+    f.self_check({**notes, **{f"x{i}": f.Annotation((-1.0,) * 3, 5.0, (-0.2,) * 3)
                               for i in range(10961 - 200)}}, names)
     assert capsys.readouterr().out.count("self-check DIFFERS") >= 6
 
@@ -543,29 +559,32 @@ def test_rows_are_read_alone_and_are_those_of_the_file(tmp_path):
         np.savez_compressed(tmp_path / "b.npz", arr_0=x)
         np.savez(tmp_path / "c.npz", arr_0=np.asfortranarray(x))
         for path in (plain, tmp_path / "b.npz", tmp_path / "c.npz"):
-            got = f.read_rows(str(path), rows)
+            got = f.read_rows(f.look(path, None, "x"), rows)
             assert got.dtype == torch.float32 and np.array_equal(got, x[rows].astype(np.float32))
 
 
 @pytest.mark.parametrize("case", ["nan", "empty", "text", "cut", "objects", "other name", "flat",
-                                  "integers", "times", "nothing"])
+                                  "integers", "times", "nothing", "fps", "fps nan", "fps list",
+                                  "words", "spans", "one time", "no time"])
 def test_a_broken_feature_file_is_one_line_with_its_name(case, tmp_path):
     path, x = tmp_path / "a.npz", np.ones((40, 4), np.float32)
     arrays = {"arr_0": x, "times": np.arange(40) / 30, "fps": 30.0}
     arrays |= {"nan": {"arr_0": np.where(x * np.arange(4) == 3, np.nan, x)},
                "objects": {"arr_0": np.array([{}], dtype=object)}, "flat": {"arr_0": x[0]},
                "integers": {"arr_0": x.astype(int)}, "times": {"times": np.arange(3)},
-               "nothing": {"arr_0": x[:0]}}.get(case, {})
+               "nothing": {"arr_0": x[:0]}, "fps": {"fps": 0}, "fps nan": {"fps": math.nan},
+               "fps list": {"fps": np.ones(3)}, "words": {"times": np.array(["a"] * 40)},
+               "spans": {"spans": np.ones(40)}, "one time": {"times": np.float32(3)},
+               "no time": {"times": np.full(40, np.inf)}}.get(case, {})
     if case == "other name":
         arrays["x"] = arrays.pop("arr_0")
     np.savez(path, **arrays)
     if case in ("empty", "text", "cut"):
         data = path.read_bytes()
         path.write_bytes({"empty": b"", "text": b"hello", "cut": data[:len(data) // 2]}[case])
-    note = f.Note((1.0, 1.0, 1.0), 4.0, (0.25,) * 3)
+    note = f.Annotation((1.0, 1.0, 1.0), 4.0, (0.25,) * 3)
     with pytest.raises(VideoError) as e:
-        f.look(path, tmp_path / "a.mp4", "a", note)
-        f.read_rows(str(path), np.arange(40))
+        f.read_rows(f.look(path, tmp_path / "a.mp4", "a", note), np.arange(40))
     assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
 
 
@@ -580,8 +599,8 @@ def numbered(path, n, fps=30, size=(48, 64), options=None, b_frames=0):
 def test_features_are_of_every_frame_in_its_order_and_know_its_time(n, b_frames, tmp_path):
     numbered(tmp_path / "a.mp4", n, 25, b_frames=b_frames)
     times, level = [], []
-    for i, seen, x, _ in f.Pictures([str(tmp_path / "a.mp4")], False, 32):
-        assert i == 0 and x.shape[1:] == (32, 32, 3) and len(x) <= 64
+    for i, fps, seen, x, _ in f.Pictures([str(tmp_path / "a.mp4")], False, 32):
+        assert i == 0 and fps == 25 and x.shape[1:] == (32, 32, 3) and len(x) <= 64
         times += list(seen)
         level += x.float().mean((1, 2, 3)).tolist()
     assert np.allclose(times, np.arange(n) / 25)
@@ -595,13 +614,15 @@ def test_features_of_clips_are_of_the_frames_that_labelled_clips_have(fps, n, tm
     numbered(tmp_path / "a.mp4", n, fps)
     frames, spans = f.cut_clips(n, fps, np.arange(n) / fps, 4)
     mean, std = (np.array(v)[:, None] for v in f.KINETICS)
-    got = [p for p in f.Pictures([str(tmp_path / "a.mp4")], True, 32) if len(p) == 4]
-    assert len(got) == len(frames)
-    for (_, span, x, _), row, want in zip(got, frames, spans):
-        assert np.allclose(span, want[None])
-        level = (x[0].mean((2, 3)).numpy() * std + mean) * 255                # (3, 16)
+    got = [p for p in f.Pictures([str(tmp_path / "a.mp4")], True, 32) if len(p) == 5]
+    assert [p[4] for p in got] == [False] * (len(got) - 1) + [True] * bool(got)
+    seen = [row for p in got for row in p[2]]
+    clips = [x for p in got for x in p[3]]
+    assert len(seen) == len(clips) == len(frames) and all(len(p[3]) <= 8 for p in got)
+    for span, x, row, want in zip(seen, clips, frames, spans):
+        assert np.allclose(span, want)
+        level = (x.mean((2, 3)).numpy() * std + mean) * 255                   # (3, 16)
         assert np.allclose(level, 20 + 2 * (row % 100), atol=1.5)
-    assert [p[3] for p in got] == [False] * (len(got) - 1) + [True] * bool(got)
 
 
 # ---- the stages ----------------------------------------------------------------------------------
@@ -689,11 +710,11 @@ def test_published_backbones_fill_from_a_file(name, dim, tmp_path):
     net = common.headless(net).eval()
     with torch.no_grad():
         if name == "resnet18":
-            _, _, picture, _ = next(iter(f.Pictures([str(
+            _, _, _, picture, _ = next(iter(f.Pictures([str(
                 tmp_path / "oops_video" / "val" / "a.mp4")], False, 224)))
             want = net(f.normalise(picture[:4], *f.IMAGENET))
         else:
-            _, _, clip, _ = next(iter(f.Pictures([str(
+            _, _, _, clip, _ = next(iter(f.Pictures([str(
                 tmp_path / "oops_video" / "val" / "a.mp4")], True, 112)))
             assert clip.shape == (1, 3, 16, 112, 112)
             want = net(clip)
@@ -889,9 +910,17 @@ def test_f2c_fills_the_frames_and_f2c2v_both(chain, feats, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--transforms", "normal,x3"], "--transforms"), (["--transforms", "normal"], "--transforms"),
     (["--clip_len", 4], "--clip_len"), (["--step", 0.3], "--step"), (["--anticipate", 0], "--ant"),
-    (["--stage", "localize", "--init", "none"], "--init"), (["--loss", "regression", "--stage",
-     "classify", "--anticipate", 1], "regression"), (["--dropout", 1.0], "--dropout"),
-    (["--lr", "nan"], "--lr"), (["--nonsense"], "--nonsense")])
+    (["--step", 0.0], "--step"), (["--positions", 2], "--positions"),
+    (["--tolerance", "nan", -1], "--tolerance"), (["--transforms", "normal,normal"], "--transf"),
+    (["--stage", "classify", "--anticipate", 0.4, "--anticipate_protocol", "oops"], "multiple"),
+    (["--stage", "localize", "--anticipate", 1], "--anticipate"),
+    (["--stage", "classify", "--finetune_frames"], "--finetune_frames"),
+    (["--stage", "classify", "--loss", "crf", "--class_weights", "computed"], "--class_weights"),
+    (["--stage", "classify", "--level", "video", "--unbalanced"], "--unbalanced"),
+    (["--freeze", "--finetune_frames"], "--freeze"),
+    (["--stage", "localize", "--init", "none"], "--init"),
+    (["--stage", "classify", "--loss", "regression", "--anticipate", 1], "regression"),
+    (["--dropout", 1.0], "--dropout"), (["--lr", "nan"], "--lr"), (["--nonsense"], "--nonsense")])
 def test_a_wrong_flag_is_one_line(flags, words, oops, capsys):
     with pytest.raises(SystemExit) as e:
         f.parse_args(["--data", str(oops), *map(str, flags)])
@@ -921,6 +950,11 @@ def test_what_the_user_can_mend_is_one_line(chain, feats, oops, tmp_path):
         ([*feats, "--stage", "f2c2v", "--init", chain / "f2c" / "best.pt", "--layers", 3],
          "--layers"),
         ([*feats, "--stage", "localize", *clip, "--compat", "released"], "--compat"),
+        ([*feats, "--stage", "localize", *clip, "--level", "video"], "--level"),
+        ([*feats, "--stage", "localize", "--init", chain / "ahead" / "best.pt"], "foresees"),
+        ([*feats, "--stage", "classify", "--init", chain / "f2c" / "best.pt", "--anticipate", 50,
+          "--anticipate_protocol", "oops"], "no training video"),
+        (["--data", tmp_path, "--stage", "features"], "holds no .mp4"),
         ([*data, "--features", part, "--stage", "localize", *clip], lost),
         ([*data, "--features", wide, "--stage", "localize", *clip], "100"),
         ([*feats, "--heads", 3], "--heads 3"),
@@ -948,7 +982,9 @@ def test_training_replaces_a_broken_file_and_counts_it(feats, oops, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--transforms", "x2,x4,shuffle"], ["--compat", "released"], ["--crops", "full"],
+    ["--transforms", "x2,x4,x8"], ["--compat", "released"], ["--crops", "full"],
+    ["--stage", "f2c2v", "--init", "none", "--heads", 4, "--transforms", "speed,point",
+     "--batch_size", 2],
     ["--stage", "f2c2v", "--init", "none", "--heads", 4, "--finetune_frames"],
     ["--stage", "f2c2v", "--init", "none", "--heads", 4, "--compat", "released"],
     ["--stage", "classify", "--init", "none", "--loss", "crf"],
@@ -956,7 +992,7 @@ def test_training_replaces_a_broken_file_and_counts_it(feats, oops, tmp_path):
     ["--stage", "classify", "--init", "none", "--level", "video", "--freeze", "--compat",
      "released"],
     ["--stage", "classify", "--init", "none", "--loss", "regression", "--select", "last"],
-    ["--stage", "classify", "--init", "none", "--level", "video", "--anticipate", 1.5,
+    ["--stage", "classify", "--init", "none", "--level", "video", "--anticipate", 2,
      "--anticipate_protocol", "oops"]])
 def test_every_switch_trains(flags, feats, tmp_path):
     run(tmp_path / "o", *MINI, *feats, "--epochs", 1, *flags)
@@ -1022,10 +1058,10 @@ def test_bf16_stays_near_fp32():
         assert torch.allclose(low.float(), model(*x), atol=0.05)
 
 
-def test_every_command_of_the_readme_is_understood(monkeypatch):
+def test_every_command_of_the_readme_is_understood():
     text = (running.REPO / "README.md").read_text() + f.__doc__
-    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) f2c_oops\.py([^\n`|#(,]*)", text)
-    assert len(lines) >= 15
+    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) f2c_oops\.py([^\n`|#(]*)", text)
+    assert len(lines) >= 25
     for line in (x for x in lines if "--help" not in x):
-        line = line.replace("CHECKPOINT", "x.pt").replace(" S ", " 0 ")
+        line = line.split(", then")[0].replace(" S ", " 0 ")
         f.parse_args(line.split())
