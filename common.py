@@ -1270,14 +1270,16 @@ def font(size: int = 13):
 
 
 def draw_panel(draw, box: tuple[int, int, int, int], x: np.ndarray, lines: dict[str, np.ndarray],
-               xlabel: str, marks: Sequence[float] = ()) -> None:
+               xlabel: str, marks: Sequence[float] = (),
+               limits: tuple[float, float] | None = None) -> None:
     """Curves over x inside `box` (left, top, right, bottom in pixels): frame, ticks, legend.
 
-    Curves differ by dash as well as by colour; `marks` are vertical lines at x values.
+    Curves differ by dash as well as by colour, so give them enough points; `marks` are vertical
+    lines at x values; limits: of y, else the curves' own.
     """
     left, top, right, bottom = box
     values = np.concatenate([y[np.isfinite(y)] for y in lines.values()])
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+    low, high = limits or ((values.min(), values.max()) if len(values) else (0.0, 1.0))
     high = high if high > low else low + 1
     x0, x1 = (float(x[0]), float(x[-1])) if len(x) and x[-1] > x[0] else (0.0, 1.0)
 

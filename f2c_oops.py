@@ -2037,16 +2037,18 @@ def draw_timeline(args, videos, found, times, count=4, wide=900, high=300, side=
         draw.text((left, top + 2), f"{title[:70]}   predicted {times[i]:.2f} s, annotated "
                   f"{', '.join(f'{t:.2f}' for t in video.note.t if t >= 0)} s", "#333333",
                   common.font())
-        shown = np.linspace(centre[0], centre[-1], 8)
+        places = np.linspace(left + 55, right - 55, 7)        # pictures are 110 wide at most
+        shown = np.interp(places, (left, right), (centre[0], centre[-1]))
         with contextlib.suppress(VideoError):                 # videos may be elsewhere by now
-            pictures, = common.read_clip(video_file(args, "val", video.name), [shown], side)
-            for t, x in zip(shown, pictures):
-                small = Image.fromarray(x)
-                small.thumbnail((side, side))
-                middle = int(place(t) - small.width / 2)
-                image.paste(small, (min(max(middle, left), right - small.width), top + 20))
+            pictures, = common.read_clip(video_file(args, "val", video.name), [shown], 256)
+            scale = min(110 / pictures.shape[2], side / pictures.shape[1])
+            w, h = (round(scale * n) for n in pictures.shape[2:0:-1])
+            for x, picture in zip(places, pictures):
+                image.paste(Image.fromarray(picture).resize((w, h)), (int(x - w / 2), top + 20))
         marks = [t for t in video.note.t if centre[0] <= t <= centre[-1]]
-        common.draw_panel(draw, box, centre, dict(zip(LABELS, prob.T)), "seconds", marks)
+        x = np.linspace(centre[0], centre[-1], 400)           # dense: dashes are of these
+        lines = {name: np.interp(x, centre, p) for name, p in zip(LABELS, prob.T)}
+        common.draw_panel(draw, box, x, lines, "seconds", marks, (0.0, 1.0))
         for y in range(box[1], box[3], 6):
             draw.line([(place(times[i]), y), (place(times[i]), y + 3)], fill="black", width=2)
     common.save_picture(image, args.out / "timeline.png")
