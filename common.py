@@ -148,7 +148,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         say("stopped; the same command continues from the last checkpoint, if there is one")
     except (UserError, OSError, dist.DistError) as e:
         time.sleep(0 if rank() == 0 else 3)
-        text = (str(e).strip().splitlines() or [type(e).__name__])[-1]    # workers prepend theirs
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        text = lines[-1] if lines[0].startswith("Caught ") else " ".join(lines)   # of a worker
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
         if isinstance(e, OSError) and e.filename:
             text = f"{e.filename}: {e.strerror}"
@@ -457,7 +458,8 @@ def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except BaseException as e:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                    # the name itself may be too long
+            temporary.unlink(missing_ok=True)
         if isinstance(e, (OSError, RuntimeError)):            # the latter: torch.save, disk full
             raise UserError(f"{path}: could not be written ({e})") from e
         raise
@@ -672,6 +674,9 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]
         if tensors[old].shape != own[new].shape:
             raise UserError(f"{path}: {old} is {tuple(tensors[old].shape)}, "
                             f"the network needs {tuple(own[new].shape)}")
+        x = tensors[old]
+        if x.layout != torch.strided or x.is_floating_point() and not torch.isfinite(x).all():
+            raise UserError(f"{path}: {old} is not finite, or sparse; nothing was loaded")
     unused, fresh = set(tensors) - set(found.values()), set(own) - set(found)
     strange = sorted(k for k in unused if spare is not None and not k.startswith(tuple(spare)))
     if strange:

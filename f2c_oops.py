@@ -179,7 +179,8 @@ def recipe(chosen):
         r["init"] = str(runs / f"f2c_oops_{chosen.dataset}_{before}" / "best.pt")
     if stage in ("classify", *TESTS):
         seconds = f"_anticipate{chosen.anticipate:g}" if chosen.anticipate else ""
-        kind = "_regression" if loss == "regression" else "_video" if level == "video" else ""
+        kind = "_video" * (level == "video") + f"_{loss}" * (loss != "ce") + (
+            f"_{chosen.backbone}" * (chosen.backbone in OF_CLIPS))
         folder = runs / f"f2c_oops_{chosen.dataset}_classify{kind}{seconds}"
         r |= {"out": folder} if stage == "classify" else {"init": str(folder / "best.pt")}
     if stage not in TESTS:                                    # these ask the checkpoint
@@ -204,7 +205,7 @@ def recipe(chosen):
 def check(p, args):
     """Flags that do not go together."""
     allowed = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
-    chosen = (args.transforms or ",".join(allowed)).split(",")
+    chosen = allowed if args.transforms is None else args.transforms.split(",")
     args.transforms = ",".join(n for n in allowed if n in chosen)
     crf, at_video = args.loss == "crf", args.level == "video"
     faults = {
@@ -221,8 +222,8 @@ def check(p, args):
         f"--dropout {args.dropout}: must be below 1": not args.dropout < 1,
         "--loss regression is of whole videos (--level video), without --anticipate":
             args.loss == "regression" and bool(args.level == "clip" or args.anticipate),
-        "--class_weights go with --loss ce": args.class_weights != "none" and args.loss in (
-            "crf", "regression"),
+        "--class_weights go with --loss ce": args.class_weights not in (None, "none")
+            and args.loss in ("crf", "regression"),
         "--unbalanced goes with --level clip --loss ce": args.unbalanced and (crf or at_video),
         "--finetune_frames goes with --stage f2c2v and --level video":
             args.finetune_frames and args.stage == "classify" and not at_video,
@@ -256,8 +257,8 @@ def find(root, name):
 
 def checked(where, name):
     """NAME, if it can be the name of a file and nothing else."""
-    bad = name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f]", name)
-    if bad or len(os.fsencode(name)) > 230:
+    bad = name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", name)
+    if bad or len(name.encode()) > 230:                       # file systems take 255 bytes
         raise UserError(f"{where}: {name!r:.80} is no file name")
     return name
 
@@ -267,10 +268,12 @@ def read_names(path):
     if path.suffix == ".csv":
         rows = [(row["_line"], row["filename"]) for row in common.read_table(path, ["filename"])]
     else:
+        data = path.read_bytes()
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
+            line = data[:e.start].count(b"\n") + 1
+            raise UserError(f"{path}:{line}: is not in UTF-8") from e
         rows = [(n, r.rstrip("\r")) for n, r in enumerate(text.split("\n"), 1) if r.strip()]
     found = [checked(f"{path}:{line}", name.removesuffix(".mp4")) for line, name in rows]
     if not found:
@@ -280,34 +283,40 @@ def read_names(path):
     return list(dict.fromkeys(found))
 
 
-def read_notes(path):
-    """{name: Annotation} of transition_times.json, or of heldout_transition_times.json, which has
-    neither lengths (0 here) nor times relative to them.
+def read_notes(path, heldout=False):
+    """{name: Annotation} of transition_times.json, or of heldout_transition_times.json, where one
+    annotator gives one time, without a length (0 here) or a relative time.
     """
-    table = common.read_json(path)
+    table, notes, odd = common.read_json(path), {}, []
     if not isinstance(table, dict):
         raise UserError(f"{path}: holds no object of videos")
-    notes = {}
     for name, value in table.items():
         where = f"{path}: {checked(path, name)!r:.80}"
         if not isinstance(value, dict):
             raise UserError(f"{where}: is no object")
-        lists = {}
-        for key in ("t", "rel_t"):
-            x = value.get(key, [] if key == "rel_t" and "len" not in value else None)
-            if not isinstance(x, list):
-                raise UserError(f"{where}.{key}: is no list of numbers")
-            fields = common.Fields(f"{where}.{key}", dict(enumerate(x)))
-            lists[key] = tuple(sorted(fields.number(i) for i in range(len(x))))
-        fields = common.Fields(where, value)
-        length = fields.number("len", 0.0 if "len" not in value else None)
-        want = 3 if "len" in value else 1
-        if len(lists["t"]) != want or len(lists["rel_t"]) != (want if want == 3 else 0):
-            raise UserError(f"{where}.t: {want} times are expected")
-        if "len" in value and length <= 0:
+        t, fields = read_times(where, value, "t", 1 if heldout else 3), common.Fields(where, value)
+        if heldout:
+            notes[name.removesuffix(".mp4")] = Annotation(t, 0.0, ())
+            continue
+        length, rel_t = float(fields.number("len")), read_times(where, value, "rel_t", 3)
+        if length <= 0:
             raise fields.fault("len", "is no length in seconds")
-        notes[name] = Annotation(lists["t"], float(length), lists["rel_t"])
+        if t[2] > length + 1 or max(abs(r * length - x) for r, x in zip(rel_t, t)) > 0.1:
+            odd.append(name)
+        notes[name.removesuffix(".mp4")] = Annotation(t, length, rel_t)
+    if odd:
+        common.say(f"warning: {path}: t, len and rel_t of {len(odd)} videos contradict each "
+                   f"other, the first is {odd[0]!r:.80}")
     return notes
+
+
+def read_times(where, value, key, count):
+    """A sorted list of numbers of an entry."""
+    x = value.get(key)
+    if not isinstance(x, list) or len(x) != count:
+        raise UserError(f"{where}.{key}: {x!r:.80} is no list of {count} numbers")
+    fields = common.Fields(f"{where}.{key}", dict(enumerate(x)))
+    return tuple(sorted(fields.number(i) for i in range(count)))
 
 
 def names_of(args, part, labelled):
@@ -386,9 +395,9 @@ def readable(path):
         yield
     except VideoError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, EOFError, OverflowError, SyntaxError,
-            NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile) as e:
-        raise VideoError(f"{path}: no feature file ({str(e)[:80] or type(e).__name__})") from e
+    except Exception as e:                                    # zip, lzma, tokenize, NumPy's own ...
+        why = " ".join(str(e).split())[:80] or type(e).__name__
+        raise VideoError(f"{path}: no feature file ({why})") from e
 
 
 def array(z, name):
@@ -435,10 +444,12 @@ def look(path, video, name, note=None):
             T = min(T, len(times))
             times = times[:T]
         for x, shape in ((times, (T,)), (spans, (T, 2))):
-            if x is not None and (x.shape != shape or not np.isfinite(x).all()):
-                raise ValueError("its times do not fit its vectors")
-        if times is not None and not 1 <= fps <= 1000:
-            raise ValueError(f"fps is {fps}")
+            if x is not None and (x.shape != shape or x.dtype.kind not in "fiu"
+                                  or not np.isfinite(x).all() or not -1 < x.min() < x.max()
+                                  or (np.diff(x, axis=0) < 0).any()):
+                raise ValueError("its times do not fit its vectors, or do not ascend")
+        if times is not None and not 0.2 < fps * np.median(np.diff(times)) < 5:
+            raise ValueError(f"its times are not those of {fps} pictures per second")
     made = Video(name, str(path), T, D, dtype.str, offset, fps, times, spans, note)
     if note and not len(cut(made, 4)[0]):
         raise VideoError(f"{path}: is shorter than a clip of one second")
@@ -453,7 +464,8 @@ def read_rows(video, rows):
                 x = array(z, "arr_0")
         else:
             x = np.memmap(video.path, video.dtype, "r", video.offset, (video.frames, video.dim))
-        x = torch.from_numpy(x[rows].astype(np.float32))
+        with np.errstate(over="ignore"):                      # of float64: found below
+            x = torch.from_numpy(x[rows].astype(np.float32))
     if not torch.isfinite(x).all():
         raise VideoError(f"{video.path}: holds NaN or Inf")
     return x
@@ -466,16 +478,14 @@ def scan(args, part, notes=None):
     evaluation stops, unless --allow_missing.
     """
     chosen = names_of(args, part, notes is not None)
-    if notes is not None:
-        chosen = [n for n in chosen if n in notes and usable(notes[n], part, args.level)]
-    chosen = chosen[:args.limit]
+    chosen = (chosen if notes is None else with_labels(args, part, chosen, notes))[:args.limit]
     folder = args.features / part if (args.features / part).is_dir() else args.features
     here = set(os.listdir(folder)) if folder.is_dir() else set()
 
     def examine(i):
         name = chosen[i]
         file = next((f for f in (f"{name}.npz", f"{name}.mp4.npz") if f in here), None)
-        if file is None:
+        if file is None or not (folder / file).is_file():
             return f"{folder / name}.npz: no such file"
         try:
             return look(folder / file, video_file(args, part, name), name, (notes or {}).get(name))
@@ -489,23 +499,42 @@ def scan(args, part, notes=None):
     faults = [x for x in found.values() if not isinstance(x, Video)]
     if not videos:
         raise UserError(f"{folder}: holds no features of the {part} videos; --stage features makes "
-                        f"them ({faults[0] if faults else 'none has labels'})")
+                        f"them ({faults[0]})")
     if faults and part == "val" and notes is not None and not args.allow_missing:
         raise UserError(f"{faults[0]} ({len(faults)} of {len(chosen)} validation videos; "
                         "--allow_missing leaves them out)")
     same_kind(videos)
+    other = [v for v in videos if v.times is not None and abs(v.times[-1] - v.note.len) > 1]
+    if other:
+        common.say(f"warning: {len(other)} of the {part} videos are not as long as annotated, the "
+                   f"first is {other[0].path}: {other[0].times[-1]:.2f} s, not {other[0].note.len}")
     common.say(f"{part}: {len(videos)} of {len(chosen)} videos have features"
                + "".join(f"; the first without: {fault}" for fault in faults[:1]))
     return videos
 
 
+def with_labels(args, part, chosen, notes):
+    """Those of the names that have usable labels; says how many have not, and why."""
+    annotated = [n for n in chosen if n in notes]
+    good = [n for n in annotated if usable(notes[n], part, args.level)]
+    unseen = sum(notes[n].t[1] < 0 for n in annotated)
+    common.say(f"{part}: {len(chosen)} videos, {len(annotated)} annotated, {len(good)} usable "
+               f"(in {unseen} two annotators saw no transition; the others: too near to an end of "
+               "the video, or by its length)")
+    if not good:
+        raise UserError(f"{args.data}: none of the {len(chosen)} names of the {part} list has "
+                        "usable times in transition_times.json")
+    return good
+
+
 def same_kind(videos):
     """Refuse features of different networks."""
-    first = videos[0]
-    for v in videos:
-        if (v.dim, v.spans is None) != (first.dim, first.spans is None):
-            raise UserError(f"{v.path}: other features ({v.dim} numbers) than {first.path} "
-                            f"({first.dim})")
+    kinds = [(f"of {'pictures' if v.spans is None else 'clips'}, {v.dim} numbers", v.path)
+             for v in videos]
+    for kind, path in kinds:
+        if kind != kinds[0][0]:
+            raise UserError(f"{path}: its features are {kind}, those of {kinds[0][1]} "
+                            f"{kinds[0][0]}")
 
 
 def cut(video, step):
@@ -682,9 +711,9 @@ def possible(T, names, video, size, released=False):
 
 def label_of(name, names, released=False):
     """Number of a transformation. NOTE: F2C2V as released gives the random point the label of the
-    double flip, 3, and 2 to nobody.
+    double flip, 3, and 2 to nobody (which it does only for the whole list).
     """
-    if released and "speed" in names and name == "point":
+    if released and name == "point" and len(names) == len(VIDEO_TRANSFORMS):
         name = "flip"
     return names.index(name)
 
@@ -1206,9 +1235,20 @@ def describe(path):
         known = {"layers": max(depth, default=None),
                  **{k: len(tensors[name]) for k, name in rows.items() if name in tensors}}
         known["loss"] = "crf" if "crf.transitions" in tensors else "ce"
-    if dim is None:
+    if dim is None or dim.dim() < 2:
         raise UserError(f"{path}: no checkpoint of this method: it has no class token")
-    return {**known, "dim": dim.shape[-1], "level": "video" if video else "clip"}
+    known = {**known, "dim": dim.shape[-1], "level": "video" if video else "clip"}
+    legal = {**{k: lambda x: isinstance(x, int) and 0 < x < 10 ** 6 for k in SHAPE},
+             "layers": lambda x: isinstance(x, int) and 0 < x <= len(tensors),
+             "positions": lambda x: isinstance(x, int) and 2 < x < 10 ** 6,
+             "loss": lambda x: x in ("ce", "crf", "regression"),
+             "compat": lambda x: x in ("fixed", "released"),
+             "step": lambda x: isinstance(x, float) and x > 0 and (x * FPS).is_integer(),
+             "anticipate": lambda x: isinstance(x, float) and 0 < x < 60}
+    for key, right in legal.items():
+        if known.get(key) is not None and not right(known[key]):
+            raise UserError(f"{path}: its --{key} {known[key]!r:.40} is not possible")
+    return known
 
 
 # ---- stage features (official files: feat_exteact/, r21d/extr_r21d_feats.py) --------------------
@@ -1324,9 +1364,13 @@ def calibrate(net, norm, paths, clips, side, spread=0.1):
     net.scale.copy_(spread / z.std(0).clamp(min=1e-6))
 
 
-def claim_folder(args, weights, side):
+def claim_folder(args, net, weights, side):
     """about.json of the features' folder: features of different networks never mix there."""
-    about = {"backbone": args.backbone, "weights": weights, "side": side, "tiny": args.tiny}
+    check = 0
+    for x in net.state_dict().values():
+        check = zlib.crc32(x.numpy().tobytes(), check)
+    about = {"backbone": args.backbone, "weights": weights, "side": side, "tiny": args.tiny,
+             "crc32": f"{check:08x}"}
     path, fault = args.features / "about.json", [None]
     if common.rank() == 0:
         before = common.read_json(path) if path.exists() else about
@@ -1356,18 +1400,24 @@ def extract_part(args, device, network, part, files, clips, side):
     if common.rank() == 0 and folder.is_dir():
         common.remove_stale(folder)
     common.barrier()
-    mine = [f for f in files[common.rank()::common.world_size()] if not any(
-        (folder / f"{f.stem}{e}").exists() for e in (".npz", ".mp4.npz"))]
+    mine, failed = [], {}
+    for f in files[common.rank()::common.world_size()]:
+        try:
+            checked(f.parent, f.stem)
+            if not any((folder / f"{f.stem}{e}").exists() for e in (".npz", ".mp4.npz")):
+                mine.append(f)
+        except UserError as e:
+            failed[f"{part}/{f.name!r}"] = str(e)
     common.barrier()
     loader = DataLoader(Pictures([str(f) for f in mine], clips, side), batch_size=None,
                         num_workers=min(args.workers, len(mine)), generator=torch.Generator())
-    failed, done, parts, began = {}, 0, {}, time.perf_counter()
+    done, parts, began = 0, {}, time.perf_counter()
     shown = began
     for i, *piece in loader:
         if len(piece) == 1:
             failed[f"{part}/{mine[i].name}"] = piece[0]
             parts.pop(i, None)
-            print(f"warning: {piece[0]}; left out", flush=True)
+            print(f"warning: {' '.join(piece[0].split())}; left out", flush=True)
             continue
         fps, seen, x, last = piece
         parts.setdefault(i, []).append((np.asarray(seen), network(x.to(device))))
@@ -1383,18 +1433,22 @@ def extract_part(args, device, network, part, files, clips, side):
 
 def extract(args, device):
     """Features of every video in oops_video/train and val, each once; killed, it goes on."""
-    files = {part: sorted((args.data / "oops_video" / part).glob("*.mp4"))[:args.limit]
-             for part in ("train", "val")}
-    for part in files:
+    files = {}
+    for part in ("train", "val"):
+        folder = args.data / "oops_video" / part
+        files[part] = sorted(folder.glob("*.mp4"))
         if not files[part]:
-            raise UserError(f"{args.data / 'oops_video' / part}: holds no .mp4 videos")
+            raise UserError(f"{folder}: holds no .mp4 videos")
+        other = len(os.listdir(folder)) - len(files[part])
+        if other:
+            common.say(f"note: {folder}: {other} entries are no .mp4 and passed over")
     net, norm, weights = backbone(args)
     clips = args.backbone in OF_CLIPS
     side = 32 if args.tiny else 112 if clips else 224
+    claim_folder(args, net, weights, side)
     if args.tiny:
         calibrate(net, norm, [str(f) for f in files["train"][:16]], clips, side)
     net = net.to(device)
-    claim_folder(args, weights, side)
     if args.compile:
         net.compile()
 
@@ -1405,12 +1459,13 @@ def extract(args, device):
 
     failed, totals = {}, {}
     for part in files:
-        broken, done = extract_part(args, device, network, part, files[part], clips, side)
+        some = files[part][:args.limit]
+        broken, done = extract_part(args, device, network, part, some, clips, side)
         every = [(broken, done)] * common.world_size()
         if common.world_size() > 1:
             dist.all_gather_object(every, (broken, done))
         failed |= {k: v for faults, _ in every for k, v in sorted(faults.items())}
-        totals |= {f"{part}_videos": len(files[part]),
+        totals |= {f"{part}_videos": len(some),
                    f"{part}_made": sum(made for _, made in every)}
     if common.rank() == 0:
         common.write_json(args.out / "metrics.json", {**totals, "unreadable": failed,
@@ -1641,7 +1696,7 @@ def train(args, device, model, dataset, collate, losses, validate):
     if common.rank() == 0:
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
                           ["loss", "top1", "val_loss", "val_top1", "lr"])
-    model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
+    common.load_weights(model, args.out / "best.pt", [{"": ""}])
     return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
 
 
@@ -1925,7 +1980,7 @@ def stack(args, videos, found, step):
 def references(args, videos, tolerances):
     """What random times, always the middle, and a fourth annotator would reach, in %."""
     path, metrics = find(args.data, "heldout_transition_times.json"), {}
-    fourth = read_notes(path) if path else {}
+    fourth = read_notes(path, heldout=True) if path else {}
     for k in tolerances:
         metrics[f"random_within_{k:g}s"] = 100 * float(np.mean(
             [chance(v.note.len, v.note.t[1], k) for v in videos]))
@@ -1940,15 +1995,15 @@ def references(args, videos, tolerances):
 
 
 def localize(args, videos, times):
-    """Metrics of the predicted transition times, beside the references; writes localization.csv."""
+    """Metrics of the predicted transition times; writes localization.csv."""
     errors = [distance(t, v.note.t) for t, v in zip(times, videos)]
     if common.rank() == 0:
         write_csv(args.out / "localization.csv", [
             ("filename", "predicted_s", "error_s", "annotated_s", "len"),
             *((f"{v.name}.mp4", f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in v.note.t),
                v.note.len) for v, t, e in zip(videos, times, errors))])
-    return {**localization(errors, [v.note.len for v in videos], args.tolerance),
-            **references(args, videos, args.tolerance), "videos": len(videos)}
+    lengths = [v.note.len for v in videos]
+    return {**localization(errors, lengths, args.tolerance), "videos": len(videos)}
 
 
 def score_clips(args, videos, found, step, key):
@@ -1965,7 +2020,14 @@ def evaluate(args, device, known):
     """A classifier on all validation videos: clips 0.25 s and 1 s apart, and times; or, if it
     anticipates, clips by both protocols.
     """
+    if (args.out / "last.pt").exists():
+        raise UserError(f"{args.out}: is the folder of a training run; choose another --out")
+    if common.rank() == 0:                                    # of another checkpoint, perhaps
+        for old in (*args.out.glob("predictions_*.csv"), args.out / "localization.csv",
+                    args.out / "timeline.png"):
+            old.unlink(missing_ok=True)
     videos = scan(args, "val", annotations(args))
+    beside = {} if args.anticipate else references(args, videos, args.tolerance)
     if known["dim"] != videos[0].dim:
         raise UserError(f"{args.init}: is of features of {known['dim']} numbers, those of "
                         f"{args.features} have {videos[0].dim}")
@@ -1976,7 +2038,9 @@ def evaluate(args, device, known):
     for step in steps if args.loss != "regression" else []:
         for protocol in ("paper", "oops") if args.anticipate else ("",):
             ahead = (args.anticipate or 0) * FPS / step
-            if protocol == "oops" and ahead % 1:              # no clip lies so far back
+            if protocol == "oops" and ahead % 1:
+                common.say(f"note: of clips {step / FPS:g} s apart none lies {args.anticipate:g} s "
+                           "before another: not evaluated by the protocol of oops")
                 continue
             args.anticipate_protocol = protocol
             found[step] = predict_clips(args, device, model, videos, step)
@@ -1984,10 +2048,10 @@ def evaluate(args, device, known):
                 key = f"{protocol}{'_' if protocol else ''}step_{step / FPS:g}s"
                 metrics |= score_clips(args, videos, found[step], step, key)
     if args.loss == "regression":
-        metrics |= localize(args, videos, regress_videos(args, device, model, videos))
+        metrics |= localize(args, videos, regress_videos(args, device, model, videos)) | beside
     elif not args.anticipate:
         times = [predicted_time(p[:, 1], cut(v, 4)[1]) for (p, _), v in zip(found[4], videos)]
-        metrics |= localize(args, videos, times)
+        metrics |= localize(args, videos, times) | beside
         if common.rank() == 0:
             draw_timeline(args, videos, found[4], times)
     finish(args, {**metrics, "checkpoint": str(args.init), "anticipate_s": args.anticipate})

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -453,8 +454,8 @@ def test_names_are_read_as_they_are(oops):
     assert any(ord(c) > 0xFFFF for n in every for c in n)     # emoji
     notes = f.read_notes(root / "transition_times.json")
     assert set(notes) <= set(every)
-    assert set(f.read_notes(root / "heldout_transition_times.json")) == set(notes) & set(
-        names["val"])
+    fourth = f.read_notes(root / "heldout_transition_times.json", heldout=True)
+    assert set(fourth) == set(notes) & set(names["val"])
 
 
 def test_which_videos_have_labels():
@@ -486,6 +487,7 @@ FAULTS = {
     "length word": json.dumps({"a": {**NOTE, "len": "5"}}),
     "path": json.dumps({"../a": NOTE}), "absolute": json.dumps({"/etc/passwd": NOTE}),
     "dots": json.dumps({"..": NOTE}), "nul": json.dumps({"a\0b": NOTE}),
+    "one time": json.dumps({"a": {"t": [3.0]}}), "surrogate": '{"\\ud800": {}}',
     "long": json.dumps({"é" * 200: NOTE}), "empty": json.dumps({"": NOTE}),
     "cut": json.dumps({"a": NOTE})[:-9], "nothing": "", "deep": "[" * 100_000}
 
@@ -565,7 +567,8 @@ def test_rows_are_read_alone_and_are_those_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("case", ["nan", "empty", "text", "cut", "objects", "other name", "flat",
                                   "integers", "times", "nothing", "fps", "fps nan", "fps list",
-                                  "words", "spans", "one time", "no time"])
+                                  "words", "spans", "one time", "no time", "reversed", "ms",
+                                  "still", "complex", "encrypted", "header", "short"])
 def test_a_broken_feature_file_is_one_line_with_its_name(case, tmp_path):
     path, x = tmp_path / "a.npz", np.ones((40, 4), np.float32)
     arrays = {"arr_0": x, "times": np.arange(40) / 30, "fps": 30.0}
@@ -575,13 +578,21 @@ def test_a_broken_feature_file_is_one_line_with_its_name(case, tmp_path):
                "nothing": {"arr_0": x[:0]}, "fps": {"fps": 0}, "fps nan": {"fps": math.nan},
                "fps list": {"fps": np.ones(3)}, "words": {"times": np.array(["a"] * 40)},
                "spans": {"spans": np.ones(40)}, "one time": {"times": np.float32(3)},
-               "no time": {"times": np.full(40, np.inf)}}.get(case, {})
+               "no time": {"times": np.full(40, np.inf)}, "reversed": {
+                   "times": np.arange(40)[::-1] / 30}, "ms": {"times": np.arange(40) * 33.3},
+               "still": {"times": np.zeros(40)}, "complex": {"times": np.arange(40) * 1j},
+               "short": {"arr_0": x[:9], "times": np.arange(9) / 30}}.get(case, {})
     if case == "other name":
         arrays["x"] = arrays.pop("arr_0")
     np.savez(path, **arrays)
     if case in ("empty", "text", "cut"):
         data = path.read_bytes()
         path.write_bytes({"empty": b"", "text": b"hello", "cut": data[:len(data) // 2]}[case])
+    if case in ("encrypted", "header"):
+        data = bytearray(path.read_bytes())
+        where = data.index(b"PK\1\2") + 8 if case == "encrypted" else data.index(b"(40, 4)") + 6
+        data[where] = 1 if case == "encrypted" else ord("\n")
+        path.write_bytes(data)
     note = f.Annotation((1.0, 1.0, 1.0), 4.0, (0.25,) * 3)
     with pytest.raises(VideoError) as e:
         f.read_rows(f.look(path, tmp_path / "a.mp4", "a", note), np.arange(40))
@@ -896,6 +907,25 @@ def test_released_checkpoints_are_evaluated(two, feats, tmp_path):
     assert 0 <= metrics(tmp_path / "e")["step_1s_accuracy"] <= 100
 
 
+def test_labels_that_are_lost_are_counted_and_contradictions_named(chain, feats, tmp_path):
+    data = tmp_path / "oops"
+    shutil.copytree(feats[1] / "annotations", data / "annotations")
+    path = data / "annotations" / "transition_times.json"
+    table = json.loads(path.read_text())
+    val = set(f.read_names(data / "annotations" / "val.txt"))
+    notes = f.read_notes(path)
+    good = [n for n in sorted(val & set(table)) if f.usable(notes[n], "val", "clip")]
+    del table[good[0]]
+    table[good[1]]["t"] = [-1, -1, 2.0]
+    table[good[2]]["len"] += 3
+    path.write_text(json.dumps(table))
+    r = run(tmp_path / "o", *MINI[:3], "--data", data, *feats[2:], "--stage", "localize", "--init",
+            chain / "clip" / "best.pt")
+    assert f"{len(val & set(table))} annotated, {len(good) - 2} usable" in r.out
+    assert "2 videos contradict each other" in r.out and "not as long as annotated" in r.out
+    assert not (tmp_path / "o" / "predictions_step_1s.csv").exists()
+
+
 def test_f2c_fills_the_frames_and_f2c2v_both(chain, feats, tmp_path):
     one = run(tmp_path / "a", *MINI, *feats, "--stage", "classify", "--level", "video", "--init",
               chain / "f2c" / "best.pt", "--epochs", 1)
@@ -943,6 +973,10 @@ def test_what_the_user_can_mend_is_one_line(chain, feats, oops, tmp_path):
         np.savez(p, **{**z, "arr_0": z["arr_0"][:, :100]})
     assert video.is_dir()
     clip, data = ["--init", chain / "clip" / "best.pt"], ["--data", oops]
+    state = torch.load(chain / "clip" / "best.pt", weights_only=True)
+    torch.save({**state, "args": {**state["args"], "heads": 0}}, tmp_path / "odd.pt")
+    state["model"]["head.4.bias"][1] = math.inf
+    torch.save(state, tmp_path / "nan.pt")
     cases = [
         (["--data", tmp_path / "no"], "no such folder"),
         ([*data, "--features", tmp_path], "--stage features"),
@@ -957,6 +991,8 @@ def test_what_the_user_can_mend_is_one_line(chain, feats, oops, tmp_path):
         (["--data", tmp_path, "--stage", "features"], "holds no .mp4"),
         ([*data, "--features", part, "--stage", "localize", *clip], lost),
         ([*data, "--features", wide, "--stage", "localize", *clip], "100"),
+        ([*feats, "--stage", "localize", "--init", tmp_path / "nan.pt"], "not finite"),
+        ([*feats, "--stage", "localize", "--init", tmp_path / "odd.pt"], "--heads 0"),
         ([*feats, "--heads", 3], "--heads 3"),
         ([*feats, "--batch_size", 400], "--batch_size"),
         ([*feats, "--stage", "features", "--weights", tmp_path / "w.pth"], "--weights none")]
@@ -964,6 +1000,9 @@ def test_what_the_user_can_mend_is_one_line(chain, feats, oops, tmp_path):
         r = quick(tmp_path / "q", "--tiny", "--workers", 0, *flags, "--out", tmp_path / "out")
         assert r.code == 1, (flags, r)
         assert words in r.err and r.err.startswith("error: ") and r.err.count("\n") == 1, r.err
+    r = quick(tmp_path / "q", *MINI[:3], *feats, "--stage", "evaluate", *clip, "--out",
+              chain / "clip")
+    assert r.code == 1 and "training run" in r.err
     run(tmp_path / "ok", "--tiny", "--workers", 0, *data, "--features", part, "--stage",
         "localize", *clip, "--allow_missing")
 
@@ -1037,7 +1076,11 @@ def test_torchrun_runs_the_whole_chain(oops, tmp_path):
     ("--stage classify --level video", {"batch_size": 8, "step": 1.0, "class_weights": "computed",
                                         "init": "runs/f2c_oops_oops_f2c2v/best.pt"}),
     ("--stage classify --level video --compat released", {"class_weights": "published"}),
-    ("--stage features --backbone resnet50", {"weights": "torchvision"})])
+    ("--stage features --backbone resnet50", {"weights": "torchvision"}),
+    ("--stage classify --level video --loss crf --anticipate 1",
+     {"out": Path("runs/f2c_oops_oops_classify_video_crf_anticipate1")}),
+    ("--stage evaluate --level video --loss crf",
+     {"init": "runs/f2c_oops_oops_classify_video_crf/best.pt"})])
 def test_defaults_are_those_of_the_published_recipe(flags, want):
     args = f.parse_args(flags.split())
     assert {k: getattr(args, k) for k in want} == want
