@@ -1696,7 +1696,7 @@ def train(args, device, model, dataset, collate, losses, validate):
     if common.rank() == 0:
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
                           ["loss", "top1", "val_loss", "val_top1", "lr"])
-    common.load_weights(model, args.out / "best.pt", [{"": ""}])
+    model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
     return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
 
 

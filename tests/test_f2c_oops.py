@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import statistics
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -283,6 +284,48 @@ def test_blocks_of_attention_equal_the_whole(n, reach):
         assert torch.allclose(*outs, atol=1e-6)
         grads = [torch.autograd.grad(o.pow(2).sum(), (q, k, v), retain_graph=True) for o in outs]
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+
+
+def padded(e, x, multiple=64):
+    """The class token's row as the release computes it: tokens up to a multiple of 64, and all
+    seven projections of each of them in each layer.
+    """
+    B, n, E = x.shape
+    total, last = -(-(1 + n) // multiple) * multiple, e.position.num_embeddings - 2
+    place = torch.cat([torch.tensor([last]), torch.arange(n) % last,
+                       torch.full((total - n - 1,), last + 1)])
+    h = torch.cat([e.cls_token.expand(B, -1, -1), x, -torch.ones(B, total - n - 1, E)], 1)
+    h = e.drop(e.norm(h + e.position(place) + e.kind((place == last).long())))
+    i, seen = torch.arange(total), torch.arange(total) <= n
+    for layer in e.layers:
+        q, k, v, q0, k0, v0 = (p(h).unflatten(2, (layer.heads, -1)).transpose(1, 2) for p in (
+            layer.query, layer.key, layer.value, layer.query_global, layer.key_global,
+            layer.value_global))
+        near = (((i[:, None] - i).abs() <= layer.reach) | (i == 0)) & seen
+        p = layer.p if e.training else 0.0
+        rows = F.scaled_dot_product_attention(q, k, v, near, p)
+        first = F.scaled_dot_product_attention(q0[:, :, :1], k0, v0, seen[None], p)
+        rows = torch.cat([first, rows[:, :, 1:]], 2).transpose(1, 2).flatten(2)
+        h = layer.norm1(layer.drop(layer.out(rows)) + h)
+        h = layer.norm2(layer.drop(layer.fc2(F.gelu(layer.fc1(h)))) + h)
+    return h[:, 0]
+
+
+def test_a_step_at_the_published_size_is_three_times_faster_than_padded():
+    torch.manual_seed(0)
+    model = f.F2C(768, 8, **{k: v for k, v in f.SHAPE.items() if k != "mlp"}).eval()
+    x, label = torch.randn(24, 20, 768), torch.arange(24) % 8
+    assert torch.allclose(model.embed(x[:2]), padded(model.frames, x[:2]), atol=1e-5)
+    optimizer, seconds = torch.optim.AdamW(model.parameters(), 1e-4), {True: [], False: []}
+    for ours in (True, False) * 2:
+        model.train()
+        began = time.process_time()
+        logits = model(x) if ours else model.head(padded(model.frames, x))
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(logits, label).backward()
+        optimizer.step()
+        seconds[ours].append(time.process_time() - began)
+    assert min(seconds[False]) > 3 * min(seconds[True]), seconds
 
 
 def test_as_released_the_last_frame_and_the_last_clip_are_never_seen():
@@ -850,9 +893,9 @@ def test_two_processes_train_as_one_does(stage, flags, chain, feats, tmp_path):
     for a, b in zip(*logs):
         for key in ("loss", "gradient", "val_loss"):
             if key in a:
-                assert a[key] == pytest.approx(b[key], rel=2e-3), (key, a["step"])
+                assert a[key] == pytest.approx(b[key], rel=1e-4), (key, a["step"])
     one, two = (metrics(tmp_path / n) for n in "12")
-    assert one["val_top1"] == pytest.approx(two["val_top1"], abs=0.02)
+    assert one["val_top1"] == pytest.approx(two["val_top1"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name, n", [("f2c", 2), ("f2c2v", 1), ("clip", 1), ("crf", 2)])
