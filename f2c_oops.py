@@ -1488,7 +1488,7 @@ class ClipPretext(Dataset):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (-1, key)               # -1: validation
         a, v = self.args, self.videos[i]
-        rng = np.random.default_rng((a.seed, epoch + 1, i, 2))
+        rng = np.random.default_rng((a.seed, epoch + 1, i, 2))               # 2: this dataset's own
         c = draw_clip_choices(rng, v.frames, self.names, a.clip_len, a.crops,
                               a.compat == "released")
         made = transform_clips(v.frames, c, self.names, a.clip_len)
@@ -1506,7 +1506,7 @@ class VideoPretext(ClipPretext):
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (-1, key)
         v, released = self.videos[i], self.args.compat == "released"
-        rng = np.random.default_rng((self.args.seed, epoch + 1, i, 3))
+        rng = np.random.default_rng((self.args.seed, epoch + 1, i, 3))       # 3: likewise
         made = transform_video(v.frames, draw_video_choices(rng, v.frames, released=released),
                                self.names)
         clips, order = np.unique(np.concatenate([frames for _, frames in made]), axis=0,
