@@ -330,6 +330,11 @@ class SkipBroken(Dataset):
 
 # ---- annotation files --------------------------------------------------------------------------
 
+def find(root: Path, name: str) -> Path | None:
+    """The first file of that name, or pattern, in a folder or up to two below it."""
+    return next((f for depth in ("", "*/", "*/*/") for f in sorted(root.glob(depth + name))), None)
+
+
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
     try:
@@ -601,7 +606,7 @@ def resume(path: Path, args: argparse.Namespace, **parts: Any) -> dict:
     return state
 
 
-def same_samples(saved: dict, samples: int, out: Path) -> None:
+def same_samples(saved: dict, samples: int | str, out: Path) -> None:
     """Refuse to continue with another number of training samples: steps would mean others."""
     if saved.get("samples", samples) != samples:
         raise UserError(f"{out}: was begun with {saved['samples']} training samples, now there "

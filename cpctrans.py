@@ -215,11 +215,6 @@ def checked(path, line, name):
     return name
 
 
-def find(root, name):
-    """The first file of that name in a folder or up to two below it, or None."""
-    return next((f for depth in ("", "*/", "*/*/") for f in sorted(root.glob(depth + name))), None)
-
-
 def read_classes(path):
     """{class in lower case: label} of classInd.txt, whose rows are `<number from 1> <Class>`."""
     classes = {}
@@ -286,7 +281,7 @@ def read_csv_list(folder, part, split):
     """
     path = folder / f"{part}_split{split:02d}.csv"
     rows = read_frame_csv(path)
-    known = find(folder, "classInd.txt")
+    known = common.find(folder, "classInd.txt")
     classes = read_classes(known) if known else {
         c: n for n, c in enumerate(sorted({c.lower() for _, c, _, _ in rows}))}
     strange = next((row for row in rows if row[1].lower() not in classes), None)
@@ -303,12 +298,12 @@ def read_list(args, part, split):
     """
     root = args.lists or args.data
     official = {"ucf101": "trainlist01.txt", "hmdb51": "*_test_split1.txt"}[args.dataset]
-    theirs, frames = find(root, official), None
+    theirs, frames = common.find(root, official), None
     if theirs:
         reader = read_ucf101 if args.dataset == "ucf101" else read_hmdb51
         names, labels, classes = reader(theirs.parent, part, split)
     else:
-        own = find(root, f"{part}_split{split:02d}.csv")
+        own = common.find(root, f"{part}_split{split:02d}.csv")
         if not own:
             raise UserError(f"{root}: holds no split lists ({official} or {part}_split"
                             f"{split:02d}.csv); see README for the layout")

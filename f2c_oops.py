@@ -250,11 +250,6 @@ class Annotation(NamedTuple):
     rel_t: tuple
 
 
-def find(root, name):
-    """The first file of that name in a folder or up to two below it, or None."""
-    return next((f for depth in ("", "*/", "*/*/") for f in sorted(root.glob(depth + name))), None)
-
-
 def checked(where, name):
     """NAME, if it can be the name of a file and nothing else."""
     bad = name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", name)
@@ -325,7 +320,7 @@ def names_of(args, part, labelled):
     official = [f"{part}.txt", f"{part}.csv"] if labelled else [f"{part}_all_org.csv",
                                                                 f"{part}.txt"]
     path = given if given and not labelled else next(
-        filter(None, (find(args.data, name) for name in official)), None)
+        filter(None, (common.find(args.data, name) for name in official)), None)
     if path is None or not path.is_file():
         raise UserError(f"{path or args.data / official[-1]}: no such file; it comes with the "
                         "official annotations")
@@ -880,7 +875,7 @@ def block_attention(q, k, v, seen, reach, p=0.0):
     there = around(seen[..., None].float())[..., 0].bool()                    # (B, blocks, 3s)
     there[:, 0, :size + 1] = False                            # the class token has its own column
     if blocks > 1:
-        there[:, 1, 0] = False
+        there[:, 1, 0] = False                                # the second block reaches it, too
     mask = ((i - j).abs() <= reach) & there[:, :, None]                       # (B, blocks, s, 3s)
     mask = F.pad(mask, (1, 0), value=True)[:, None]           # (B, 1, blocks, s, 1 + 3s)
     k, v = (torch.cat([x[:, :, None, :1].expand(-1, -1, blocks, -1, -1), around(x)], 3)
@@ -1276,7 +1271,7 @@ class Pictures(IterableDataset):
             try:
                 fps = common.probe(Path(self.paths[i])).fps
                 pieces = self.clips_of if self.clips else self.pictures_of
-                held = None
+                held = None                                   # one behind, to know the last
                 for piece in pieces(Path(self.paths[i]), fps):
                     if held:
                         yield i, fps, *held, False
@@ -1802,7 +1797,7 @@ def classifier(args, video):
 
 def annotations(args):
     """{name: Annotation} of the transition times below --data."""
-    path = find(args.data, "transition_times.json")
+    path = common.find(args.data, "transition_times.json")
     if path is None:
         raise UserError(f"{args.data}: holds no transition_times.json; it comes with the official "
                         "annotations")
@@ -1979,7 +1974,7 @@ def stack(args, videos, found, step):
 
 def references(args, videos, tolerances):
     """What random times, always the middle, and a fourth annotator would reach, in %."""
-    path, metrics = find(args.data, "heldout_transition_times.json"), {}
+    path, metrics = common.find(args.data, "heldout_transition_times.json"), {}
     fourth = read_notes(path, heldout=True) if path else {}
     for k in tolerances:
         metrics[f"random_within_{k:g}s"] = 100 * float(np.mean(

@@ -826,7 +826,7 @@ def test_evaluation_is_what_one_computes_by_hand(name, chain, feats, tmp_path):
     got = metrics(tmp_path / "e")
     args = SimpleNamespace(data=feats[1], features=feats[3], level="video", limit=None,
                            allow_missing=False, list=None, val_list=None)
-    notes = f.read_notes(f.find(feats[1], "transition_times.json"))
+    notes = f.read_notes(common.find(feats[1], "transition_times.json"))
     common.init_distributed()
     videos = f.scan(args, "val", notes)
     assert len(videos) >= 4
