@@ -640,7 +640,8 @@ def find_weights(path: Path) -> dict[str, torch.Tensor]:
     `module.` of DDP and DataParallel, however often it stands there.
     """
     found = load_file(path)
-    for key in ("model", "model_av", "state_dict", "vtn_state_dict", "model_state"):
+    for key in ("model", "model_av", "state_dict", "vtn_state_dict", "model_state",
+                "model_state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
@@ -652,16 +653,19 @@ def find_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]],
-                 required: str = "", spare: Sequence[str] | None = None) -> set[str]:
+                 required: str | tuple[str, ...] = "", spare: Sequence[str] | None = None,
+                 adapt: Callable[[dict, dict], dict] | None = None) -> set[str]:
     """Fill `module` from a checkpoint and print what was loaded, left over and left fresh.
 
     layouts: known naming schemes, each {prefix in the file: prefix in the module}; the one that
-    matches most tensors is taken. Every entry of the module below the prefix `required` must
+    matches most tensors is taken. Every entry of the module below the prefixes `required` must
     come; a missing one, another shape or no match at all is a UserError, and nothing is changed.
     spare: beginnings of names of which the file may hold more than the module takes; None: of all.
+    adapt: from (the file's tensors, the module's entries) to tensors named and shaped as needed.
     Returns the names of the module's entries that were filled.
     """
     tensors, own = find_weights(path), module.state_dict()
+    tensors = adapt(tensors, own) if adapt else tensors
 
     def matches(layout):
         renamed = {b + k[len(a):]: k for a, b in layout.items() for k in tensors if k.startswith(a)}
@@ -1343,8 +1347,8 @@ class TemporalConv(nn.Conv3d):
     """
 
     def forward(self, x):                                     # (B, C, T, H, W)
-        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias,
-                     (self.stride[0], 1), (self.padding[0], 0))           # (B, C', T', H·W)
+        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, (self.stride[0], 1),
+                     (self.padding[0], 0), groups=self.groups)            # (B, C', T', H·W)
         return y.unflatten(3, x.shape[3:])                    # (B, C', T', H, W)
 
 
@@ -1563,3 +1567,374 @@ def feature_network(name: str, small: bool = False) -> nn.Module:
         return headless(bottleneck_r2plus1d([3, 8, 36, 3])).eval()
     where = models.video if clips else models
     return headless(getattr(where, {"vit_b16": "vit_b_16"}.get(name, name))(weights=None)).eval()
+
+
+class SplitBatchNorm(nn.Module):
+    """Batch norm that treats a batch as `splits` smaller ones: sample i is of part i mod splits.
+
+    (sub-batch norm, arXiv 1912.00998.) The parts are of the batch of all processes, of which each
+    holds splits / world_size of them, if process r has the samples r, r + world_size, ...; so the
+    result does not depend on the number of processes. Statistics are kept for each part
+    (`split_bn`, names as released) and used, once merged, for evaluation (`bn`): `merge_splits`.
+    x: (B, C, T, H, W)
+    """
+
+    def __init__(self, channels: int, splits: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.bn = nn.BatchNorm3d(channels, affine=False)
+        self.set_splits(splits)
+
+    def set_splits(self, splits: int) -> None:
+        """Another number of parts, their statistics begun anew."""
+        self.splits = splits
+        self.split_bn = nn.BatchNorm3d(splits * len(self.weight), affine=False,
+                                       device=self.weight.device)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes the number of parts from the file: a run with long cycles changes it."""
+        there = state_dict.get(f"{prefix}split_bn.running_mean")
+        if there is not None and there.numel() != self.split_bn.num_features:
+            self.set_splits(max(1, there.numel() // len(self.weight)))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def rows(self, name: str) -> torch.Tensor:
+        """A statistic of this process's parts, a view: (splits / world_size, C)."""
+        every = getattr(self.split_bn, name).view(self.splits, -1)
+        return every[rank()::world_size()]
+
+    def forward(self, x):
+        scale, shift = self.weight, self.bias
+        if not self.training:
+            bn = self.bn
+            return F.batch_norm(x, bn.running_mean, bn.running_var, scale, shift, False, 0, bn.eps)
+        mine, bn = len(self.rows("running_mean")), self.split_bn
+        if not mine or len(x) % mine:
+            raise UserError(f"batch norm in {self.splits} parts: {len(x)} samples and "
+                            f"{world_size()} processes do not fit")
+        mean, var = (self.rows(s).flatten().clone() for s in ("running_mean", "running_var"))
+        y = x.reshape(len(x) // mine, -1, *x.shape[2:])       # (B/n, n·C, T, H, W)
+        y = F.batch_norm(y, mean, var, scale.repeat(mine), shift.repeat(mine), True, bn.momentum,
+                         bn.eps)
+        self.rows("running_mean").copy_(mean.view(mine, -1))
+        self.rows("running_var").copy_(var.view(mine, -1))
+        bn.num_batches_tracked += 1
+        return y.view_as(x)
+
+
+def split_norms(model: nn.Module) -> list[SplitBatchNorm]:
+    return [m for m in model.modules() if isinstance(m, SplitBatchNorm)]
+
+
+def set_splits(model: nn.Module, splits: int) -> None:
+    """Another number of parts in every SplitBatchNorm, if it is another."""
+    for m in split_norms(model):
+        if m.splits != splits:
+            m.set_splits(splits)
+
+
+@torch.no_grad()
+def merge_splits(model: nn.Module) -> None:
+    """Bring the parts' statistics together: of all processes in `split_bn`, merged in `bn`.
+
+    mean = mean of the means; var = mean of the variances + variance of the means. Before every
+    evaluation and every checkpoint.
+    """
+    for m in split_norms(model) if world_size() > 1 else []:
+        for name in ("running_mean", "running_var"):
+            mine, every = m.rows(name).clone(), getattr(m.split_bn, name)
+            every.zero_()
+            m.rows(name).copy_(mine)
+            dist.all_reduce(every)                            # exact: all but one are zero
+    for m in split_norms(model):
+        mean = m.split_bn.running_mean.view(m.splits, -1)
+        m.bn.running_mean.copy_(mean.mean(0))
+        m.bn.running_var.copy_(m.split_bn.running_var.view(m.splits, -1).mean(0)
+                               + mean.var(0, unbiased=False))
+
+
+def se_width(channels: int) -> int:
+    """Width of a squeeze-and-excitation: a 16th, rounded to a multiple of 8 that is near it."""
+    wanted = channels / 16
+    width = max(8, int(wanted + 4) // 8 * 8)
+    return width + 8 if width < 0.9 * wanted else width
+
+
+class X3DBlock(nn.Module):
+    """Widen, 3x3x3 depthwise, (squeeze and excite,) swish, narrow; names as released."""
+
+    def __init__(self, cin: int, inner: int, cout: int, stride: int, excite: bool, norm):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv3d(cin, inner, 1, bias=False), norm(inner)
+        self.conv2 = nn.Conv3d(inner, inner, 3, (1, stride, stride), 1, groups=inner, bias=False)
+        self.bn2 = norm(inner)
+        self.conv3, self.bn3 = nn.Conv3d(inner, cout, 1, bias=False), norm(cout)
+        if excite:
+            self.fc1 = nn.Conv3d(inner, se_width(inner), 1)
+            self.fc2 = nn.Conv3d(se_width(inner), inner, 1)
+        self.downsample = None
+        if stride != 1 or cin != cout:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(cin, cout, 1, (1, stride, stride), bias=False), norm(cout))
+
+    def forward(self, x):
+        y = self.wide(x) if self.training else self.wide_in_pieces(x)
+        if hasattr(self, "fc1"):
+            y = y * self.fc2(F.relu(self.fc1(y.mean((2, 3, 4), keepdim=True)))).sigmoid()
+        y = self.bn3(self.conv3(F.silu(y)))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+    def wide(self, x):
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+
+    def wide_in_pieces(self, x, size: int = 32):
+        """The same for a long video, `size` frames at a time: the widest maps are never whole.
+
+        One frame more on either side, for the kernel; zeros beyond the ends.
+        """
+        T = x.shape[2]
+        if T <= size:
+            return self.wide(x)
+        pieces = []
+        for a in range(0, T, size):
+            first, last = max(0, a - 1), min(T, a + size + 1)
+            y = self.wide(x[:, :, first:last])
+            pieces.append(y[:, :, a - first:a - first + min(size, T - a)])
+        return torch.cat(pieces, 2)
+
+
+class X3D(nn.Module):
+    """X3D (arXiv 2004.04730), without strides in time; names as released by its SSDet users.
+
+    x: (B, 3, T, H, W) -> logits (B, classes, T), or with per_frame=False (B, classes, 1).
+    version: XS, S, M and L have the same widths, L and XL the same depth; `tiny` is for a CPU.
+    norm: SplitBatchNorm, or nn.BatchNorm3d. dropout: before the classifier.
+    """
+    BLOCKS = {"L": (5, 10, 25, 15), "XL": (5, 10, 25, 15), "tiny": (1, 2, 2, 1)}
+    WIDTHS = {"XL": (32, (72, 162, 306, 630), (32, 72, 136, 280), 2048),
+              "tiny": (12, (24, 36, 60, 96), (12, 16, 28, 48), 128)}
+
+    def __init__(self, version: str = "M", classes: int = 400, per_frame: bool = True,
+                 norm: Callable[[int], nn.Module] = SplitBatchNorm, dropout: float = 0.5):
+        super().__init__()
+        blocks = self.BLOCKS.get(version, (3, 5, 11, 7))
+        stem, inner, outer, hidden = self.WIDTHS.get(
+            version, (24, (54, 108, 216, 432), (24, 48, 96, 192), 2048))
+        self.widths, self.norm = (*outer, inner[-1]), norm    # of the maps
+        self.per_frame, self.dropout = per_frame, dropout
+        self.conv1_s = nn.Conv3d(3, stem, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
+        self.conv1_t = TemporalConv(stem, stem, (5, 1, 1), 1, (2, 0, 0), groups=stem, bias=False)
+        self.bn1 = norm(stem)
+        for n, (count, wide, cout) in enumerate(zip(blocks, inner, outer)):
+            cin = (stem, *outer)[n]
+            setattr(self, f"layer{n + 1}", nn.Sequential(*(
+                X3DBlock(cin if i == 0 else cout, wide, cout, 2 if i == 0 else 1, i % 2 == 0, norm)
+                for i in range(count))))
+        self.conv5, self.bn5 = nn.Conv3d(outer[-1], inner[-1], 1, bias=False), norm(inner[-1])
+        self.fc1 = nn.Conv3d(inner[-1], hidden, 1, bias=False)
+        self.fc2 = nn.Linear(hidden, classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv3d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def stem(self, x):
+        """(B, 3, T, H, W) -> (B, stem, T, H/2, W/2)"""
+        return F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
+
+    def last(self, x):
+        """What the head reads: (B, C, T, h, w) -> (B, C', T, h, w)"""
+        return F.relu(self.bn5(self.conv5(x)))
+
+    def maps(self, x):
+        """{name: map} of the four stages and of conv5, each (B, C, T, H/2^n, W/2^n)."""
+        found, x = {}, self.stem(x)
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            found[name] = x = getattr(self, name)(x)
+        return {**found, "conv5": self.last(x)}
+
+    def head(self, x):
+        """Logits from conv5's map: (B, C, T, h, w) -> (B, classes, T or 1)"""
+        x = x.mean((3, 4), keepdim=True) if self.per_frame else x.mean((2, 3, 4), keepdim=True)
+        x = F.relu(self.fc1(x)).flatten(2)                    # (B, hidden, T)
+        x = F.dropout(x, self.dropout, self.training)
+        return self.fc2(x.transpose(1, 2)).transpose(1, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.head(self.last(x))
+
+
+def _rename(tensors: dict, rules: Sequence[tuple[str, str]]) -> dict:
+    """Apply every rule (pattern, replacement) in turn to every name."""
+    renamed = {}
+    for name, value in tensors.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
+# Names of the X3D zoos of SlowFast (first) and pytorchvideo in ours.
+_X3D_NAMES = [
+    (r"^s1\.pathway0_stem\.conv_xy\.", "conv1_s."), (r"^s1\.pathway0_stem\.conv\.", "conv1_t."),
+    (r"^s1\.pathway0_stem\.bn\.", "bn1."),
+    (r"^s([2-5])\.pathway0_res(\d+)\.", lambda m: f"layer{int(m[1]) - 1}.{m[2]}."),
+    (r"^head\.conv_5\.", "conv5."), (r"^head\.conv_5_bn\.", "bn5."), (r"^head\.lin_5\.", "fc1."),
+    (r"^head\.projection\.", "fc2."), (r"\.branch1_bn\.", ".downsample.1."),
+    (r"\.branch1\.", ".downsample.0."), (r"\.branch2\.se\.fc", ".fc"),
+    (r"\.branch2\.([abc])(_bn)?\.", lambda m: f".{'bn' if m[2] else 'conv'}{'_abc'.index(m[1])}."),
+    (r"^blocks\.0\.conv\.conv_t\.", "conv1_s."), (r"^blocks\.0\.conv\.conv_xy\.", "conv1_t."),
+    (r"^blocks\.0\.norm\.", "bn1."), (r"^blocks\.([1-4])\.res_blocks\.(\d+)\.", r"layer\1.\2."),
+    (r"\.branch1_conv\.", ".downsample.0."), (r"\.branch1_norm\.", ".downsample.1."),
+    (r"\.branch2\.norm_b\.0\.", ".bn2."), (r"\.branch2\.norm_b\.1\.block\.0\.", ".fc1."),
+    (r"\.branch2\.norm_b\.1\.block\.2\.", ".fc2."),
+    (r"\.branch2\.(conv|norm)_([abc])\.",
+     lambda m: f".{'bn' if m[1] == 'norm' else 'conv'}{'_abc'.index(m[2])}."),
+    (r"^blocks\.5\.pool\.pre_conv\.", "conv5."), (r"^blocks\.5\.pool\.pre_norm\.", "bn5."),
+    (r"^blocks\.5\.pool\.post_conv\.", "fc1."), (r"^blocks\.5\.proj\.", "fc2.")]
+
+
+def x3d_tensors(tensors: dict, own: dict) -> dict:
+    """The tensors of any X3D checkpoint under the names of X3D, fit for its kind of batch norm.
+
+    From SlowFast's zoo, from pytorchvideo's, or as released; statistics of plain or synchronised
+    batch norm become those of every part, and the other way round. own: the network's entries.
+    """
+    ours = _rename(tensors, _X3D_NAMES)
+    if any(k.startswith("blocks.5.") for k in tensors) and "layer1.0.downsample.0.weight" in ours:
+        like = ours["layer1.0.downsample.0.weight"].new_ones(len(ours["conv1_s.weight"]))
+        for name, value in (("weight", (1 + 1e-5) ** 0.5), ("bias", 0), ("running_mean", 0),
+                            ("running_var", 1)):              # pytorchvideo has no norm there
+            ours.setdefault(f"layer1.0.downsample.1.{name}", like * value)
+    if "fc1.weight" in ours and ours["fc1.weight"].dim() == 2:
+        ours["fc1.weight"] = ours["fc1.weight"][:, :, None, None, None]
+    return fit_norms(ours, own)
+
+
+def fit_norms(tensors: dict, own: dict) -> dict:
+    """Batch norms of a checkpoint in the form that a network has: split, or plain (and sync)."""
+    fitted = dict(tensors)
+    for base in [k.removesuffix(".running_mean") for k in own if k.endswith(".running_mean")]:
+        norm = re.sub(r"\.(split_)?bn$", "", base)
+        plain = next((b for b in (f"{norm}.bn", norm) if f"{b}.running_mean" in tensors), None)
+        if plain is None or base == plain:
+            continue
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            there, wanted = tensors.get(f"{base}.{name}"), own[f"{base}.{name}"]
+            merged = tensors.get(f"{plain}.{name}", torch.zeros((), dtype=torch.long))
+            if there is None or there.shape != wanted.shape:
+                fits = merged.dim() and wanted.numel() % merged.numel() == 0
+                fitted[f"{base}.{name}"] = (merged.repeat(wanted.numel() // merged.numel())
+                                            if fits else merged)
+            if base == norm:                                  # a plain norm has no parts
+                fitted.pop(f"{norm}.split_bn.{name}", None)
+    return {k: v for k, v in fitted.items() if k in own or not re.search(
+        r"\.(running_(mean|var)|num_batches_tracked)$", k)}
+
+
+class SlowFastBlock(nn.Module):
+    """Bottleneck with a temporal kernel in its first convolution; names of SlowFast's zoo."""
+
+    def __init__(self, cin: int, inner: int, cout: int, stride: int, kernel: int, norm):
+        super().__init__()
+        conv = partial(nn.Conv3d, bias=False)
+        if stride != 1 or cin != cout:
+            self.branch1 = conv(cin, cout, 1, (1, stride, stride))
+            self.branch1_bn = norm(cout)
+        self.branch2 = nn.ModuleDict({
+            "a": conv(cin, inner, (kernel, 1, 1), 1, (kernel // 2, 0, 0)), "a_bn": norm(inner),
+            "b": conv(inner, inner, (1, 3, 3), (1, stride, stride), (0, 1, 1)),
+            "b_bn": norm(inner), "c": conv(inner, cout, 1), "c_bn": norm(cout)})
+        nn.init.zeros_(self.branch2["c_bn"].weight)
+
+    def forward(self, x):
+        b = self.branch2
+        y = F.relu(b["a_bn"](b["a"](x)))
+        y = b["c_bn"](b["c"](F.relu(b["b_bn"](b["b"](y)))))
+        return F.relu(y + (self.branch1_bn(self.branch1(x)) if hasattr(self, "branch1") else x))
+
+
+class SlowFast(nn.Module):
+    """SlowFast-R50 (arXiv 1812.03982): every `alpha`-th frame wide, all frames narrow.
+
+    x: (B, 3, T, H, W) -> logits (B, classes, T), the slow pathway stretched to the fast one's
+    times, or with per_frame=False (B, classes, 1). Names of SlowFast's zoo.
+    """
+
+    def __init__(self, classes: int = 400, per_frame: bool = True, width: int = 64,
+                 depth: Sequence[int] = (3, 4, 6, 3), alpha: int = 4, beta: int = 8,
+                 norm: Callable[[int], nn.Module] = SplitBatchNorm, dropout: float = 0.5):
+        super().__init__()
+        self.alpha, self.per_frame, self.dropout = alpha, per_frame, dropout
+        self.norm, widths = norm, (width, width // beta)
+        stems, slow = [], [width, *(4 * width << n for n in range(4))]
+        for w, k in zip(widths, (1, 5)):
+            stems.append(nn.ModuleDict({
+                "conv": nn.Conv3d(3, w, (k, 7, 7), (1, 2, 2), (k // 2, 3, 3), bias=False),
+                "bn": norm(w)}))
+        self.s1 = nn.ModuleDict({f"pathway{p}_stem": stem for p, stem in enumerate(stems)})
+        for n, count in enumerate(depth):
+            fuse = slow[n] // beta                            # of the fast pathway, before
+            setattr(self, f"s{n + 1}_fuse", nn.ModuleDict({
+                "conv_f2s": nn.Conv3d(fuse, 2 * fuse, (7, 1, 1), (alpha, 1, 1), (3, 0, 0),
+                                      bias=False), "bn": norm(2 * fuse)}))
+            stage = {}
+            for p, w in enumerate(widths):
+                before = slow[n] + 2 * fuse if p == 0 else fuse
+                kernel = 3 if p == 1 or n > 1 else 1
+                for i in range(count):
+                    stage[f"pathway{p}_res{i}"] = SlowFastBlock(
+                        before if i == 0 else 4 * w << n, w << n, 4 * w << n,
+                        2 if n and i == 0 else 1, kernel, norm)
+            setattr(self, f"s{n + 2}", nn.ModuleDict(stage))
+        last = slow[-1] + slow[-1] // beta
+        self.head = nn.ModuleDict({"projection": nn.Linear(last, classes)})
+        for m in self.modules():
+            if isinstance(m, nn.Conv3d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.head["projection"].weight, std=0.01)
+
+    def pathways(self, slow, fast):
+        """Both pathways' last maps: (B, 32·width, T/alpha, h, w) and (B, 4·width, T, h, w)."""
+        x = [slow, fast]
+        for p in (0, 1):
+            stem = self.s1[f"pathway{p}_stem"]
+            x[p] = F.max_pool3d(F.relu(stem["bn"](stem["conv"](x[p]))), (1, 3, 3), (1, 2, 2),
+                                (0, 1, 1))
+        for n in range(1, 5):
+            fuse, stage = getattr(self, f"s{n}_fuse"), getattr(self, f"s{n + 1}")
+            x[0] = torch.cat([x[0], F.relu(fuse["bn"](fuse["conv_f2s"](x[1])))], 1)
+            for name, block in stage.items():
+                p = int(name[7])
+                x[p] = block(x[p])
+        return x
+
+    def forward(self, x, slow=None):
+        slow, fast = self.pathways(x[:, :, ::self.alpha] if slow is None else slow, x)
+        if self.per_frame:
+            slow, fast = slow.mean((3, 4)), fast.mean((3, 4))             # (B, C, T)
+            slow = F.interpolate(slow, fast.shape[2], mode="linear", align_corners=False)
+        else:
+            slow, fast = slow.mean((2, 3, 4))[..., None], fast.mean((2, 3, 4))[..., None]
+        x = F.dropout(torch.cat([slow, fast], 1), self.dropout, self.training)
+        return self.head["projection"](x.transpose(1, 2)).transpose(1, 2)
+
+
+def slowfast_tensors(tensors: dict, own: dict) -> dict:
+    """The tensors of a SlowFast checkpoint, also pytorchvideo's, under the names of SlowFast."""
+    rules = [
+        (r"^blocks\.0\.multipathway_blocks\.(\d)\.conv\.", r"s1.pathway\1_stem.conv."),
+        (r"^blocks\.0\.multipathway_blocks\.(\d)\.norm\.", r"s1.pathway\1_stem.bn."),
+        (r"^blocks\.(\d)\.multipathway_fusion\.conv_fast_to_slow\.",
+         lambda m: f"s{int(m[1]) + 1}_fuse.conv_f2s."),
+        (r"^blocks\.(\d)\.multipathway_fusion\.norm\.", lambda m: f"s{int(m[1]) + 1}_fuse.bn."),
+        (r"^blocks\.(\d)\.multipathway_blocks\.(\d)\.res_blocks\.(\d+)\.",
+         lambda m: f"s{int(m[1]) + 1}.pathway{m[2]}_res{m[3]}."),
+        (r"\.branch1_conv\.", ".branch1."), (r"\.branch1_norm\.", ".branch1_bn."),
+        (r"\.branch2\.conv_([abc])\.", r".branch2.\1."),
+        (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn."),
+        (r"^blocks\.6\.proj\.", "head.projection.")]
+    return fit_norms(_rename(tensors, rules), own)
