@@ -637,7 +637,8 @@ def fetch(url: str, instead: str) -> Path:
 
 def find_weights(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of any checkpoint: under `model`, `state_dict` or the like, or bare, without the
-    `module.` of DDP and DataParallel, however often it stands there.
+    `module.` of DDP and DataParallel, however often it stands there. Of a file with several
+    networks, each `..._state_dict` stands before its tensors' names.
     """
     found = load_file(path)
     for key in ("model", "model_av", "state_dict", "vtn_state_dict", "model_state",
@@ -645,6 +646,11 @@ def find_weights(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
+    else:
+        if isinstance(found, dict):
+            found |= {f"{k}.{name}": v for k, state in list(found.items())
+                      if str(k).endswith("_state_dict") and isinstance(state, dict)
+                      for name, v in state.items()}
     tensors = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in found.items()
                if isinstance(v, torch.Tensor)} if isinstance(found, dict) else {}
     if not tensors:
@@ -1804,7 +1810,7 @@ def x3d_tensors(tensors: dict, own: dict) -> dict:
     batch norm become those of every part, and the other way round. own: the network's entries.
     """
     ours = _rename(tensors, _X3D_NAMES)
-    if any(k.startswith("blocks.5.") for k in tensors) and "layer1.0.downsample.0.weight" in ours:
+    if any(k.startswith("blocks.") for k in tensors) and "layer1.0.downsample.0.weight" in ours:
         like = ours["layer1.0.downsample.0.weight"].new_ones(len(ours["conv1_s.weight"]))
         for name, value in (("weight", (1 + 1e-5) ** 0.5), ("bias", 0), ("running_mean", 0),
                             ("running_var", 1)):              # pytorchvideo has no norm there

@@ -411,9 +411,8 @@ def clip_shape(state, place, span, crop):
 
 
 def multigrid_lr(step, lr, bounds, milestones, warmup, released=False):
-    """lr x 8, 4, 2, 1 in the states of the long cycle, x 0.1 from each milestone on; linear warm-up.
-
-    NOTE: in the release steps 0 and 1 are not warmed up.
+    """lr x 8, 4, 2, 1 in the states of the long cycle, x 0.1 from each milestone on; warmed up
+    linearly. NOTE: in the release steps 0 and 1 are not warmed up.
     """
     rise = (step + 1) / warmup if step < warmup and not (released and step < 2) else 1
     scale = LONG_SCALE[long_state(step, bounds, released)]
@@ -431,7 +430,8 @@ def ssdet_lr(step, lr, milestones, warmup, backbone=0.1, released=False):
 
 
 class LongCycle(NamedTuple):
-    """A stretch of constant shape: up to which epoch, lr and batch relative to the base, T, crop."""
+    """A stretch of one shape, up to an epoch: falls of the rate before, batch relative to the base.
+    """
     step: int
     batch: int
     frames: int
@@ -468,8 +468,8 @@ def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.
 
 
 def fair_rates(schedule, gamma=0.1):
-    """(epochs at which the rate changes, rates relative to the base) of a `fair_schedule`; the last
-    stretch has its rate halved in number: the second half runs at one fall more.
+    """(epochs at which the rate changes, rates relative to the base) of a `fair_schedule`, whose
+    last stretch runs its first half at the rate of the one before.
     """
     steps = [0] + [c.end for c in schedule]
     steps[-1] = (steps[-2] + steps[-1]) // 2
@@ -742,7 +742,7 @@ def to_labels(logits, length, align_corners):
 
 
 def detection_loss(logits, label, mask=None):
-    """(cls + loc) / 2, cls, loc: cross entropy of each class's maximum over time, and of all frames.
+    """(cls + loc) / 2, cls, loc: cross entropy of a class's maximum over time, and of all frames.
 
     logits, label: (B, K, N); mask: (B, N) of valid frames. Without a mask padding counts as
     negative, as in the SSDet repository.
@@ -824,3 +824,82 @@ def chunks(T, limit=1000):
     if T < limit + 5:
         return [(0, T)]
     return [(a, min(a + limit, T)) for a in range(0, T, limit)]
+
+
+# ---- weights (official files: train_fine.py, train_coarse_fineFEAT.py) --------------------------
+
+HEADS = ("fc2.", "rw6.", "head.projection.")                  # of another number of classes: new
+GROWN = ("pool_1.", *(f"{kind}{n}." for kind in ("rw", "mix") for n in range(2, 7)))
+
+
+def stream_names(tensors, own):
+    """A checkpoint's tensors under the names and in the shapes of one stream's network; of heads
+    for another number of classes nothing remains.
+    """
+    slow = any(".pathway1_" in k for k in own)
+    ours = (common.slowfast_tensors if slow else common.x3d_tensors)(tensors, own)
+    for head in HEADS:
+        if any(k in own and own[k].shape != v.shape for k, v in ours.items() if k.startswith(head)):
+            ours = {k: v for k, v in ours.items() if not k.startswith(head)}
+    return ours
+
+
+def two_names(tensors, own):
+    """`stream_names` of both streams; in the release's files they are model_l and model_g."""
+    ours = {}
+    for part, theirs in (("coarse.", "model_l_state_dict."), ("fine.", "model_g_state_dict.")):
+        found = {k.removeprefix(start): v for start in (part, theirs) for k, v in tensors.items()
+                 if k.startswith(start)}
+        mine = {k.removeprefix(part): v for k, v in own.items() if k.startswith(part)}
+        ours |= {part + k: v for k, v in stream_names(found, mine).items()}
+    return ours
+
+
+def load(model, path, whole=False):
+    """Fill a network from a checkpoint of ours, of the release, of SlowFast's zoo or pytorchvideo's.
+
+    The backbone must be in it, entirely; classifiers of other classes, and what Coarse-Fine adds
+    to X3D, may be missing, unless `whole`.
+    """
+    two = isinstance(model, TwoStream)
+    prefixes = ("coarse.", "fine.") if two else ("",)
+    may_lack = tuple(p + h for p in prefixes for h in (*HEADS, *GROWN)) + ("fine.fc1.",)
+    needed = tuple(k for k in model.state_dict() if whole or not k.startswith(may_lack))
+    common.load_weights(model, path, [{"": ""}], needed, adapt=two_names if two else stream_names)
+
+
+class Kind(NamedTuple):
+    """What a checkpoint's tensors tell of its network."""
+    stream: str
+    version: str
+    classes: int
+    pool: str
+    fusion: str
+
+
+def kind_of(path):
+    """The Kind of a checkpoint: stream x3d, slowfast, coarse or two."""
+    tensors = common.find_weights(path)
+    if any(".pathway1_" in k or "multipathway" in k for k in tensors):
+        head = next((v for k, v in tensors.items() if re.search(r"proj\w*\.bias$", k)), None)
+        stem = next((v for k, v in tensors.items() if re.search(
+            r"pathway0_stem\.conv|blocks\.0\.multipathway_blocks\.0\.conv", k)), None)
+        if head is None or stem is None:
+            raise UserError(f"{path}: holds no SlowFast network")
+        return Kind("slowfast", "M" if len(stem) == 64 else "tiny", len(head), "", "none")
+    two = {k for k in tensors if k.startswith(("coarse.", "model_l_state_dict."))}
+    names = {re.sub(r"^(coarse|model_l_state_dict)\.", "", k): v for k, v in tensors.items()
+             if not two or k in two}
+    names = common.x3d_tensors(names, {})
+    blocks = tuple(len({k.split(".")[1] for k in names if k.startswith(f"layer{n}.")})
+                   for n in range(1, 5))
+    stem = len(names["conv1_s.weight"]) if "conv1_s.weight" in names else 0
+    fits = [v for v in ("M", "L", "XL", "tiny") if blocks == common.X3D.BLOCKS.get(v, (3, 5, 11, 7))
+            and stem == common.X3D.WIDTHS.get(v, (24,))[0]]
+    if not fits or "fc2.bias" not in names:
+        raise UserError(f"{path}: holds no X3D or SlowFast network")
+    grown = any(k.startswith(GROWN) for k in names)
+    fusion = "mixed" if "mix2.conv_at.bias" in names else "own" if "rw2.at1.bias" in names else "none"
+    stream = "two" if two else "coarse" if grown else "x3d"
+    return Kind(stream, fits[0], len(names["fc2.bias"]),
+                "grid" if "pool_1.conv1.bias" in names else "", fusion)
