@@ -315,13 +315,13 @@ class SkipBroken(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, i = key
-        rng = np.random.default_rng((self.seed, epoch, i, 1))
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        *when, i = key                                        # epoch, and what else the sampler says
+        rng = np.random.default_rng((self.seed, *when, i, 1))
         faults = []
         for _ in range(self.tries):
             try:
-                return {**self.dataset[epoch, i], "broken": "\n".join(faults)}
+                return {**self.dataset[(*when, i)], "broken": "\n".join(faults)}
             except VideoError as e:
                 faults.append(str(e))
                 i = int(rng.integers(len(self.dataset)))
@@ -947,16 +947,17 @@ def clock(path: Path) -> tuple[np.ndarray, float]:
         return (np.array(ticks) - _origin(v)) * float(v.time_base), float(_rate(v))
 
 
-def count_frames(path: Path) -> int:
+def count_frames(path: Path, pattern: str = JPG) -> int:
     """How many pictures really decode, whatever the header says; of a folder, how many there are.
 
-    A folder holds image_00001.jpg, image_00002.jpg, ... VideoError if one of these is missing.
+    A folder holds pictures named by `pattern`, from 1. VideoError if one of these is missing.
     """
     if path.is_dir():
-        names = [f.name for f in os.scandir(path) if re.fullmatch(r"image_\d{5,}\.jpg", f.name)]
-        lost = {JPG.format(i + 1) for i in range(len(names))} - set(names)
+        form = re.compile(re.sub(r"\\\{:\d*d\\\}", r"\\d+", re.escape(pattern)))
+        names = [f.name for f in os.scandir(path) if form.fullmatch(f.name)]
+        lost = {pattern.format(i + 1) for i in range(len(names))} - set(names)
         if lost or not names:
-            raise VideoError(f"{path}: {min(lost, default=JPG.format(1))} is missing")
+            raise VideoError(f"{path}: {min(lost, default=pattern.format(1))} is missing")
         return len(names)
     with _open(path) as c:
         v, number = _video_stream(c, path), 0
@@ -967,7 +968,7 @@ def count_frames(path: Path) -> int:
         return number
 
 
-def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
+def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG) -> np.ndarray:
     """Pictures by number, from 0 in the order they are shown: uint8 (T, H, W, 3) at full size.
 
     numbers: ascending. Of a video file, or of a folder as `count_frames` describes it. Raises
@@ -989,7 +990,7 @@ def read_frames(path: Path, numbers: Sequence[int]) -> np.ndarray:
     from PIL import Image, UnidentifiedImageError
     pictures = []
     for n in numbers:
-        name = path / JPG.format(n + 1)
+        name = path / pattern.format(n + 1)
         try:
             pictures.append(np.asarray(Image.open(name).convert("RGB")))
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
