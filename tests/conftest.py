@@ -8,10 +8,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-def smallest(name, tmp_path_factory):
+def smallest(name, tmp_path_factory, workers=2):
     import toy
     folder = tmp_path_factory.mktemp(f"toy_{name}")
-    toy.make(name, folder, scale=0.01, workers=2)
+    toy.make(name, folder, scale=0.01, workers=workers)
     return folder / name
 
 
@@ -61,6 +61,24 @@ def oops(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setitem(toy.MAKERS, "oops", lambda *a: plain(*a, seconds=(4.5, 8)))
         return smallest("oops", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def kinetics400(tmp_path_factory):
+    """The smallest toy Kinetics-400: 2 + 1 clips of 8 classes, and a short one in each split."""
+    return smallest("kinetics400", tmp_path_factory, workers=1)
+
+
+@pytest.fixture(scope="session")
+def charades(tmp_path_factory):
+    """The smallest toy Charades: 6 + 5 videos, of which 1 + 2 are short and 1 + 1 are idle."""
+    return smallest("charades", tmp_path_factory, workers=1)
+
+
+@pytest.fixture(scope="session")
+def multithumos(tmp_path_factory):
+    """The smallest toy MultiTHUMOS: 4 + 3 videos."""
+    return smallest("multithumos", tmp_path_factory, workers=1)
 
 
 @pytest.fixture(scope="session")

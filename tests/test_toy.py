@@ -294,9 +294,114 @@ def test_a_mishap_in_the_files_is_told_by_motion_and_not_by_a_picture(seen_misha
     assert told_apart(moves["train"], moves["val"]) > 0.9
 
 
+# ---- what can be seen of the deeds of Kinetics-400, Charades and MultiTHUMOS ----
+
+def statistics(frames):
+    """What moves in every fifth picture: rates of the place, size and shape of what changes."""
+    x = np.stack(frames[::5]).astype(np.float32).mean(-1)
+    x = np.maximum(x - np.median(x, 0) - 25, 0)               # what rests is gone
+    mass = x.sum((1, 2)) + 1
+    rows, columns = np.arange(x.shape[1]), np.arange(x.shape[2])
+    y, z = (x.sum(2) @ rows) / mass, (x.sum(1) @ columns) / mass
+    dy, dz = rows[:, None] - y[:, None, None], columns - z[:, None, None]
+    yy, zz, yz = ((x * m).sum((1, 2)) / mass for m in (dy**2, dz**2, dy * dz))
+    turn = np.diff(np.unwrap(np.arctan2(2 * yz, zz - yy)))
+    size, y, z = np.diff(np.log(mass)), np.diff(y), np.diff(z)
+    back = [np.mean(d[1:] * d[:-1] < 0) for d in (size, z)]
+    return [np.median(y), np.median(size), *(np.median(abs(d)) for d in (y, z, size, turn)), *back]
+
+
+@pytest.fixture(scope="module")
+def deeds(tmp_path_factory):
+    """Planned clips of Kinetics, 12 and 8 of each class: [(12 x 16 pictures, motion, classes)]"""
+    root, out = tmp_path_factory.mktemp("deeds"), []
+    tasks = toy.make_kinetics400(root, 0, 1.0, False)
+    for split, n in (("train", 12), ("val", 8)):
+        x, moves, y = [], [], []
+        for c, label in enumerate(toy.KINETICS):
+            folder = root / split / label.replace(" ", "_")
+            for video in [v for v in tasks if v["files"][0][0].parent == folder][:n]:
+                frames = list(toy.draw_scene(video))
+                x.append([shrunk(f) for f in frames[5:55:10]])
+                moves.append(statistics(frames))
+                y.append(c)
+        out.append((np.array(x), np.array(moves), np.array(y)))
+    return out
+
+
+def test_a_picture_of_a_deed_does_not_tell_which_and_motion_does(deeds):
+    stills = [(x.reshape(-1, *x.shape[2:]), np.repeat(y, x.shape[1])) for x, _, y in deeds]
+    shares = [accuracy(*stills, strength) for strength in (1.0, 10.0, 100.0, 1000.0)]
+    assert max(shares) < 0.22, f"{shares} of 8 classes"
+    (_, a, y), (_, b, z) = deeds
+    mean, std = a.mean(0), a.std(0)
+    share = accuracy(((a - mean) / std, y), ((b - mean) / std, z), 1.0)
+    assert share > 0.9, share
+
+
+def test_a_deed_is_anywhere_in_its_range_whichever_it_is():
+    """Places and sizes of pictures of the long videos: quintiles; and each does what it should."""
+    got, times = {deed: [] for deed in toy.DEEDS}, np.linspace(1, 4, 301)
+    for deed in toy.DEEDS:
+        for k in range(500):
+            actor = toy.actor_of(0, 0, 0, 5, 1, 4, "scene", deed)
+            y, x, radius, angle, solid = toy.follow(
+                np.random.default_rng((7, k)), actor, times, (72, 96))
+            pick = np.random.default_rng((8, k)).integers(301)
+            got[deed].append([y[pick], x[pick], np.log(radius[pick]), angle[pick] % 1])
+            change = {"y": np.ptp(y) / 72, "x": np.ptp(x) / 72, "angle": np.ptp(angle),
+                      "radius": radius.max() / radius.min() - 1}
+            what = {"height": "y", "side": "x", "size": "radius", "angle": "angle"}
+            most = change.pop(what[toy.DEEDS[deed][0]])
+            assert most > 0.45 and max(change.values()) < 1e-6 and (solid == 1).all()
+    everything = np.concatenate(list(got.values()))
+    for i in range(4):
+        edges = np.quantile(everything[:, i], [0.2, 0.4, 0.6, 0.8])
+        for deed, values in got.items():
+            shares = np.bincount(np.digitize(np.array(values)[:, i], edges), minlength=5) / 500
+            assert abs(shares - 0.2).max() < 0.075, (deed, i, shares)
+
+
+def test_directions_of_deeds_and_their_rates():
+    """Opposites differ in the sign alone; nothing is too fast for 2.4 pictures a second."""
+    times = np.arange(0, 3, 0.01)
+    for k in range(40):
+        y, x, r, a = {}, {}, {}, {}
+        for deed in toy.DEEDS:
+            actor = toy.actor_of(0, 0, -1, 4, 0, 3, "scene", deed)
+            y[deed], x[deed], r[deed], a[deed], _ = toy.follow(
+                np.random.default_rng((9, k)), actor, times, (72, 96))
+        assert (np.diff(y["rise"]) < 0).all() and (np.diff(y["sink"]) > 0).all()
+        assert (np.diff(r["grow"]) > 0).all() and (np.diff(r["shrink"]) < 0).all()
+        assert len(set(np.sign(np.diff(x["drift"])))) == 1
+        assert abs(np.diff(a["spin"])).max() * 100 / 2.4 < 0.15
+        for values in (x["sway"], r["pulse"]):
+            turns = np.flatnonzero(np.diff(np.sign(np.diff(values))))
+            assert 1 <= len(turns) and (np.diff(turns) >= 78).all()
+
+
+@pytest.mark.parametrize("name", ["charades", "multithumos"])
+def test_deeds_are_equally_frequent_and_none_one_or_two_at_a_time(name, tmp_path):
+    tasks, active = toy.MAKERS[name](tmp_path, 0, 1.0, False), []
+    for split in (0, 1):
+        counts = collections.Counter(a["deed"] for v in tasks for a in v["actors"]
+                                     if a["busy"] and v["key"][2] // 1000 == split)
+        assert set(counts) == set(toy.DEEDS)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    for video in tasks:
+        t, busy = np.arange(0, video["seconds"], 0.05), [a for a in video["actors"] if a["busy"]]
+        active.append(np.sum([(t >= a["begin"]) & (t < a["end"]) for a in busy], axis=0, dtype=int)
+                      + np.zeros(len(t), int))
+    shares = np.bincount(np.concatenate(active)) / sum(map(len, active))
+    assert len(shares) == 3
+    for share, low, high in zip(shares, (0.24, 0.4, 0.2), (0.36, 0.51, 0.31)):
+        assert low < share < high, shares
+
+
 # ---- the same bytes ----
 
-@pytest.mark.parametrize("name", ["epic", "ego4d", "ucf101", "hmdb51", "oops"])
+@pytest.mark.parametrize("name", ["epic", "ego4d", "ucf101", "hmdb51", "oops", "kinetics400",
+                                  "charades", "multithumos"])
 def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp_path, monkeypatch):
     plain = toy.MAKERS[name]
 
@@ -313,11 +418,11 @@ def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp
         return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()
                 and not p.name.startswith(".")}
     one = files("one")
-    assert len(one) > 6 and one == files("two")
+    assert len(one) > 5 and one == files("two")
     other = files("other")
     assert all(one[k] != other[k] for k in set(one) & set(other)
                if k.endswith(("train.csv", "train.json", ".avi")))
-    # The names of Ego4D, HMDB51 and Oops! are random.
+    # Elsewhere the names are random.
     assert set(one) != set(other) or name in ("epic", "ucf101")
 
 
@@ -903,6 +1008,170 @@ def test_names_of_oops_videos_are_as_odd_as_the_official_ones(oops):
         text = (oops / "annotations" / "splits" / f"{split}_all_org.csv").read_text("utf-8")
         assert re.search(r'^"Some Fails, Part 2', text, re.M)
         assert re.search(r'^"The ""Easy"" Jump, ', text, re.M)
+
+
+# ---- the forms of Kinetics-400, Charades and MultiTHUMOS ----
+
+@pytest.mark.parametrize("scale, counts", [(0.01, (2, 1)), (1.0, (36, 8))])
+def test_kinetics_annotations_have_the_official_form(scale, counts, tmp_path):
+    tasks = toy.make_kinetics400(tmp_path, 0, scale, False)   # annotations alone
+    files = {v["files"][0][0].relative_to(tmp_path).as_posix(): v for v in tasks}
+    assert len({v["key"] for v in tasks}) == len(tasks) == len(files)
+    assert lines(tmp_path / "labels.txt", "\n") == list(toy.KINETICS) == sorted(toy.KINETICS)
+    used = set()
+    for split, subset, n, absent in (("train", "train", counts[0], 2),
+                                     ("val", "validate", counts[1], 1)):
+        head = (tmp_path / f"{split}.csv").read_text().splitlines()[0]
+        assert head == "label,youtube_id,time_start,time_end,split"
+        rows, named = table(tmp_path / f"{split}.csv"), {}
+        for r in rows:
+            assert re.fullmatch(r"[\w-]{11}", r["youtube_id"], re.A) and r["split"] == subset
+            start, end = int(r["time_start"]), int(r["time_end"])
+            assert end == start + 10
+            named[f"{split}/{r['label'].replace(' ', '_')}/"
+                  f"{r['youtube_id']}_{start:06d}_{end:06d}.mp4"] = r["label"]
+        made = {k for k in files if k.startswith(f"{split}/")}
+        assert made < set(named) and len(set(named) - made) == absent
+        frames = {k: round(files[k]["seconds"] * files[k]["fps"]) for k in made}
+        long = collections.Counter(named[k] for k in made if frames[k] > 81)
+        assert set(long) == set(toy.KINETICS) and set(long.values()) == {n}
+        assert sum(f <= 80 for f in frames.values()) == 1
+        assert all({a["deed"] for a in files[k]["actors"]} - {None} == {toy.KINETICS[named[k]]}
+                   for k in made)
+        ids = {r["youtube_id"] for r in rows}
+        assert len(ids) == len(rows) and not ids & used
+        assert any(x.startswith("-") for x in ids)
+        used |= ids
+        entries = json.loads((tmp_path / f"{subset}.json").read_text())
+        assert entries == {r["youtube_id"]: {
+            "subset": subset, "duration": 10.0, "annotations": {
+                "label": r["label"], "segment": [float(r["time_start"]), float(r["time_end"])]},
+            "url": f"https://www.youtube.com/watch?v={r['youtube_id']}"} for r in rows}
+    two = [v for v in tasks if any(a["look"] for a in v["actors"])]
+    assert scale < 1 or 0.25 < len(two) / len(tasks) < 0.42
+
+
+def check_intervals(video, actions, names, digits):
+    """What is annotated are the deeds as planned; the rest is returned."""
+    classes = {deed: i for i, deed in enumerate(names.values())}
+    planned = [[classes[a["deed"]], round(max(a["begin"], 0), digits),
+                round(min(a["end"], video["seconds"]), digits)]
+               for a in video["actors"] if a["busy"]]
+    assert all(a["deed"] is None for a in video["actors"] if not a["busy"])
+    assert [a[:2] for a in planned] == [a[:2] for a in actions[:len(planned)]]
+    return [a for a in actions if a not in planned]
+
+
+@pytest.mark.parametrize("scale, counts", [(0.01, (6, 5)), (1.0, (66, 32))])
+def test_charades_annotations_have_the_official_form(scale, counts, tmp_path):
+    tasks = toy.make_charades(tmp_path, 0, scale, False)
+    videos = {v["files"][0][0].relative_to(tmp_path / "Charades_v1").stem: v for v in tasks}
+    folder = tmp_path / "Charades"
+    assert lines(folder / "Charades_v1_classes.txt", "\n") == [
+        f"c{i:03d} {words}" for i, words in enumerate(toy.CHARADES)]
+    entries, used = json.loads((folder / "charades.json").read_text()), set()
+    for split, n, short in zip(("train", "test"), counts, (1, 2)):
+        rows, odd = table(folder / f"Charades_v1_{split}.csv"), []
+        assert len(rows) == n and list(rows[0]) == (
+            "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,"
+            "length").split(",")
+        for r in rows:
+            assert re.fullmatch("[A-Z0-9]{5}", r["id"]) and r["verified"] in ("Yes", "No")
+            assert {int(r["quality"]), int(r["relevance"])} <= set(range(1, 8))
+            words = [x.split(" ") for x in r["actions"].split(";") if x]
+            assert all(re.fullmatch(r"c00[0-7] \d+\.\d\d \d+\.\d\d", " ".join(x)) for x in words)
+            actions = [[int(c[1:]), float(a), float(b)] for c, a, b in words]
+            assert re.fullmatch(r"\d+\.\d\d", r["length"])
+            assert entries[r["id"]] == {"subset": f"{split}ing", "duration": float(r["length"]),
+                                        "actions": actions}
+            video = videos[r["id"]]
+            assert video["seconds"] == pytest.approx(float(r["length"]), abs=0.006)
+            odd += [(video["seconds"], *a)
+                    for a in check_intervals(video, actions, toy.CHARADES, 2)]
+        assert sum(a >= b for _, _, a, b in odd) == 1
+        over = [b - length for length, _, a, b in odd if a < b]
+        assert len(over) == max(1, n // 20) and 0.19 < min(over) and max(over) < 1.01
+        lengths = [float(r["length"]) for r in rows]
+        assert sum(x * 24 < 162 for x in lengths) == short and min(lengths) >= 4
+        assert all(12 <= x <= 20 for x in lengths if x * 24 >= 162)
+        assert sum(not r["actions"] for r in rows) == 1
+        text = (folder / f"Charades_v1_{split}.csv").read_text()
+        assert '""' in text and re.search(r',"[^"]*, ', text)
+        used |= {r["id"] for r in rows}
+    assert used == set(videos) == set(entries) and len(used) == sum(counts)
+
+
+@pytest.mark.parametrize("scale, counts", [(0.01, (4, 3)), (1.0, (24, 14))])
+def test_multithumos_annotations_have_the_official_form(scale, counts, tmp_path):
+    tasks = toy.make_multithumos(tmp_path, 0, scale, False)
+    videos = {v["files"][0][0].relative_to(tmp_path / "videos").stem: v for v in tasks}
+    entries = json.loads((tmp_path / "multithumos.json").read_text())
+    assert lines(tmp_path / "class_list.txt", "\n") == [
+        f"{i} {name}" for i, name in enumerate(toy.THUMOS, 1)]
+    assert {p.stem for p in (tmp_path / "annotations").iterdir()} == set(toy.THUMOS)
+    told = []
+    for i, name in enumerate(toy.THUMOS, 1):
+        for row in lines(tmp_path / "annotations" / f"{name}.txt", "\n"):
+            video, a, b = re.fullmatch(r"(video_\w+_\d{7}) (\d+\.\d) (\d+\.\d)", row).groups()
+            told.append((video, i, float(a), float(b)))
+    assert sorted(told) == sorted((k, *a) for k, e in entries.items() for a in e["actions"])
+    assert set(entries) == set(videos)
+    for split, subset, n in (("validation", "training", counts[0]), ("test", "testing", counts[1])):
+        mine = {k: e for k, e in entries.items() if e["subset"] == subset}
+        assert len(mine) == n and all(k.startswith(f"video_{split}_") for k in mine)
+        late = []
+        for k, e in mine.items():
+            assert list(e) == ["subset", "duration", "actions"] and e["duration"] == round(
+                videos[k]["seconds"], 2)
+            actions = [[c - 1, a, b] for c, a, b in e["actions"]]
+            late += [a > e["duration"] for _, a, _ in check_intervals(
+                videos[k], actions, toy.THUMOS, 1)]
+        assert late == [True]
+    assert {v["fps"] for v in tasks} == set(toy.OOPS_RATES)
+
+
+@pytest.mark.parametrize("name, inside", [("kinetics400", ""), ("charades", "Charades_v1"),
+                                          ("multithumos", "videos")])
+def test_files_of_deeds_hold_the_pictures_as_drawn_in_their_order(name, inside, request, tmp_path):
+    root, reordered = request.getfixturevalue(name), 0
+    tasks = toy.MAKERS[name](tmp_path, 0, 0.01, False)
+    assert {p.relative_to(root) for p in (root / inside).rglob("*.mp4")} == {
+        v["files"][0][0].relative_to(tmp_path) for v in tasks}
+    for video in tasks:
+        path = root / video["files"][0][0].relative_to(tmp_path)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name == "h264" and len(container.streams) == 1
+            assert stream.average_rate == video["fps"]
+            frames = [f.to_ndarray(format="rgb24") for f in container.decode(stream)]
+            reordered += stream.codec_context.has_b_frames
+        wanted = list(toy.draw_scene(video))
+        assert len(frames) == len(wanted) == round(video["seconds"] * video["fps"])
+        assert frames[0].shape == (*video["size"], 3) and not any(n % 2 for n in video["size"])
+        for k in (0, len(frames) // 2, -1):
+            assert abs(frames[k].astype(float) - wanted[k]).mean() < 6, (path, k)
+    assert 0 < reordered < len(tasks) / 2
+
+
+def test_motion_begins_and_ends_where_it_is_annotated():
+    """In an object's own pictures: it stands, moves from the annotated moment on, stands again."""
+    actor = toy.actor_of(0, 0, 0.0, 8.0, 2.0, 5.0, "scene", "sink")
+    video, _ = toy.plan_untrimmed(1, "test", 0, 24, 8.0, False)
+    y = np.array(place(list(toy.draw_scene(video | {"actors": [actor]})))[0])
+    moved = np.diff(y[6:-6:6])                                # quarters of a second
+    at = (np.arange(len(moved)) * 6 + 6) / 24
+    assert (abs(moved[(at < 1.7) | (at > 5.05)]) < 0.4).all()
+    assert (moved[(at > 2.05) & (at < 4.7)] > 1).all()
+
+
+def test_frames_of_a_video_as_files(kinetics400, tmp_path):
+    path = next(iter(sorted(kinetics400.rglob("*.mp4"))))
+    n = toy.as_frames(path, tmp_path / "clip")
+    assert n == common.count_frames(path)
+    assert {p.name for p in (tmp_path / "clip").iterdir()} == {
+        f"frame_{i:05d}.jpg" for i in range(1, n + 1)}
+    assert toy.as_frames(path, tmp_path / "b", "ABCDE-{:06d}.jpg") == n
+    assert (tmp_path / "b" / f"ABCDE-{n:06d}.jpg").exists()
 
 
 def test_strikes_are_heard_where_they_are_annotated(epic):

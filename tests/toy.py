@@ -57,6 +57,26 @@ stops and starts again. Height, breadth and angles are numbers on a circle that 
 whatever moves such a number leaves it anywhere: so every picture has the same distribution before
 and after, and one second of motion tells which it is.
 
+Kinetics-400, Charades and MultiTHUMOS show what one object does, eight things in all:
+
+    Kinetics-400                       Charades  MultiTHUMOS  the change
+    climbing a rope                    c000      PickUp       rise, steadily
+    abseiling                          c001      Fall         sink
+    inflating balloons                 c002      StandUp      grow: 1.85 times as large
+    folding paper                      c003      Squat        shrink
+    skiing (not slalom or cross...)    c004      Run          drift sideways, either way
+    swinging legs                      c005      Walk         sway: sideways, there and back
+    spinning poi                       c006      BodyRoll     spin, either way
+    massaging person's back            c007      Jump         pulse: grow, shrink, and so on
+
+Height, distance from the middle and size run evenly through a range where they change and stand
+anywhere in it where they do not: so a picture of an action tells nothing. Nothing depends on left
+and right, on which way something turns, on colours or on the ground. A clip of Kinetics is one
+action that begins anew every two seconds, elsewhere; in a third of them a second object rests. In
+the long videos two places are taken by one object after the other: it appears, rests, acts, rests
+and fades, whatever the other does. Which action comes next cannot be known. (Who knows that an
+object has not begun yet can rule out one or two: what will rise is low.)
+
 Every video has its own random numbers, made from (seed, dataset, number of the video); the same
 seed makes the same files whatever the number of workers.
 """
@@ -152,6 +172,23 @@ KICKS = (0.07, 0.3)                              # seconds from one kick to the 
 PAUSE = 0.5                                      # how often every second kick stops it instead
 LOOKS = 32                                       # angles that are drawn; see `draw_mishap`
 SWAY = 4                                         # pixels that the camera of a mishap strays
+DEEDS = {  # what an object does: (what changes, its direction, 0: there and back)
+    "rise": ("height", -1), "sink": ("height", 1), "grow": ("size", 1), "shrink": ("size", -1),
+    "drift": ("side", 1), "sway": ("side", 0), "spin": ("angle", 1), "pulse": ("size", 0),
+}
+PATH = 0.48                                      # rise, sink: of the height; sideways: of a side
+SCALING = 1.85                                   # grow, shrink, pulse: factor on the radius
+GIRTH = (0.175, 0.205)                           # of the shorter side: radius, in the middle
+SLENDER = (1.5, 2.0)                             # length over breadth: turning can be seen
+PERIOD, REVOLUTION = (1.6, 2.4), (3.0, 4.2)      # s: sway and pulse; spin
+PACE = 1.3                                       # how much faster these are in Kinetics
+FADE = {"clip": 0.12, "scene": 0.2}              # s: of an object that appears or leaves
+ANEW = (1.6, 2.4)                                # s after which an action of Kinetics begins anew
+ACT = (2, 5)                                     # s: an action in the long videos, mostly short
+REST, AFTER, EMPTY = (0.4, 2.0), (0.3, 1.2), (0.2, 2.1)      # s: before, behind, between objects
+LEISURE = (0.5, 1.7)                             # factor on these three, another in each video
+TREMBLE = 2                                      # pixels that the camera of a scene strays
+ANGLES = 48                                      # that are drawn, and radii by thirds of a pixel
 
 
 def course(noun, u):
@@ -300,14 +337,20 @@ def stretched(sprites, radius, angle, length):
     return sprites[64 * v + u]
 
 
-def blend(frame, patch, y, x):
-    """Draw a turned sprite centred at (y, x); what lies outside the frame is cut off."""
+def overlap(frame, patch, y, x):
+    """Where they meet if the patch is centred at (y, x).   -> slices of frame, slices of patch"""
     top, left = round(y) - len(patch) // 2, round(x) - patch.shape[1] // 2
     y0, x0 = max(top, 0), max(left, 0)
     y1, x1 = min(top + len(patch), frame.shape[0]), min(left + patch.shape[1], frame.shape[1])
-    if y0 < y1 and x0 < x1:
-        patch, place = patch[y0 - top:y1 - top, x0 - left:x1 - left], frame[y0:y1, x0:x1]
-        place[...] = place * patch[..., 3:] + patch[..., :3]
+    y1, x1 = max(y0, y1), max(x0, x1)
+    return np.s_[y0:y1, x0:x1], np.s_[y0 - top:y1 - top, x0 - left:x1 - left]
+
+
+def blend(frame, patch, y, x):
+    """Draw a turned sprite centred at (y, x); what lies outside the frame is cut off."""
+    place, part = overlap(frame, patch, y, x)
+    patch, place = patch[part], frame[place]
+    place[...] = place * patch[..., 3:] + patch[..., :3]
 
 
 # ---- the pictures of a video ----
@@ -492,6 +535,13 @@ def draw_action(video):
 # ---- the pictures of a mishap ----
 
 
+def soft_ground(rng, height, width, light):
+    """Faint smooth noise, quicker than `noise_texture`.   -> (height, width, 3) uint8"""
+    ground = gaussian_filter(rng.normal(size=(height, width)), 4)
+    ground = GROUND * (1 + rng.uniform(0.05, 0.15) * ground / ground.std()).clip(0.5, 1.5)
+    return (ground[..., None] * light[:3]).astype(np.uint8)
+
+
 def folded(phase):
     """A triangle wave with round corners, 0 at even numbers and 1 at odd ones."""
     return 0.5 - np.arcsin(0.9 * np.cos(np.pi * phase)) / (2 * np.arcsin(0.9))
@@ -542,9 +592,7 @@ def draw_mishap(video, wanted=None):
     y, x, turn, load = mishap(video)
     times = np.arange(len(y)) / float(video["fps"])
     light = np.append(rng.uniform(0.7, 1, 3), 1).astype(np.float32)
-    ground = gaussian_filter(rng.normal(size=(height + 2 * SWAY, width + 2 * SWAY)), 4)
-    ground = GROUND * (1 + rng.uniform(0.05, 0.15) * ground / ground.std()).clip(0.5, 1.5)
-    ground = (ground[..., None] * light[:3]).astype(np.uint8)
+    ground = soft_ground(rng, height + 2 * SWAY, width + 2 * SWAY, light)
     pan = np.stack([smooth_path(rng, times, SWAY - 1) for _ in range(2)]) + SWAY
     tops, lefts = pan.round().astype(int).tolist()
     kind, other = rng.choice(["disc", "box", "triangle", "cross", "star", "ring"], 2)
@@ -561,6 +609,70 @@ def draw_mishap(video, wanted=None):
         blend(frame, looks[turn[i]], y[i], x[i])
         if video["gait"] == "carry":
             blend(frame, small, sides[0][i], sides[1][i])
+        yield frame
+
+
+# ---- the pictures of what one or two objects do ----
+
+
+def follow(rng, actor, times, size):
+    """An object at some times.   -> y, x, radius (pixels), angle, how solid it is"""
+    height, width = size
+    at, way = dict(zip(("height", "side", "size"), rng.random(3))), rng.choice([-1, 1])
+    at["angle"] = rng.random() + 0 * times
+    tall, wide, girth = rng.uniform(-0.05, 0.05, 2).tolist() + [rng.uniform(*GIRTH)]
+    what, direction = DEEDS.get(actor["deed"], ("height", None))
+    moved = np.clip(times, actor["begin"], actor["end"]) - actor["begin"]
+    if what == "angle":
+        at[what] += way * moved / rng.uniform(*REVOLUTION) * actor["pace"]
+    elif direction == 0:                                 # a triangle wave: as often everywhere
+        phase = rng.uniform(0, 2) + 2 * moved / rng.uniform(*PERIOD) * actor["pace"]
+        at[what] = 1 - abs(phase % 2 - 1)
+    elif direction:
+        share = moved / (actor["end"] - actor["begin"])
+        at[what] = share if direction * (way if what == "side" else 1) > 0 else 1 - share
+    y = height * (0.5 + tall + PATH * (at["height"] - 0.5)) + 0 * times
+    x = width * (0.5 + actor["place"]) + min(size) * (wide + PATH * (at["side"] - 0.5)) + 0 * times
+    radius = min(size) * girth * SCALING ** (at["size"] - 0.5) + 0 * times
+    solid = np.minimum(times - actor["appear"], actor["leave"] - times) / actor["fade"]
+    return y, x, radius, at["angle"], solid.clip(0, 1)
+
+
+def draw_scene(video):
+    """The pictures of a video of Kinetics-400, Charades or MultiTHUMOS, like `draw`."""
+    rng = np.random.default_rng((*video["key"], 1))
+    height, width = video["size"]
+    times = np.arange(round(video["seconds"] * video["fps"])) / float(video["fps"])
+    ground = soft_ground(rng, height + 2 * TREMBLE, width + 2 * TREMBLE, rng.uniform(0.6, 1.1, 3))
+    pan = np.stack([smooth_path(rng, times, TREMBLE) for _ in range(2)]) + TREMBLE
+    tops, lefts = pan.round().astype(int).tolist()
+    looks, tracks = {}, []
+    for actor in sorted(video["actors"], key=lambda a: a["appear"]):
+        first, last = np.searchsorted(times, [actor["appear"], actor["leave"]]).tolist()
+        y, x, radius, angle, solid = follow(rng, actor, times[first:last], video["size"])
+        if actor["look"] not in looks:
+            kind = rng.choice(["disc", "box", "triangle", "cross", "star", "ring"])
+            tint = np.append(rng.uniform(0.75, 1, 3), 1)
+            sprite = (make_sprite(rng, kind) * tint).astype(np.float32).reshape(4096, 4)
+            looks[actor["look"]] = sprite, rng.uniform(*SLENDER), {}
+        shapes = np.stack([(3 * radius).round(), (ANGLES * angle).round() % ANGLES], 1).astype(int)
+        tracks.append((first, last, y.tolist(), x.tolist(), [tuple(s) for s in shapes.tolist()],
+                       solid.tolist(), looks[actor["look"]]))
+    for i in range(len(times)):
+        frame = ground[tops[i]:tops[i] + height, lefts[i]:lefts[i] + width].copy()
+        for first, last, y, x, shapes, solid, (sprite, length, drawn) in tracks:
+            if first <= i < last:
+                shape, j = shapes[i - first], i - first
+                if shape not in drawn:
+                    turn = 2 * np.pi * shape[1] / ANGLES
+                    patch = stretched(sprite, shape[0] / 3, turn, length)
+                    drawn[shape] = patch[..., :3].copy(), patch[..., 3:].repeat(3, 2)
+                colour, free = drawn[shape]              # as `blend`, in less time
+                place, part = overlap(frame, colour, y[j], x[j])
+                colour, free = colour[part], free[part]
+                if solid[j] < 1:
+                    colour, free = colour * solid[j], 1 - solid[j] * (1 - free)
+                frame[place] = frame[place] * free + colour
         yield frame
 
 
@@ -1135,6 +1247,238 @@ def make_oops(root, seed, scale, segments, seconds=(5, 9)):
     return tasks
 
 
+# ---- Kinetics-400, Charades and MultiTHUMOS ----
+
+KINETICS = {"abseiling": "sink", "climbing a rope": "rise", "folding paper": "shrink",
+            "inflating balloons": "grow", "massaging person's back": "pulse",
+            "skiing (not slalom or crosscountry)": "drift", "spinning poi": "spin",
+            "swinging legs": "sway"}
+CHARADES = {"Holding some clothes": "rise", "Putting clothes somewhere": "sink",
+            "Taking some clothes from somewhere": "grow", "Throwing clothes somewhere": "shrink",
+            "Tidying some clothes": "drift", "Washing some clothes": "sway",
+            "Closing a door": "spin", "Fixing a door": "pulse"}
+THUMOS = {"BodyRoll": "spin", "Fall": "sink", "Jump": "pulse", "PickUp": "rise", "Run": "drift",
+          "Squat": "shrink", "StandUp": "grow", "Walk": "sway"}
+SCENES = [(72, 96), (72, 96), (72, 104), (76, 100), (96, 72)]                  # sizes of pictures
+SCRIPTS = ["A person walks in, looks around and leaves.", "Someone tidies the room.",
+           'A person says "hello", sits down, and waits.', "A person stands at the window",
+           'They laugh at the sign "Do not touch".', "A person eats; then, slowly, goes to sleep."]
+CHARADES_COLUMNS = ["id", "subject", "scene", "quality", "relevance", "verified", "script",
+                    "objects", "descriptions", "actions", "length"]
+
+
+def actor_of(look, place, appear, leave, begin, end, kind, deed=None):
+    """An object that is there from `appear` to `leave` and acts from `begin` to `end`."""
+    return {"look": look, "place": place, "appear": appear, "leave": leave, "begin": begin,
+            "end": end, "deed": deed, "fade": FADE[kind], "pace": PACE if kind == "clip" else 1}
+
+
+def plan_scene(seed, name, k, fps, seconds):
+    """Video number k without its objects, about `seconds` long."""
+    key = (seed, crc32(name.encode()), k)
+    rng = np.random.default_rng((*key, 3))
+    options = {"preset": "ultrafast", "qp": "22"}        # the same for all: blur would tell speeds
+    if k % 6 == 0:
+        options["bf"] = "2"                              # B-frames: not in the order of time
+    return {"key": key, "size": SCENES[rng.integers(len(SCENES))], "fps": fps, "sound": "none",
+            "seconds": float(round(seconds * fps) / fps), "rate": 44100, "segments": None,
+            "coding": {"options": options, "gop": int(rng.integers(60, 121))}}, rng
+
+
+def plan_clip(seed, k, deed, short):
+    """Clip number k of Kinetics: one object does the same again and again."""
+    fps = OOPS_RATES[k % 3]
+    own = np.random.default_rng((seed, crc32(b"length"), k))
+    seconds = own.uniform(2.2, 2.6) if short else own.uniform(3.8, 4.2)
+    video, rng = plan_scene(seed, "kinetics400", k, fps, seconds)
+    actors, t = [], -rng.random() * ANEW[0]
+    while t < video["seconds"]:
+        end = t + rng.uniform(*ANEW)
+        actors.append(actor_of(0, 0, t, end, t, end, "clip", deed))
+        t = end
+    if rng.random() < 1 / 3:                             # another one is there all the time
+        place = rng.choice([-0.25, 0.25])
+        actors.append(actor_of(1, place, -1.0, video["seconds"] + 1, 0.0, 1.0, "clip"))
+    return video | {"actors": actors}, rng
+
+
+def plan_untrimmed(seed, name, k, fps, seconds, idle):
+    """Video number k of the long ones; nothing happens in an idle one. No classes yet."""
+    video, rng = plan_scene(seed, name, k, fps, seconds)
+    actors, seconds = [], video["seconds"]
+    rest, after, empty = rng.uniform(*LEISURE) * np.array([REST, AFTER, EMPTY])
+    while not any(a["busy"] for a in actors):
+        actors = []
+        for place in (-0.14, 0.14):
+            t = -rng.uniform(0, 6)
+            while t < seconds:
+                begin = t + FADE["scene"] + rng.uniform(*rest)
+                end = begin + ACT[0] + (ACT[1] - ACT[0]) * rng.beta(1.2, 2)
+                leave = end + rng.uniform(*after) + FADE["scene"]
+                actor = actor_of(len(actors), place, t, leave, begin, end, "scene")
+                if min(end, seconds) - max(begin, 0) > 0.8:          # else only one that is seen
+                    actors.append(actor | {"busy": True})
+                t = leave + rng.uniform(*empty)
+    for actor in actors:
+        actor["busy"] = not idle
+    return video | {"actors": actors}, rng
+
+
+def deal_deeds(videos, rng):
+    """Give every object of a split something to do, all deeds equally often."""
+    deck = []
+    for video in videos:
+        for actor in video["actors"]:
+            if actor["busy"]:
+                deck = deck or [list(DEEDS)[i] for i in rng.permutation(len(DEEDS))]
+                actor["deed"] = deck.pop()
+
+
+def intervals(video, names, digits):
+    """What happens in a video: [[class from 0, start, end], ...] in seconds."""
+    classes, end = {deed: i for i, deed in enumerate(names.values())}, video["seconds"]
+    return [[classes[a["deed"]], round(max(a["begin"], 0.0), digits),
+             round(min(a["end"], end), digits)] for a in video["actors"] if a["busy"]]
+
+
+def unique_names(rng, n, letters, length):
+    """n different words."""
+    names = {}
+    while len(names) < n:
+        names["".join(letters[i] for i in rng.integers(len(letters), size=length))] = None
+    return list(names)
+
+
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+
+
+def make_kinetics400(root, seed, scale, segments):
+    """Annotations of the toy Kinetics-400.   -> the videos to draw"""
+    rng = np.random.default_rng((seed, crc32(b"kinetics400")))
+    counts = {"train": counted(36, scale, 2), "val": counted(8, scale, 1)}
+    total = len(KINETICS) * (sum(counts.values()) + 4)
+    names = unique_names(rng, total, ALPHABET + ALPHABET[:26].lower() + "-_", 11)
+    names = ["-" + x[1:] if i % 7 == 0 else x for i, x in enumerate(names)]
+    tasks, columns = [], ["label", "youtube_id", "time_start", "time_end", "split"]
+    for s, (split, n) in enumerate(counts.items()):
+        rows, subset = [], {"train": "train", "val": "validate"}[split]
+        # Besides n of each class a clip that is too short, and some that could not be had.
+        extra = [list(KINETICS)[i] for i in rng.permutation(len(KINETICS))[:3 - s]]
+        for i, label in enumerate([x for x in KINETICS for _ in range(n)] + extra):
+            name, start = names.pop(), int(rng.integers(0, 300))
+            path = root / split / label.replace(" ", "_") / f"{name}_{start:06}_{start + 10:06}.mp4"
+            rows.append(dict(zip(columns, (label, name, start, start + 10, subset))))
+            if i <= n * len(KINETICS):
+                video, _ = plan_clip(seed, 10000 * s + i, KINETICS[label], i == n * len(KINETICS))
+                tasks.append(video | {"files": [(path, 0.0, [])]})
+        rows.sort(key=lambda r: (r["label"], r["youtube_id"]))
+        write_csv(root / f"{split}.csv", columns, rows)
+        (root / f"{subset}.json").write_text(json.dumps({r["youtube_id"]: {
+            "subset": subset, "duration": 10.0,
+            "annotations": {"label": r["label"],
+                            "segment": [float(r["time_start"]), float(r["time_end"])]},
+            "url": f"https://www.youtube.com/watch?v={r['youtube_id']}"} for r in rows}))
+    write_lines(root / "labels.txt", KINETICS, "\n")
+    return tasks
+
+
+def charades_row(name, video, actions, rng):
+    """A row of Charades_v1_train.csv or Charades_v1_test.csv."""
+    def some(words, most):
+        return ";".join(rng.choice(words.split(), rng.integers(0, most), replace=False))
+
+    text = [str(SCRIPTS[i]) for i in rng.permutation(len(SCRIPTS))[:3]]
+    return dict(zip(CHARADES_COLUMNS, (
+        name, "".join(rng.choice(list(ALPHABET), 4)), rng.choice(["Bedroom", "Living room",
+        "Other (Porch, cellar)"]), rng.integers(1, 8), rng.integers(1, 8),
+        rng.choice(["Yes", "No"], p=[0.9, 0.1]), text[0], some("bag blanket door food shoe", 5),
+        ";".join(text[1:]), ";".join(f"c{c:03} {a:.2f} {b:.2f}" for c, a, b in actions),
+        f"{video['seconds']:.2f}")))
+
+
+def charades_quirks(videos, actions, rng):
+    """As in the real annotations: ends behind the end of the video, and one before its start."""
+    ends = [v["seconds"] - max((b for *_, b in a), default=-9) for v, a in zip(videos, actions)]
+    for i in np.argsort(ends)[:max(1, len(videos) // 20)]:
+        last = max(actions[i], key=lambda a: a[2])
+        last[2] = round(videos[i]["seconds"] + rng.uniform(0.2, 1), 2)
+    longest = max(actions, key=len)
+    at = round(rng.uniform(2, 4), 2)
+    longest.append([int(rng.integers(len(CHARADES))), at, round(at - rng.uniform(0, 0.5), 2)])
+
+
+def make_charades(root, seed, scale, segments):
+    """Annotations of the toy Charades.   -> the videos to draw"""
+    rng = np.random.default_rng((seed, crc32(b"charades")))
+    folder, tasks, table = root / "Charades", [], {}
+    folder.mkdir(parents=True)
+    counts = {"train": counted(66, scale, 6), "test": counted(32, scale, 5)}
+    names = unique_names(rng, sum(counts.values()), ALPHABET, 5)
+    for s, (split, n) in enumerate(counts.items()):
+        kinds = ["idle", "short", *["short"] * s]
+        kinds += ["normal"] * (n - len(kinds))
+        videos, rows = [], []
+        for k, kind in enumerate(kinds[i] for i in rng.permutation(n)):
+            seconds = rng.uniform(4, 6) if kind == "short" else 12 + 8 * rng.beta(1.2, 2)
+            video, _ = plan_untrimmed(seed, "charades", 1000 * s + k, Fraction(24), seconds,
+                                      kind == "idle")
+            videos.append(video)
+        deal_deeds(videos, rng)
+        actions = [intervals(v, CHARADES, 2) for v in videos]
+        charades_quirks(videos, actions, rng)
+        for video, mine in zip(videos, actions):
+            name = names.pop()
+            rows.append(charades_row(name, video, mine, rng))
+            table[name] = {"subset": f"{split}ing",
+                           "duration": round(video["seconds"], 2), "actions": mine}
+            tasks.append(video | {"files": [(root / "Charades_v1" / f"{name}.mp4", 0.0, [])]})
+        write_csv(folder / f"Charades_v1_{split}.csv", CHARADES_COLUMNS, rows)
+    (folder / "charades.json").write_text(json.dumps(table))
+    write_lines(folder / "Charades_v1_classes.txt",
+                [f"c{i:03} {words}" for i, words in enumerate(CHARADES)], "\n")
+    return tasks
+
+
+def make_multithumos(root, seed, scale, segments):
+    """Annotations of the toy MultiTHUMOS.   -> the videos to draw"""
+    rng = np.random.default_rng((seed, crc32(b"multithumos")))
+    tasks, table, rates = [], {}, [OOPS_RATES[i] for i in (1, 2, 1, 0)]
+    (root / "annotations").mkdir(parents=True)
+    for s, (split, most) in enumerate((("validation", 24), ("test", 14))):
+        n = counted(most, scale, 4 - s)
+        numbers, videos = sorted(rng.choice(1000 + 50 * n, n, replace=False) + 1), []
+        for k in range(n):
+            videos.append(plan_untrimmed(seed, "multithumos", 1000 * s + k, rates[k % 4],
+                                         rng.uniform(14, 23), False)[0])
+        deal_deeds(videos, rng)
+        for k, (number, video) in enumerate(zip(numbers, videos)):
+            name, length = f"video_{split}_{number:07}", video["seconds"]
+            actions = [[c + 1, a, b] for c, a, b in intervals(video, THUMOS, 1)]
+            if k == 1:                                   # one that starts behind the end
+                actions.append([int(rng.integers(8)) + 1, round(length + 0.6, 1),
+                                round(length + 2.3, 1)])
+            table[name] = {"subset": ("training", "testing")[s], "duration": round(length, 2),
+                           "actions": actions}
+            tasks.append(video | {"files": [(root / "videos" / f"{name}.mp4", 0.0, [])]})
+    (root / "multithumos.json").write_text(json.dumps(table))
+    write_lines(root / "class_list.txt", [f"{c} {x}" for c, x in enumerate(THUMOS, 1)], "\n")
+    for c, word in enumerate(THUMOS, 1):
+        write_lines(root / "annotations" / f"{word}.txt", [
+            f"{name} {a:.1f} {b:.1f}" for name, entry in table.items()
+            for i, a, b in entry["actions"] if i == c], "\n")
+    return tasks
+
+
+def as_frames(path, folder, name="frame_{:05d}.jpg"):
+    """The pictures of a video as JPEG files, numbered from 1.   -> how many"""
+    folder, i = Path(folder), 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path)) as container:
+        for i, frame in enumerate(container.decode(video=0), 1):
+            frame.to_image().save(folder / name.format(i), quality=90)
+    return i
+
+
 # ---- making a dataset ----
 
 
@@ -1147,6 +1491,7 @@ def build(video):
     for path, start, links in video["files"]:
         begin = round(start * video["rate"])
         pictures = (draw_action(video) if "motion" in video else
+                    draw_scene(video) if "actors" in video else
                     draw_mishap(video) if "truth" in video else draw(video, start))
         write_video(path, pictures, video["fps"],
                     None if sound is None else sound[:, begin:], video["rate"], **coding)
@@ -1178,7 +1523,9 @@ def cut_pieces(video, sound):
 
 
 MAKERS = {"epic": make_epic, "ego4d": make_ego4d, "ucf101": make_ucf101,
-          "hmdb51": make_hmdb51, "oops": make_oops}
+          "hmdb51": make_hmdb51, "oops": make_oops,
+          "kinetics400": make_kinetics400, "charades": make_charades,
+          "multithumos": make_multithumos}
 
 
 def make(name, out, seed=0, scale=1.0, workers=2, segments=False):
