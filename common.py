@@ -16,6 +16,7 @@ Times are seconds in float, counted from the first picture of a file. Video in m
 import argparse
 import contextlib
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -117,7 +118,7 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     parser.set_defaults(**recipe(chosen))
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = 0 if name in ("seed", "workers") or isinstance(value, float) else 1
+        least = 0 if name in ("seed", "workers", "warmup") or isinstance(value, float) else 1
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if number and not least <= value < 2 ** 32:           # NaN fails both
             parser.error(f"--{name} {value}: must be at least {least}, and below 2^32")
@@ -261,6 +262,11 @@ def share_buffers(model: nn.Module) -> None:
         dist.broadcast(buffer, 0)
 
 
+# Of DDP, for models whose processes keep statistics of their own; newer PyTorch renamed it.
+OWN_BUFFERS = {next(k for k in ("forward_sync_buffers", "broadcast_buffers") if k in
+                    inspect.signature(nn.parallel.DistributedDataParallel).parameters): False}
+
+
 def seed_step(seed: int, step: int, part: int) -> None:
     """Make dropout a function of (seed, step, part of the batch)."""
     torch.manual_seed(int(np.random.default_rng((seed, step, part)).integers(2 ** 63)))
@@ -316,7 +322,7 @@ class SkipBroken(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: tuple[int, ...]) -> dict:
-        *when, i = key                                        # epoch, and what else the sampler says
+        *when, i = key                                        # epoch, and what the sampler adds
         rng = np.random.default_rng((self.seed, *when, i, 1))
         faults = []
         for _ in range(self.tries):
@@ -1577,12 +1583,12 @@ def feature_network(name: str, small: bool = False) -> nn.Module:
 
 
 class SplitBatchNorm(nn.Module):
-    """Batch norm that treats a batch as `splits` smaller ones: sample i is of part i mod splits.
+    """Batch norm that treats a batch as `splits` smaller ones, one behind the other.
 
     (sub-batch norm, arXiv 1912.00998.) The parts are of the batch of all processes, of which each
-    holds splits / world_size of them, if process r has the samples r, r + world_size, ...; so the
-    result does not depend on the number of processes. Statistics are kept for each part
-    (`split_bn`, names as released) and used, once merged, for evaluation (`bn`): `merge_splits`.
+    holds splits / world_size of them, so the result does not depend on the number of processes.
+    Statistics are kept for each part (`split_bn`, names as released) and used, once merged, for
+    evaluation (`bn`): see `merge_splits`. In the release sample i is of part i mod splits.
     x: (B, C, T, H, W)
     """
 
@@ -1608,26 +1614,23 @@ class SplitBatchNorm(nn.Module):
 
     def rows(self, name: str) -> torch.Tensor:
         """A statistic of this process's parts, a view: (splits / world_size, C)."""
-        every = getattr(self.split_bn, name).view(self.splits, -1)
-        return every[rank()::world_size()]
+        n = self.splits // world_size()
+        return getattr(self.split_bn, name).view(self.splits, -1)[rank() * n:(rank() + 1) * n]
 
     def forward(self, x):
-        scale, shift = self.weight, self.bias
+        def norm(x, mean, var):
+            return F.batch_norm(x, mean, var, self.weight, self.bias, self.training,
+                                self.bn.momentum, self.bn.eps)
+
         if not self.training:
-            bn = self.bn
-            return F.batch_norm(x, bn.running_mean, bn.running_var, scale, shift, False, 0, bn.eps)
-        mine, bn = len(self.rows("running_mean")), self.split_bn
-        if not mine or len(x) % mine:
+            return norm(x, self.bn.running_mean, self.bn.running_var)
+        means, variances = self.rows("running_mean"), self.rows("running_var")
+        if not len(means) or len(x) % len(means):
             raise UserError(f"batch norm in {self.splits} parts: {len(x)} samples and "
                             f"{world_size()} processes do not fit")
-        mean, var = (self.rows(s).flatten().clone() for s in ("running_mean", "running_var"))
-        y = x.reshape(len(x) // mine, -1, *x.shape[2:])       # (B/n, n·C, T, H, W)
-        y = F.batch_norm(y, mean, var, scale.repeat(mine), shift.repeat(mine), True, bn.momentum,
-                         bn.eps)
-        self.rows("running_mean").copy_(mean.view(mine, -1))
-        self.rows("running_var").copy_(var.view(mine, -1))
-        bn.num_batches_tracked += 1
-        return y.view_as(x)
+        self.split_bn.num_batches_tracked += 1
+        parts = [norm(*part) for part in zip(x.chunk(len(means)), means, variances)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def split_norms(model: nn.Module) -> list[SplitBatchNorm]:

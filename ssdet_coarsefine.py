@@ -36,7 +36,6 @@ of the official code. Where the sources and this file differ, grep NOTE in this 
 import csv
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -60,17 +59,16 @@ from common import UserError, VideoError
 BACKGROUND = 0                       # label of frozen frames; Kinetics' classes begin at 1
 LEVELS = ("layer1", "layer2", "layer3", "layer4", "conv5")    # maps of the fine stream
 GRID = 7                             # height and width of stored features
+SCALES = (7 / 8, 7 / 10)             # squares cut for training, of the short side: 224 of 256, 320
 OFFICIAL = {"charades": (157, {"train": (7985, 49809), "test": (1863, 16691)}),
             "multithumos": (65, {"train": (200, 18482), "test": (213, 20208)})}
 RATE = {"charades": 24.0, "multithumos": None}                # frames per second; None: the file's
 PICTURES = {"kinetics400": "frame_{:05d}.jpg", "charades": "{id}-{:06d}.jpg",
             "multithumos": "{id}-{:06d}.jpg"}                 # of folders of frames, from 1
-KINETICS = ((0.43387, 0.40456, 0.37761), (0.15199, 0.14856, 0.15698))
-NORMS = {"kinetics": tuple(tuple(v / 255 for v in row) for row in (
-             (110.63666788, 103.16065604, 96.29023126), (38.7568578, 37.88248729, 40.02898126))),
+NORMS = {"kinetics": ((110.63666788 / 255, 103.16065604 / 255, 96.29023126 / 255),
+                      (38.7568578 / 255, 37.88248729 / 255, 40.02898126 / 255)),
          "charades": ((0.413, 0.368, 0.338), (0.131, 0.125, 0.132)),
-         "fair": ((0.45,) * 3, (0.225,) * 3)}                 # what the FAIR weights were trained with
-SCALES = {"kinetics400": (224 / 256,), "x3d": (224 / 256,)}   # of the random crops, see `recipe`
+         "fair": ((0.45,) * 3, (0.225,) * 3)}                 # of the FAIR weights' training
 THUMOS = ("BaseballPitch BasketballDunk Billiards CleanAndJerk CliffDiving CricketBowling "
           "CricketShot Diving FrisbeeCatch GolfSwing HammerThrow HighJump JavelinThrow LongJump "
           "PoleVault Shotput SoccerPenalty TennisSwing ThrowDiscus VolleyballSpiking Walk Sit "
@@ -85,6 +83,480 @@ FAIR = "https://dl.fbaipublicfiles.com/pyslowfast/x3d_models/x3d_{}.pyth"
 SLOWFAST = ("https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/"
             "SLOWFAST_8x8_R50.pyth")
 common.FREE_FLAGS |= {"features", "annotations", "chunk"}
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+STAGES = ["pretrain", "finetune", "extract", "evaluate"]
+DATASETS = ["kinetics400", "charades", "multithumos"]
+STREAMS = ["fine", "coarse", "two", "x3d", "slowfast"]
+CROPS = {"XS": 160, "S": 160, "L": 312, "XL": 312}            # of X3D's versions; else 224
+COMMON = {"weight_decay": 1e-5, "num_frames": 64, "stride": 10, "epochs": 200, "warmup": 0,
+          "dropout": 0.5, "schedule": "steps", "val_every": 2, "groups": 2, "feature_cap": 128}
+RECIPES = {                          # what differs: the official scripts' constants
+    "detect": {"num_frames": 16, "stride": 5, "batch_size": 64, "groups": 4, "lr": 0.05,
+               "backbone_lr": 0.1, "warmup": 8000, "iters": 100_000, "weight_decay": 5e-5,
+               "schedule": "constant", "milestones": [], "multigrid": "off"},
+    "classify": {"num_frames": 8, "batch_size": 128, "groups": 16, "lr": 0.2, "backbone_lr": 1.0,
+                 "warmup": 8000, "iters": 206_160, "weight_decay": 5e-5,
+                 "milestones": [82464, 134004, 190698], "multigrid": "x3d"},
+    "x3d": {"num_frames": 16, "batch_size": 16, "lr": 0.02, "epochs": 100, "schedule": "plateau",
+            "milestones": []},
+    "fine": {"batch_size": 8, "lr": 0.01, "milestones": [60, 80, 100], "val_every": 4},
+    "slowfast": {"batch_size": 8, "lr": 0.01, "milestones": [60, 80, 100], "val_every": 4},
+    "coarse": {"batch_size": 6, "lr": 0.02, "milestones": [30, 50, 70]},
+    "two": {"batch_size": 16, "groups": 4, "lr": 0.02, "milestones": [60, 90, 110]}}
+TINY = {"version": "tiny", "crop": 48, "dropout": 0.0, "workers": 2, "save_every": 100,
+        "groups": 2, "warmup": 0, "schedule": "cosine", "milestones": [], "multigrid": "off"}
+TINY_RECIPES = {
+    "detect": {"iters": 600, "batch_size": 16, "lr": 0.1, "backbone_lr": 1.0, "warmup": 20,
+               "val_every": 10},
+    "classify": {"iters": 600, "batch_size": 16, "lr": 0.1, "num_frames": 16, "stride": 5,
+                 "warmup": 20, "val_every": 10},
+    "x3d": {"epochs": 40, "batch_size": 8, "lr": 0.1, "val_every": 10},
+    "fine": {"epochs": 40, "batch_size": 8, "lr": 0.1, "num_frames": 24, "val_every": 10},
+    "slowfast": {"epochs": 20, "batch_size": 8, "lr": 0.05, "num_frames": 24, "val_every": 10},
+    "coarse": {"epochs": 40, "batch_size": 8, "lr": 0.05, "num_frames": 24, "val_every": 10},
+    "two": {"epochs": 10, "batch_size": 8, "lr": 0.02, "num_frames": 24, "val_every": 10}}
+
+
+def parse_args(argv=None):
+    p = common.Parser(__doc__, STAGES, DATASETS)
+    g = p.data
+    g.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or CSV of the dataset, "
+                   "or the folder of its annotation files (searched for below --data)")
+    g.add_argument("--features", type=Path, metavar="DIR", help="of the fine stream: written by "
+                   "extract, read by --stream coarse (DATA/features)")
+    g.add_argument("--num_frames", type=int, metavar="T", help="sampled frames of a training clip")
+    g.add_argument("--stride", type=int, help="frames from one sampled frame to the next")
+    g.add_argument("--crop", type=int, help="pixels, height and width (224; S 160; L, XL 312)")
+    g.add_argument("--norm_values", choices=list(NORMS), help="mean and deviation of colours (the "
+                   "dataset's); fair: of the FAIR checkpoints, which the release ignores")
+
+    g = p.add_argument_group("method")
+    g.add_argument("--task", choices=["detect", "classify"], default="detect",
+                   help="of the pre-training: SSDet, or the clips' classes")
+    g.add_argument("--augment", default="freeze,mixup,cutmix", metavar="LIST",
+                   help="volume augmentations of SSDet, or none")
+    g.add_argument("--aug_prob", type=float, default=0.5, help="with which each is applied to a "
+                   "batch")
+    g.add_argument("--cutmix", choices=["growing", "sliding"], default="growing",
+                   help="windows change (README of SSDet), or contents slide (its active code)")
+    g.add_argument("--stream", choices=STREAMS, help="of the detector: fine, coarse on stored "
+                   "features, two: both end to end, or the baselines x3d and slowfast (fine)")
+    g.add_argument("--version", choices=["XS", "S", "M", "L", "XL", "tiny"], default="M",
+                   help="of X3D")
+    g.add_argument("--pool", choices=["grid", "avg", "max", "stride"], default="grid",
+                   help="of the coarse stream, in time")
+    g.add_argument("--fusion", choices=["mixed", "own", "none"], default="mixed", help="of fine "
+                   "features: all levels at each stage, each at its own, or coarse alone")
+    g.add_argument("--feature_cap", type=int, metavar="T'", help="fine steps that are read, from a "
+                   "video's first on (128; multithumos 1024, unverified)")
+    g.add_argument("--init", nargs="+", metavar="FILE", help="weights to start from, or none; "
+                   "evaluate: several are an ensemble (the run before in the chain)")
+    g.add_argument("--init_fine", metavar="FILE", help="of the fine stream of --stream two")
+    g.add_argument("--batch_norm", choices=["split", "sync"], default="split", help="by parts of "
+                   "the batch, or over all of it (on CUDA also across processes)")
+    g.add_argument("--groups", type=int, metavar="N", help="parts of a batch, for batch norm and "
+                   "partners of MixUp and CutMix: as many as the release had GPUs times splits; "
+                   "at least the number of processes")
+    g.add_argument("--dropout", type=float, help="before the classifiers")
+    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
+                   help="released: with the faults of the release (README)")
+
+    g = p.add_argument_group("optimization", "SGD, momentum 0.9; the official scripts' values")
+    g.add_argument("--iters", type=int, help="steps of the pre-training")
+    g.add_argument("--epochs", type=int, help="of the fine-tuning: passes over the videos")
+    g.add_argument("--batch_size", type=int, help="clips per step over all GPUs")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--backbone_lr", type=float, default=1.0, metavar="FACTOR",
+                   help="of the backbone's learning rate in the pre-training (0.1 in SSDet)")
+    g.add_argument("--weight_decay", type=float, help="on all parameters, batch norms too")
+    g.add_argument("--warmup", type=int, metavar="STEPS", help="linear")
+    g.add_argument("--schedule", choices=["constant", "cosine", "steps", "plateau"],
+                   help="of the rate; plateau: x 0.1 after 10 validations without progress")
+    g.add_argument("--milestones", type=int, nargs="*", metavar="N", help="of steps: x 0.1 from "
+                   "these epochs on, steps in the pre-training")
+    g.add_argument("--multigrid", choices=["off", "x3d", "fair"], help="long and short cycles of "
+                   "the clips' shapes (X3D-Multigrid), or the schedule of SlowFast's authors")
+    g.add_argument("--val_every", type=int, metavar="EPOCHS", help="validation")
+    g.add_argument("--select", choices=["val", "last"], default="val", help="best.pt is of the "
+                   "best validation, as published, or of the last")
+
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--chunk", type=int, default=1000, metavar="STEPS",
+                   help="longer videos are read in pieces of so many sampled frames")
+    g.add_argument("--frames25", choices=["official", "legacy"], default="official",
+                   help="which frames stand for Charades' 25 times: the nearest, or the release's")
+    g.add_argument("--eval_fps", type=float, default=10.0, metavar="FPS",
+                   help="rate of the labels in the dense mAP of MultiTHUMOS (unverified)")
+    g.add_argument("--submission", type=Path, metavar="FILE",
+                   help="evaluate: score this file of Charades' official form, without a network")
+    g.add_argument("--float16", action="store_true", help="extract: half the size on disk")
+    args = common.parse(p, recipe, argv)
+    check(p, args)
+    return args
+
+
+def recipe(chosen):
+    """Defaults of the published run that the flags name; smaller ones for --tiny."""
+    r, stage, stream = dict(COMMON), chosen.stage, chosen.stream or "fine"
+    dataset = chosen.dataset
+    if stage != "pretrain" and dataset == DATASETS[0]:
+        dataset = "charades"
+    which = chosen.task if stage == "pretrain" else stream
+    data = chosen.data or Path("data") / dataset
+    r |= {"dataset": dataset, "data": data, "features": data / "features", "stream": stream}
+    r |= RECIPES[which]
+    r |= {"crop": CROPS.get(chosen.version, 224)}
+    r["norm_values"] = "kinetics" if stage == "pretrain" else "charades"
+    if dataset == "multithumos":
+        r["feature_cap"] = 1024
+    if chosen.tiny:
+        r |= {**TINY, **TINY_RECIPES[which]}
+    runs = Path("runs") / f"ssdet_coarsefine_{dataset}"
+    before = Path("runs") / "ssdet_coarsefine_kinetics400_pretrain" / "last.pt"
+    init = {"pretrain": "fair" if chosen.task == "detect" and not chosen.tiny else "none",
+            "finetune": str(before)}.get(stage)
+    if stream == "slowfast" and stage == "finetune":
+        init = "none" if chosen.tiny else "pytorchvideo"
+    if stage == "extract":
+        init = f"{runs}_finetune_fine/best.pt"
+    elif stage == "evaluate":
+        init = f"{runs}_finetune_{chosen.stream or 'coarse'}/best.pt"
+    elif stage == "finetune" and stream == "two":
+        init, r["init_fine"] = f"{runs}_finetune_coarse/best.pt", f"{runs}_finetune_fine/best.pt"
+    r["init"] = [init]
+    kind = {"pretrain": "_classify" * (chosen.task == "classify"), "finetune": f"_{stream}",
+            "extract": "", "evaluate": f"_{chosen.stream or 'coarse'}"}[stage]
+    return {**r, "out": Path(f"{runs}_{stage}{kind}")}
+
+
+def check(p, args):
+    """Flags that do not go together."""
+    names = [] if args.augment == "none" else args.augment.split(",")
+    pretrain, training = args.stage == "pretrain", args.stage in ("pretrain", "finetune")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if training and args.groups % world and args.groups < world:
+        args.groups = world                                   # each GPU on its own, as released
+    faults = {
+        "--augment: none, or of freeze,mixup,cutmix, none twice":
+            len(set(names)) < len(names) or not set(names) <= {"freeze", "mixup", "cutmix"},
+        f"--aug_prob {args.aug_prob}: must be at most 1": not args.aug_prob <= 1,
+        f"--dropout {args.dropout}: must be below 1": not args.dropout < 1,
+        "--stage pretrain goes with --dataset kinetics400, the others do not":
+            pretrain != (args.dataset == "kinetics400"),
+        "--multigrid goes with --stage pretrain": args.multigrid in ("x3d", "fair")
+            and not pretrain,
+        "--schedule plateau goes with --stage finetune": args.schedule == "plateau" and pretrain,
+        "--milestones go with --schedule steps": bool(args.milestones)
+            and args.schedule != "steps",
+        f"--crop {args.crop}: must be at least 32": args.crop < 32,
+        f"--chunk {args.chunk}: must be at least 8": args.chunk < 8,
+        f"--eval_fps {args.eval_fps}: must be above 0": not args.eval_fps > 0,
+        "--init: one file, except with --stage evaluate": len(args.init) != 1
+            and args.stage != "evaluate",
+        f"--stage {args.stage} needs a trained network, not --init none": "none" in args.init
+            and not training,
+        f"--groups {args.groups}: must be a multiple of the {world} processes and divide "
+        f"--batch_size {args.batch_size}": training
+            and bool(args.groups % world or args.batch_size % args.groups),
+        "--stream two goes with --fusion mixed or own": (args.stream, args.fusion)
+            == ("two", "none") and args.stage == "finetune",
+        "--submission goes with --stage evaluate --dataset charades": args.submission is not None
+            and (args.stage, args.dataset) != ("evaluate", "charades")}
+    for fault, there in faults.items():
+        if there:
+            p.error(fault)
+    args.augment = ",".join(names) or "none"
+    args.multigrid = args.multigrid or "off"
+
+
+# ---- annotations -------------------------------------------------------------------------------
+
+class Video(NamedTuple):
+    """An untrimmed video: its name, its file or folder of frames, seconds by the annotation (0:
+    unknown), and (class, start, end) of its actions.
+    """
+    name: str
+    path: str
+    duration: float
+    actions: tuple
+
+
+def read_lines(path):
+    """Lines of a text file with their numbers, empty ones left out."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it comes with the official annotations") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: is not in UTF-8 (byte {e.start})") from e
+    return [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def seconds(where, text):
+    """A finite time from a field of text."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < 1e9:
+        raise UserError(f"{where}: {text!r:.60} is no time in seconds")
+    return value
+
+
+def class_of(where, value, classes, base=0):
+    """A class counted from `base`, as one counted from 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value - base < classes:
+        raise UserError(f"{where}: {value!r:.60} is no class from {base} to {base + classes - 1}")
+    return value - base
+
+
+def charades_rows(path, classes):
+    """{id: (duration, actions)} of an official Charades CSV."""
+    found = {}
+    for row in common.read_table(path, ["id", "actions", "length"]):
+        where = f"{path}:{row['_line']}"
+        name, actions = common.Fields(where, row).name("id"), []
+        for action in filter(None, row["actions"].split(";")):
+            parts = re.fullmatch(r"c(\d{3}) (\S+) (\S+)", action.strip())
+            if not parts:
+                raise UserError(f"{where}: actions: {action!r:.60} is not of the form cNNN start "
+                                "end")
+            actions.append((class_of(f"{where}: actions", int(parts[1]), classes),
+                            *(seconds(f"{where}: actions", x) for x in parts.groups()[1:])))
+        length = seconds(f"{where}: length", row["length"])
+        if length <= 0:
+            raise UserError(f"{where}: length: {length} is no duration")
+        if name in found:
+            raise UserError(f"{where}: id: {name} stands there twice")
+        found[name] = (length, tuple(actions))
+    return found
+
+
+def json_rows(path, split, classes, base):
+    """{id: (duration, actions)} of a split in the repositories' JSON; base: number of class 0."""
+    table = common.read_json(path)
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: holds no object of videos")
+    subset, found = {"train": "training", "test": "testing"}, {}
+    for name, entry in table.items():
+        where = f"{path}: {name!r:.60}"
+        if not isinstance(entry, dict) or entry.get("subset") not in subset.values():
+            raise UserError(f"{where}.subset: is neither training nor testing")
+        if entry["subset"] != subset[split]:
+            continue
+        common.Fields(where, {"name": name}).name("name")
+        length, rows = common.Fields(where, entry).number("duration"), entry.get("actions")
+        if length <= 0:
+            raise UserError(f"{where}.duration: {length} is no duration")
+        if not isinstance(rows, list):
+            raise UserError(f"{where}.actions: is no list")
+        actions = []
+        for k, row in enumerate(rows):
+            if not isinstance(row, list) or len(row) != 3:
+                raise UserError(f"{where}.actions: {row!r:.60} is not [class, start, end]")
+            fields = common.Fields(f"{where}.actions[{k}]", dict(enumerate(row)))
+            actions.append((class_of(f"{where}.actions[{k}]", row[0], classes, base),
+                            float(fields.number(1)), float(fields.number(2))))
+        found[name] = (float(length), tuple(actions))
+    return found
+
+
+def thumos_rows(folder, split, names):
+    """{id: (0, actions)} of the official text files of MultiTHUMOS, one per class."""
+    start, found = {"train": "video_validation_", "test": "video_test_"}[split], {}
+    for c, name in enumerate(names):
+        for n, line in read_lines(folder / f"{name}.txt"):
+            where = f"{folder / name}.txt:{n}"
+            parts = line.split()
+            if len(parts) != 3 or not re.fullmatch(r"video_(validation|test)_\d{7}", parts[0]):
+                raise UserError(f"{where}: {line!r:.60} is not of the form video start end")
+            if parts[0].startswith(start):
+                times = (seconds(where, parts[1]), seconds(where, parts[2]))
+                found.setdefault(parts[0], []).append((c, *times))
+    return {k: (0.0, tuple(sorted(v, key=lambda a: a[1:]))) for k, v in sorted(found.items())}
+
+
+def class_names(args):
+    """Names of the dataset's classes, from its list, else as published."""
+    root = args.annotations if args.annotations and args.annotations.is_dir() else args.data
+    if args.dataset == "charades":
+        path = common.find(root, "Charades_v1_classes.txt")
+        rows = read_lines(path) if path else [(0, f"c{c:03d} class {c}") for c in range(157)]
+        for c, (n, row) in enumerate(rows):
+            if row.split()[0] != f"c{c:03d}":
+                raise UserError(f"{path}:{n}: {row!r:.60} does not begin with c{c:03d}")
+        return [row.partition(" ")[2] for _, row in rows]
+    path = common.find(root, "class_list.txt")
+    names = [row.split()[-1] for _, row in read_lines(path)] if path else THUMOS
+    for name in names:
+        common.Fields(str(path), {"class": name}).name("class")
+    return names
+
+
+def read_videos(args, split, names):
+    """The annotated videos of a split, as [Video], in the order of the annotations."""
+    given = args.annotations
+    root = given if given and given.is_dir() else args.data
+    K, base, folder = len(names), int(args.dataset == "multithumos"), None
+    if given and not given.is_dir():
+        path = given
+    elif args.dataset == "charades":
+        path = (common.find(root, f"Charades_v1_{split}.csv") or common.find(root, "charades.json"))
+    else:
+        path = common.find(root, "multithumos.json")
+        folder = common.find(root, f"{names[0]}.txt")
+    if path is not None and path.suffix == ".csv":
+        rows = charades_rows(path, K)
+    elif path is not None:
+        rows = json_rows(path, split, K, base)
+    elif folder is not None:
+        rows = thumos_rows(folder.parent, split, names)
+    else:
+        raise UserError(f"{root}: holds no annotations of {args.dataset} (Charades_v1_{split}.csv, "
+                        f"{args.dataset}.json, ...); --annotations names them")
+    report(args, split, K, rows, path or folder.parent)
+    places = locate(args.data, rows)
+    return [Video(name, places.get(name, ""), *rest) for name, rest in rows.items()][:args.limit]
+
+
+def report(args, split, K, rows, path):
+    """Say how much was read, and whether it is as much as the official files hold."""
+    count = sum(len(actions) for _, actions in rows.values())
+    classes, splits = OFFICIAL[args.dataset]
+    same = (len(rows), count) == splits[split] and K == classes
+    common.say(f"{split}: {len(rows)} videos, {count} intervals of {K} classes in {path}"
+               + " (the official numbers)" * same)
+    empty = sum(end <= start for _, actions in rows.values() for _, start, end in actions)
+    late = sum(start >= length > 0 for length, actions in rows.values() for _, start, _ in actions)
+    if empty + late:
+        common.say(f"note: {empty} intervals end before they start, {late} start after their "
+                   "video: they count in no frame")
+
+
+def locate(root, names):
+    """{name: path} of videos or folders of frames with these names in a folder, or two below."""
+    found, folders = {}, [root]
+    for _ in range(3):
+        below = []
+        for folder in folders:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = entry.name.partition(".")[0]
+                    if entry.is_dir():
+                        if name in names:
+                            found[name] = entry.path          # frames are better than a file
+                        elif entry.name != "features":
+                            below.append(entry.path)
+                    elif name in names and re.search(r"\.(mp4|avi|mkv|webm)$", entry.name):
+                        found.setdefault(name, entry.path)
+        folders = below
+    return found
+
+
+def with_files(args, videos, split):
+    """Those that have a file: training goes on without the others, evaluation does not."""
+    here = [v for v in videos if v.path]
+    lost = next((v for v in videos if not v.path), None)
+    if lost and (split == "test" or not here):
+        raise UserError(f"{args.data}: has no video {lost.name} of the {split} split, neither a "
+                        f"file nor a folder of frames ({len(videos) - len(here)} of {len(videos)} "
+                        "are missing)")
+    if lost:
+        common.say(f"note: {len(videos) - len(here)} of {len(videos)} training videos have no "
+                   f"file, the first is {lost.name}")
+    return here
+
+
+def kinetics_rows(path):
+    """[(label, youtube id, start, end)] of a CSV, or of a JSON, of Kinetics."""
+    if path.suffix == ".csv":
+        rows = [(f"{path}:{r['_line']}", r["label"], r["youtube_id"], r["time_start"],
+                 r["time_end"]) for r in common.read_table(
+                     path, ["label", "youtube_id", "time_start", "time_end"])]
+    else:
+        table, rows = common.read_json(path), []
+        for name, entry in table.items() if isinstance(table, dict) else [("", None)]:
+            where = f"{path}: {name!r:.60}"
+            notes = entry.get("annotations") if isinstance(entry, dict) else None
+            segment = notes.get("segment") if isinstance(notes, dict) else None
+            if not isinstance(segment, list) or len(segment) != 2:
+                raise UserError(f"{where}.annotations.segment: is not [start, end]")
+            rows.append((where, notes.get("label"), name, *segment))
+    found = []
+    for where, label, name, *times in rows:
+        if not isinstance(label, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", label):
+            raise UserError(f"{where}: label: {label!r:.60} is no label")
+        common.Fields(where, {"youtube_id": name}).name("youtube_id")
+        found.append((label, name, *(int(seconds(where, str(t))) for t in times)))
+    return found
+
+
+def read_kinetics(args, split):
+    """(paths, labels from 0, names of the classes) of the clips of a split that have a file."""
+    wanted = {"train": ["train"], "val": ["val", "validate", "validation"]}[split]
+    root = args.annotations if args.annotations and args.annotations.is_dir() else args.data
+    path = next((f for w in wanted for pattern in (f"{w}.csv", f"*_{w}.csv", f"{w}.json",
+                                                   f"*_{w}.json")
+                 if (f := common.find(root, pattern))), None)
+    listing = common.find(root, "labels.txt") or common.find(root, "*labels.txt")
+    tree = next((d for d in (args.data / w for w in wanted) if d.is_dir()), None)
+    if tree is None or path is None:
+        raise UserError(f"{args.data}: holds no folder {wanted[0]} of clips, or no {wanted[0]}.csv "
+                        "or .json beside it")
+    rows = kinetics_rows(path)
+    names = ([row for _, row in read_lines(listing)] if listing
+             else sorted({label for label, *_ in rows}))
+    index, folders, paths, labels = {n: c for c, n in enumerate(names)}, {}, [], []
+    for label, name, start, end in rows:
+        if label not in index:
+            raise UserError(f"{path}: label {label!r:.60} is not in {listing}")
+        if label not in folders:
+            places = [tree / label.replace(" ", "_"), tree / label]
+            folder = next((d for d in places if d.is_dir()), None)
+            folders[label] = folder, {f.partition(".")[0]: f for f in os.listdir(folder)} if (
+                folder) else {}
+        folder, files = folders[label]
+        file = files.get(f"{name}_{start:06d}_{end:06d}") or files.get(name)
+        if file:
+            paths.append(f"{folder.name}/{file}")
+            labels.append(index[label])
+    common.say(f"{split}: {len(paths)} of {len(rows)} clips of {path} have a file below {tree}, "
+               f"{len(names)} classes")
+    if not paths:
+        raise UserError(f"{tree}: holds none of the clips of {path} (LABEL/ID_START_END.mp4, or "
+                        "such folders of frames)")
+    return tree, np.array(paths)[:args.limit], np.array(labels)[:args.limit], names
+
+
+class Film:
+    """A video file, or a folder of frames, as frames by number from 0.
+
+    rate: frames per second as which a file counts; None: its own.
+    """
+
+    def __init__(self, path, pattern, rate=None):
+        self.path, self.rate, self.times = Path(path), rate, None
+        self.pattern = pattern.replace("{id}", self.path.name)
+        if self.path.is_dir():
+            self.n = common.count_frames(self.path, self.pattern)
+        elif rate:
+            self.n = max(1, round(common.probe(self.path).duration * rate))
+        else:
+            self.times, self.fps = common.clock(self.path)
+            self.n = len(self.times)
+        if not self.n:
+            raise VideoError(f"{path}: holds no pictures")
+
+    def read(self, numbers, short_side):
+        """uint8 (T, H, W, 3) of ascending numbers; files are scaled down to `short_side`."""
+        unique, back = np.unique(numbers, return_inverse=True)
+        if self.path.is_dir():
+            return common.read_frames(self.path, unique, self.pattern)[back]
+        times = self.times[unique] if self.times is not None else unique / self.rate
+        return common.read_clip(self.path, [times], short_side)[0][back]
 
 
 # ---- volume augmentations (Sec. 3 of SSDet, unverified; official file: x3d.py) ------------------
@@ -224,9 +696,10 @@ def draw_volume_choices(rng, T, parts, names, prob=0.5, cutmix="growing"):
     """Random choices of one step for a whole batch, as {name: {choice: tensor}} of those applied.
 
     Each augmentation is applied to the whole batch with probability `prob` (once per step, as
-    released). parts: the samples of each part of the batch; a partner is of the same part.
+    released). parts: the samples of each part of the batch, (G, B/G); a partner is of the same
+    part.
     """
-    B, chosen = sum(len(p) for p in parts), {}
+    B, chosen = np.size(parts), {}
     switches = rng.random(3)
     for name, u in zip(("freeze", "mixup", "cutmix"), switches):
         if name not in names or u > prob:
@@ -856,7 +1329,7 @@ def two_names(tensors, own):
 
 
 def load(model, path, whole=False):
-    """Fill a network from a checkpoint of ours, of the release, of SlowFast's zoo or pytorchvideo's.
+    """Fill a network from a checkpoint of ours, the release, SlowFast's zoo or pytorchvideo.
 
     The backbone must be in it, entirely; classifiers of other classes, and what Coarse-Fine adds
     to X3D, may be missing, unless `whole`.
@@ -899,7 +1372,900 @@ def kind_of(path):
     if not fits or "fc2.bias" not in names:
         raise UserError(f"{path}: holds no X3D or SlowFast network")
     grown = any(k.startswith(GROWN) for k in names)
-    fusion = "mixed" if "mix2.conv_at.bias" in names else "own" if "rw2.at1.bias" in names else "none"
+    fusion = ("mixed" if "mix2.conv_at.bias" in names else
+              "own" if "rw2.at1.bias" in names else "none")
     stream = "two" if two else "coarse" if grown else "x3d"
     return Kind(stream, fits[0], len(names["fc2.bias"]),
                 "grid" if "pool_1.conv1.bias" in names else "", fusion)
+
+
+# ---- samples -----------------------------------------------------------------------------------
+
+class KineticsClips(Dataset):
+    """One random clip of each file: T frames, a square, mirrored half of the time.
+
+    key: (epoch, frames, crop, index); the shape is the sampler's, see `shape_at`.
+    """
+
+    def __init__(self, args, tree, files, labels):
+        self.args, self.tree, self.files, self.labels = args, tree, files, labels
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        epoch, T, crop, i = key
+        rng = np.random.default_rng((self.args.seed, epoch, i))
+        film = Film(self.tree / self.files[i], PICTURES["kinetics400"])
+        size, stride = self.args.num_frames * self.args.stride, self.args.stride
+        begin = int(rng.integers(0, last_begin(film.n, size) + 1))
+        faster = int(rng.integers(1, self.args.num_frames // T + 1))
+        numbers = kinetics_numbers(film.n, begin, size, stride, faster, T * stride)
+        return {"clip": training_cut(film, numbers, crop, *draw_square(rng, SCALES[:1])),
+                "label": int(self.labels[i]), "index": i}
+
+
+def draw_square(rng, scales):
+    """(share of the short side, place, place, mirrored?): of all frames of a clip."""
+    return scales[rng.integers(len(scales))], *rng.random(2), rng.random() < 0.5
+
+
+def training_cut(film, numbers, crop, scale, u, v, mirror):
+    """(3, T, crop, crop) uint8 of a film's frames, by `draw_square`."""
+    x = film.read(numbers, math.ceil(crop / scale))
+    return cut(x, crop_box(x.shape[2], x.shape[1], scale, u, v), crop, mirror)
+
+
+class KineticsCrops(KineticsClips):
+    """Three clips of each file, one behind the other, from the middle of the picture."""
+
+    def __getitem__(self, i):
+        film, args = Film(self.tree / self.files[i], PICTURES["kinetics400"]), self.args
+        numbers = kinetics_crops(film.n, args.num_frames * args.stride, args.stride)
+        x = film.read(np.sort(numbers.flatten()), args.crop)
+        x = x[np.searchsorted(np.sort(numbers.flatten()), numbers.flatten())]
+        x = cut(x, centre_box(x.shape[2], x.shape[1]), args.crop)
+        return x.unflatten(1, numbers.shape).transpose(0, 1)  # (3 clips, 3, T, S, S)
+
+
+def read_features(args, name):
+    """{level: (C, T', 7, 7)} of a video, its first --feature_cap steps; only these are read."""
+    found = {}
+    for level in LEVELS:
+        path = args.features / level / name
+        if not path.is_file():
+            raise VideoError(f"{path}: no such file; --stage extract makes it")
+        try:
+            x = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            if x.dim() != 5 or x.shape[0] != 1 or x.shape[3:] != (GRID, GRID) or not len(x[0, 0]):
+                raise ValueError(f"is {tuple(x.shape)}, not 1, C, T, 7, 7")
+            found[level] = x[0, :, :args.feature_cap].float()
+        except Exception as e:                                # pickle, zip and torch errors alike
+            raise VideoError(f"{path}: no features ({str(e).splitlines()[0]:.80})") from e
+        if not torch.isfinite(found[level]).all():
+            raise VideoError(f"{path}: holds NaN or Inf")
+    if len({x.shape[1] for x in found.values()}) > 1:
+        raise VideoError(f"{args.features}: the levels of {name} have different lengths")
+    return found
+
+
+class Untrimmed(Dataset):
+    """Videos with labels of every frame; what clips of them, or all of them, look like."""
+
+    def __init__(self, args, videos, classes):
+        self.args, self.videos, self.classes = args, videos, classes
+        self.pattern, self.rate = PICTURES[args.dataset], RATE[args.dataset]
+
+    def __len__(self):
+        return len(self.videos)
+
+    def open(self, i):
+        """(Video, Film, labels of all frames (K, n) uint8, seconds)"""
+        video = self.videos[i]
+        film = Film(video.path, self.pattern, self.rate)
+        length = video.duration or film.n / (film.rate or film.fps)
+        y = torch.from_numpy(frame_labels(video.actions, film.n, length, self.classes))
+        return video, film, y.to(torch.uint8), length
+
+
+class TrainingClips(Untrimmed):
+    """A random clip of each video with its labels, and what --stream needs of the fine stream."""
+
+    def __getitem__(self, key):
+        epoch, T, crop, i = key
+        args, stride, released = self.args, self.args.stride, self.args.compat == "released"
+        rng = np.random.default_rng((args.seed, epoch, i))
+        video, film, y, _ = self.open(i)
+        span = T * stride
+        first, last = start_range(film.n, span, stride, released)
+        if args.stream == "x3d" and released:
+            last = max(0, film.n - span - 2)
+        start = int(rng.integers(first, last + 1))
+        square = draw_square(rng, SCALES[:1] if args.stream == "x3d" else SCALES)
+        item = {"start": 0}
+        if args.stream == "two":                              # the same square in both streams
+            latest = min(start, start_range(film.n, span, stride, released)[1])
+            fine_start = int(rng.integers(0, latest + 1))
+            numbers, fine, meta = two_stream_clips(film.n, start, fine_start, span, span, stride,
+                                                   True)
+            item |= {"fine": training_cut(film, fine, crop, *square), "start": meta[0]}
+        elif args.stream == "coarse" and args.fusion != "none":
+            item |= {"features": read_features(args, video.name), "start": start // stride}
+        numbers = clip_numbers(film.n, start, span, stride)
+        return {**item, "clip": training_cut(film, numbers, crop, *square),
+                "label": y[:, start:start + span], "index": i}
+
+
+class WholeVideos(Untrimmed):
+    """Each video from its first frame to its last, from the middle of the picture."""
+
+    def __getitem__(self, i):
+        args, item = self.args, {"start": 0}
+        video, film, y, seconds = self.open(i)
+        whole = args.stream in ("x3d", "two")
+        numbers, length = test_numbers(film.n, args.stride, whole)
+        if args.stream == "two":
+            span = args.num_frames * args.stride
+            numbers, fine, meta = two_stream_clips(film.n, 0, 0, span, span, args.stride, False)
+            item |= {"fine": self.middle(film, fine), "start": meta[0]}
+        elif args.stream == "coarse" and args.fusion != "none" and args.stage != "extract":
+            item["features"] = read_features(args, video.name)
+        return {**item, "clip": self.middle(film, numbers), "label": y[:, :length], "index": i,
+                "about": (length, film.n, seconds)}
+
+    def middle(self, film, numbers):
+        x = film.read(numbers, self.args.crop)
+        return cut(x, centre_box(x.shape[2], x.shape[1]), self.args.crop)
+
+
+def padded(tensors, dim, least=0):
+    """Stack tensors of different lengths along `dim`, filled with zeros; and where they are filled,
+    (B, length) of 0 and 1.
+    """
+    lengths = [x.shape[dim] for x in tensors]
+    longest = max(*lengths, least)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).float()
+    out = []
+    for x, n in zip(tensors, lengths):
+        pad = [0, 0] * (x.dim() - 1 - dim) + [0, longest - n]
+        out.append(F.pad(x, pad) if longest > n else x)
+    return torch.stack(out), mask
+
+
+def collate(items, steps=0, frames=0, feature_steps=0):
+    """Items of Untrimmed as a batch: filled with zeros to the longest, or as far as is said.
+
+    NOTE: training fills to the full clip and to --feature_cap, not to the longest of a batch, as
+    the release does: so the numbers do not depend on which process has which video.
+    """
+    batch = {"start": torch.tensor([item["start"] for item in items])}
+    batch["clip"], batch["seen"] = padded([item["clip"] for item in items], 1, steps)
+    batch["label"], batch["mask"] = padded([item["label"] for item in items], 1, frames)
+    if "fine" in items[0]:
+        batch["fine"], batch["valid"] = padded([item["fine"] for item in items], 1, steps)
+    if "features" in items[0]:
+        for level in LEVELS:
+            batch[level], batch["valid"] = padded([item["features"][level] for item in items], 1,
+                                                  feature_steps)
+    if "broken" in items[0]:
+        batch["broken"] = [item["broken"] for item in items]
+    if "about" in items[0]:
+        batch["about"] = torch.tensor([item["about"] for item in items], dtype=torch.float64)
+    return batch
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+class Shape(NamedTuple):
+    """Of a step: clips of all processes, T, crop, learning rate over the base, parts of the batch.
+    """
+    batch: int
+    frames: int
+    crop: int
+    lr: float
+    groups: int
+
+
+def shapes(args, n):
+    """(number of steps, function from a step to its Shape) of a run over n samples."""
+    base = Shape(args.batch_size, args.num_frames, args.crop, 1.0, args.groups)
+    if args.stage != "pretrain":
+        return args.epochs * (n // args.batch_size), lambda step: base
+    if args.multigrid == "off":
+        return args.iters, lambda step: base
+    if args.multigrid == "x3d":
+        bounds = cycle_bounds(args.iters)
+
+        def shape(step):
+            state = long_state(step, bounds, args.compat == "released")
+            span, crop, factor = clip_shape(state, short_state(step, state),
+                                            args.num_frames * args.stride, args.crop)
+            scale = LONG_SCALE[state]
+            return base._replace(batch=base.batch * scale * factor, frames=span // args.stride,
+                                 crop=crop, lr=scale, groups=base.groups * scale)
+        return args.iters, shape
+
+    epochs = max(1, round(args.iters * args.batch_size / n))
+    falls = sorted({round(epochs * m / args.iters) for m in args.milestones} - {epochs})
+    ends, cycles = [0], fair_schedule([0, *falls], epochs, args.num_frames, args.crop)
+    for before, c in zip([0, *(c.end for c in cycles)], cycles):
+        factors = [round((c.crop / (args.crop * s)) ** 2) for s in (0.5, 0.5 ** 0.5)] + [1]
+        per_step = base.batch * c.batch * sum(factors) / 3
+        ends.append(ends[-1] + max(3, round((c.end - before) * n / per_step)))
+
+    def shape_fair(step):
+        k = min(int(np.searchsorted(ends, step, "right")) - 1, len(cycles) - 1)
+        c = cycles[k]
+        crop = (int(args.crop * 0.5), int(args.crop * 0.5 ** 0.5), c.crop)[step % 3]
+        factor = round((c.crop / crop) ** 2)
+        late = k == len(cycles) - 1 and step < (ends[-2] + ends[-1]) // 2     # as `fair_rates`
+        return Shape(base.batch * c.batch * factor, c.frames, crop,
+                     c.batch * 0.1 ** (c.step - late), base.groups * c.batch)
+    return ends[-1], shape_fair
+
+
+def cycle_bounds(iters):
+    """Where the long cycles begin and end: three, then the full shape (X3D-Multigrid)."""
+    return [round(iters * share) for share in (0, 0.4, 0.65, 0.85, 1)]
+
+
+class CycleSampler(Sampler):
+    """Batches of (epoch, T, crop, index) for the steps start .. steps-1 of this process.
+
+    Each epoch is a permutation fixed by (seed, epoch); one follows the other without a gap, since
+    batches differ in size. The processes take equal slices of a batch.
+    """
+
+    def __init__(self, n, shape, seed, start, steps):
+        largest = max(shape(k).batch for k in range(min(steps, 1000)))
+        if n < largest:
+            raise UserError(f"{n} training samples do not fill one batch of {largest}: lower "
+                            "--batch_size")
+        self.n, self.shape, self.seed, self.start, self.steps = n, shape, seed, start, steps
+
+    def __len__(self):
+        return max(0, self.steps - self.start)
+
+    def __iter__(self):
+        order = lru_cache(2)(lambda epoch: np.random.default_rng((self.seed, epoch)).permutation(
+            self.n))
+        at = sum(self.shape(k).batch for k in range(self.start))
+        for step in range(self.start, self.steps):
+            shape = self.shape(step)
+            share = shape.batch // common.world_size()
+            first = at + common.rank() * share
+            places = (divmod(k, self.n) for k in range(first, first + share))
+            yield [(epoch, shape.frames, shape.crop, int(order(epoch)[k])) for epoch, k in places]
+            at += shape.batch
+
+
+def falls(losses, patience=10, least=1e-4):
+    """How often the plateau rule has lowered the rate: each time after more than `patience`
+    validations without a loss lower than the best so far.
+    """
+    best, bad, count = math.inf, 0, 0
+    for loss in losses:
+        best, bad = (loss, 0) if loss < best * (1 - least) else (best, bad + 1)
+        if bad > patience:
+            bad, count = 0, count + 1
+    return count
+
+
+def learning_rates(args, step, steps, shape, per_epoch, losses):
+    """(of new layers, of the backbone) at a step; with --stream coarse the first is 10 x as large.
+    """
+    released, milestones = args.compat == "released", args.milestones or []
+    if args.stage == "pretrain":
+        if args.multigrid == "x3d":
+            head = multigrid_lr(step, args.lr, cycle_bounds(args.iters), milestones, args.warmup,
+                                released)
+            pair = head, head * args.backbone_lr
+        else:
+            at = milestones if args.multigrid == "off" else []
+            pair = ssdet_lr(step, args.lr * shape.lr, at, args.warmup, args.backbone_lr, released)
+    else:
+        count = (falls(losses) if args.schedule == "plateau" else
+                 sum(step >= m * per_epoch for m in milestones))
+        rise = min(1, (step + 1) / max(1, args.warmup))
+        lr = args.lr * 0.1 ** count * rise
+        pair = lr * (10 if args.stream in ("coarse", "two") else 1), lr
+    if args.schedule == "cosine":
+        pair = [lr * 0.5 * (1 + math.cos(math.pi * step / steps)) for lr in pair]
+    return pair
+
+
+def parameter_groups(args, model):
+    """[new layers, backbone]: of the pre-training fc1 and fc2, of Coarse-Fine what fuses."""
+    new = r"^(fc[12]|head)\." if args.stage == "pretrain" else r"^(coarse\.)?(rw|mix)\d\."
+    named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
+    groups = [[p for k, p in named if bool(re.search(new, k)) == first] for first in (True, False)]
+    return [{"params": g, "which": n} for n, g in enumerate(groups) if g]
+
+
+def train(args, device, model, dataset, pack, forward, validate):
+    """The loop of both training stages.
+
+    pack: items -> batch, or None; forward: (model, batch, step, shape) -> terms of the loss;
+    validate: model -> metrics, of which `mAP` or `top1` chooses the checkpoint.
+    """
+    names = "\n".join(dataset.files if hasattr(dataset, "files") else
+                      [v.name for v in dataset.videos])
+    samples = f"{len(dataset)} (list {zlib.crc32(names.encode()):08x})"
+    dataset = common.SkipBroken(dataset, args.seed)
+    if args.batch_norm == "sync" and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
+    ddp = DDP(model, gradient_as_bucket_view=True, **common.OWN_BUFFERS)
+    optimizer = torch.optim.SGD(parameter_groups(args, model), lr=args.lr, momentum=0.9,
+                                weight_decay=args.weight_decay)
+    steps, shape_at = shapes(args, len(dataset))
+    if common.world_size() > 2:
+        settle(args, device, ddp, dataset, pack, shape_at(0))
+    saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
+    start, best = saved["step"], saved.get("best", -math.inf)
+    losses = saved.get("val_losses", [])
+    common.same_samples(saved, samples, args.out)
+
+    sampler = CycleSampler(len(dataset), shape_at, args.seed, start, steps)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
+                        pin_memory=device.type == "cuda", collate_fn=pack,
+                        generator=torch.Generator())
+    per_epoch = max(1, len(dataset) // args.batch_size)
+    log = common.Log(args, start, steps, per_epoch)
+    ddp.train()
+    for step, batch in log.steps(loader):
+        shape = shape_at(step)
+        rates = learning_rates(args, step, steps, shape, per_epoch, losses)
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["which"]]
+        common.set_splits(model, shape.groups)
+        common.seed_step(args.seed, step, common.rank())      # dropout repeats after a restart
+        terms = forward(ddp, to_device(batch, device), step, shape)
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        log.guard(step, loss=terms["loss"])
+        optimizer.step()
+
+        validating = (step + 1) % (args.val_every * per_epoch) == 0 or step + 1 == steps
+        saving, measured = validating or (step + 1) % args.save_every == 0, {}
+        if saving:
+            common.merge_splits(model)
+        if validating:
+            began = time.perf_counter()
+            measured = validate(model.eval())
+            losses.append(measured["val_loss"])
+            score = measured.get("val_mAP", measured.get("val_top1"))
+            if args.select == "last" or score > best:
+                best = score
+                common.save(args.out / "best.pt", step + 1, args, model=model)
+            ddp.train()
+            log.since += time.perf_counter() - began          # not part of the training speed
+        log(step, saving, **terms, lr=rates[-1], **measured)
+        if saving:
+            common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
+                        best=best, samples=samples, val_losses=losses)
+    common.barrier()
+    if common.rank() == 0:
+        common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
+                          ["loss", "top1", "val_loss", "val_mAP", "val_top1", "lr"])
+    model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
+    return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
+
+
+def settle(args, device, ddp, dataset, pack, shape):
+    """`common.settle` with a batch of the first sample, as large as split batch norm needs."""
+    item = dataset[0, shape.frames, shape.crop, 0]
+    items = [item] * max(1, shape.groups // common.world_size())
+    batch = pack(items) if pack else torch.utils.data.default_collate(items)
+    common.settle(ddp, *network_inputs(args, to_device(batch, device)))
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+
+
+def pictures(args, x, seen=None):
+    """Normalised clips, zeros where there is no frame.      uint8 (B, 3, T, S, S), (B, T)"""
+    x = normalise(x, args.norm_values)
+    if x.device.type == "cpu":                                # half the time of a training step
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    return x if seen is None else x * seen[:, None, :, None, None]
+
+
+def network_inputs(args, batch):
+    """What the network of --stream takes of a batch."""
+    x = pictures(args, batch["clip"], batch.get("seen"))
+    if args.stage == "pretrain" or args.stream not in ("coarse", "two"):
+        return [x]
+    if args.stream == "two":
+        return [x, pictures(args, batch["fine"], batch["valid"]), batch["valid"], batch["start"]]
+    if args.fusion == "none":
+        return [x]
+    return [x, {level: batch[level] for level in LEVELS}, batch["valid"], batch["start"]]
+
+
+def finish(args, metrics):
+    """metrics.json and a line of the console."""
+    if common.rank() == 0:
+        common.write_json(args.out / "metrics.json", metrics)
+    common.say("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()
+                         if isinstance(v, (int, float))))
+
+
+def norm_of(args, device):
+    """What makes the batch norms of a network: of C channels."""
+    if args.batch_norm == "split":
+        return partial(common.SplitBatchNorm, splits=args.groups or 1)
+    if common.world_size() > 1 and device.type == "cpu":
+        raise UserError("--batch_norm sync needs CUDA, or a single process: PyTorch's synchronised "
+                        "batch norm does not run on the CPU")
+    return nn.BatchNorm3d
+
+
+def build(args, device, kind):
+    """The network of a Kind, its first weights fixed by --seed."""
+    model = bare(args, device, kind).to(device)
+    return model if device.type == "cuda" else model.to(memory_format=torch.channels_last_3d)
+
+
+def bare(args, device, kind):
+    torch.manual_seed(args.seed)                              # the same weights on every process
+    norm, dropout, per_frame = norm_of(args, device), args.dropout, kind.stream != "clips"
+    if kind.stream == "slowfast":
+        small = {"width": 16, "depth": (1, 1, 1, 1)} if kind.version == "tiny" else {}
+        return common.SlowFast(kind.classes, norm=norm, dropout=dropout, **small)
+    if kind.stream not in ("coarse", "two"):
+        return common.X3D(kind.version, kind.classes, per_frame, norm, dropout)
+    coarse = Coarse(kind.version, kind.classes, kind.pool or "grid", kind.fusion,
+                    args.compat == "released", norm, dropout)
+    if kind.stream == "coarse":
+        return coarse
+    fine = common.X3D(kind.version, kind.classes, True, norm, 0.0)
+    return TwoStream(coarse, fine)
+
+
+def fetched(args, name):
+    """The file of a published network: `fair` (X3D), `pytorchvideo` (SlowFast), or a path."""
+    instead = "use --init none"
+    if name == "fair":
+        return common.fetch(FAIR.format(args.version.lower()), instead)
+    return common.fetch(SLOWFAST, instead) if name == "pytorchvideo" else Path(name)
+
+
+def start_from(args, model):
+    """Fill a new network from --init, and --init_fine."""
+    if (args.out / "last.pt").exists():
+        return                                                # this run's own checkpoint follows
+    if isinstance(model, TwoStream):
+        for part, name in ((model.coarse, args.init[0]), (model.fine, args.init_fine)):
+            if name != "none":
+                load(part, Path(name))
+    elif args.init[0] != "none":
+        load(model, fetched(args, args.init[0]))
+
+
+# ---- stage pretrain (official files: train_x3d_kinetics_multigrid.py, kinetics_multigrid.py) ----
+
+def pretrain(args, device):
+    """SSDet: detection from clip labels; or classification of the clips."""
+    tree, files, labels, names = read_kinetics(args, "train")
+    val_tree, val_files, val_labels, val_names = read_kinetics(args, "val")
+    if val_names != names:
+        raise UserError(f"{args.data}: training and validation have different classes; labels.txt "
+                        "lists those of both")
+    frames, released = args.task == "detect", args.compat == "released"
+    shift = int(frames and not released)                      # NOTE: the release has no background
+    kind = Kind("x3d" if frames else "clips", args.version, len(names) + shift, "", "none")
+    model = build(args, device, kind)
+    start_from(args, model)
+    dataset = KineticsClips(args, tree, files, labels)
+    checked = KineticsCrops(args, val_tree, val_files, val_labels)
+    mine = common.rank(), common.world_size()
+
+    def forward(ddp, batch, step, shape):
+        x, label = pictures(args, batch["clip"]), batch["label"] + shift
+        if not frames:
+            with common.autocast(device, args.precision):
+                logits = ddp(x)[..., 0].float()
+            count = torch.tensor(len(label), device=device)
+            hits = (logits.argmax(1) == label).float().sum()
+            return {"loss": over_all(F.cross_entropy(logits, label, reduction="sum"), count),
+                    "top1": over_all(hits, count)}
+        rng = np.random.default_rng((args.seed, step, 7))
+        parts = np.arange(shape.batch).reshape(shape.groups, -1)
+        choices = draw_volume_choices(rng, x.shape[2], parts, args.augment.split(","),
+                                      args.aug_prob, args.cutmix)
+        mix = augment(single(x, label[:, None].repeat(1, x.shape[2])),
+                      share_of(choices, *mine), extend=not released)
+        with common.autocast(device, args.precision):
+            logits = ddp(mix.x)                               # (B, K+1, T)
+        loss, hits = pretraining_loss(logits, mix)
+        return {"loss": loss, "top1": hits}
+
+    def validate(model):
+        def network(items, batch):
+            logits = model(pictures(args, batch.flatten(0, 1))).float()   # (B·3, K, T)
+            prob = logits.softmax(1)[:, shift:].mean(2).unflatten(0, batch.shape[:2]).mean(1)
+            label = torch.from_numpy(val_labels[items]).to(device)
+            loss = F.cross_entropy(logits.mean(2), (label + shift).repeat_interleave(3),
+                                   reduction="none").unflatten(0, batch.shape[:2]).mean(1)
+            told = logits[:, shift:].argmax(1).unflatten(0, batch.shape[:2])
+            right = (told == label[:, None, None]).float().mean((1, 2))
+            return [loss, (prob.argmax(1) == label).float(), right]
+        loss, top1, right = common.predict(args, device, checked, network, "val", 4)
+        measured = {"val_loss": float(loss.mean()), "val_top1": float(top1.mean())}
+        return {**measured, "val_frames": float(right.mean())} if frames else measured
+
+    finish(args, train(args, device, model, dataset, None, forward, validate))
+
+
+def share_of(choices, rank, world):
+    """This process's share of the choices for a whole batch, partners counted within it."""
+    def share(k, v):
+        n = v.shape[-1] // world
+        mine = v[..., rank * n:(rank + 1) * n]
+        return mine - rank * n if k == "partner" else mine
+    return {name: {k: share(k, v) for k, v in c.items()} for name, c in choices.items()}
+
+
+# ---- stage finetune (official files: train_fine.py, train_coarse_fineFEAT.py, branch weak) ------
+
+def finetune(args, device):
+    """A detector on untrimmed videos."""
+    names = class_names(args)
+    videos = with_files(args, read_videos(args, "train", names), "train")
+    tests = with_files(args, read_videos(args, "test", names), "test")
+    kind = Kind(args.stream, args.version, len(names), args.pool, args.fusion)
+    model = build(args, device, kind)
+    start_from(args, model)
+    args_frames, masked = args.num_frames * args.stride, not (
+        args.stream == "x3d" and args.compat == "released")
+    pack = partial(collate, steps=args.num_frames, frames=args_frames,
+                   feature_steps=args.feature_cap)
+
+    def forward(ddp, batch, step, shape):
+        with common.autocast(device, args.precision):
+            logits = ddp(*network_inputs(args, batch))
+        logits = to_labels(logits, batch["label"].shape[2], args.stream == "fine")
+        loss, cls, loc = detection_loss(logits, batch["label"].float(),
+                                        batch["mask"] if masked else None)
+        return {"loss": loss, "cls": cls, "loc": loc}
+
+    def validate(model):
+        found = detect(args, device, model, WholeVideos(args, tests, len(names)), "val")
+        measured = dense_map(args, tests, [found], len(names))
+        if args.dataset == "charades":
+            measured |= official_map(args, tests, [found], len(names))[0]
+        return {f"val_{k}": v for k, v in measured.items() if k != "ap"}
+
+    metrics = train(args, device, model, TrainingClips(args, videos, len(names)), pack, forward,
+                    validate)
+    finish(args, {**metrics, "test_videos": len(tests), "chosen_on": {
+        "val": "the test videos, as published", "last": "nothing: the last step"}[args.select]})
+
+
+class Found(NamedTuple):
+    """What a network says of a video: logits (K, T') of its first `length` of n frames, which last
+    so many seconds; whether T' reaches from end to end; times of Grid Pool in 0 .. 1.
+    """
+    logits: np.ndarray
+    length: int
+    n: int
+    seconds: float
+    align: bool
+    sampled: np.ndarray
+
+
+@torch.inference_mode()
+def detect(args, device, model, dataset, what):
+    """[Found] of whole videos, each read once, in pieces of --chunk steps."""
+    def network(_, batch):
+        pieces, times, moved = [], [], to_device(batch, device)
+        T = moved["clip"].shape[2]
+        for a, b in chunks(T, args.chunk):
+            piece = {**moved, "clip": moved["clip"][:, :, a:b], "seen": None,
+                     "start": moved["start"] + a}
+            pieces.append(model(*network_inputs(args, piece)).float())
+            coarse = getattr(model, "coarse", model)
+            if getattr(coarse, "sampled", None) is not None:
+                times.append((a + coarse.sampled[0] * (b - a - 1)) / max(1, T - 1))
+        return [torch.cat(pieces, 2), batch["about"],
+                torch.cat(times)[None] if times else torch.zeros(1, 0)]
+    columns = common.predict(args, device, dataset, network, what, 1, collate)
+    return [Found(logits, int(length), int(n), float(seconds), args.stream == "fine", times)
+            for logits, (length, n, seconds), times in zip(*columns)]
+
+
+def label_logits(found, rows):
+    """Logits of some classes at label rate, the mean over several networks' Founds of a video."""
+    return torch.stack([to_labels(torch.from_numpy(f.logits[None, rows]), f.length, f.align)[0]
+                        for f in found]).mean(0)              # (classes, length)
+
+
+def label_frames(args, found):
+    """Which of a video's labels are compared: all, of MultiTHUMOS --eval_fps of a second."""
+    if args.dataset == "charades":
+        return np.arange(found.length)
+    fps = found.n / found.seconds
+    times = np.arange(0, found.length / fps, 1 / args.eval_fps)
+    return np.minimum((times * fps).astype(int), found.length - 1)
+
+
+def dense_map(args, videos, models, classes, block=8):
+    """{mAP over every valid frame, loss, ap: of each class}, in %; models: [[Found of a video]].
+
+    By blocks of classes, dealt out among the processes: all frames of all classes would not fit.
+    """
+    rows, losses = {}, {}
+    for start in range(common.rank() * block, classes, common.world_size() * block):
+        chosen = range(start, min(start + block, classes))
+        scores, truth = [], []
+        for i, video in enumerate(videos):
+            found = [m[i] for m in models]
+            logits = label_logits(found, slice(chosen.start, chosen.stop))
+            actions = [(c - start, s, e) for c, s, e in video.actions if c in chosen]
+            first = found[0]
+            y = torch.from_numpy(frame_labels(actions, first.n, first.seconds, len(chosen)))
+            y = y[:, :first.length]
+            loc = F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+            cls = F.binary_cross_entropy_with_logits(logits.amax(1), y.amax(1), reduction="sum")
+            losses[start, i] = float(loc / y[0].numel() + cls) / 2 / classes
+            keep = label_frames(args, first)
+            scores.append(logits[:, keep])
+            truth.append(y[:, keep])
+        scores, truth = torch.cat(scores, 1), torch.cat(truth, 1)
+        rows |= {c: average_precision(s, y) for c, s, y in zip(chosen, scores, truth)}
+    ap = np.array(list(common.gather(rows, expect=classes).values()))
+    parts = [None] * common.world_size()
+    dist.all_gather_object(parts, losses)
+    every = {k: v for part in parts for k, v in part.items()}
+    return {"mAP": 100 * float(ap.mean()), "ap": (100 * ap).tolist(),
+            "loss": sum(every[k] for k in sorted(every)) / len(videos)}
+
+
+def official_map(args, videos, models, classes):
+    """({mAP_25, wAP_25} in %, [(25, K) scores of each video], AP of each class) of Charades'
+    official protocol.
+    """
+    scores, truth = [], []
+    for i, video in enumerate(videos):
+        found = [m[i] for m in models]
+        at = frames_of_25(found[0].length if args.frames25 == "legacy" else found[0].n,
+                          video.duration, found[0].n / video.duration, args.frames25 == "legacy")
+        prob = label_logits(found, slice(None)).sigmoid()
+        scores.append(prob[:, at.clip(0, prob.shape[1] - 1)].T.numpy())
+        truth.append(localization_truth(video.actions, video.duration, classes))
+    ap, mean, weighted = charades_localize(truth, scores)
+    return {"mAP_25": 100 * mean, "wAP_25": 100 * weighted}, scores, ap
+
+
+# ---- stage extract (official file: extract_fineFEAT.py) -----------------------------------------
+
+def known_kind(args, path):
+    """The Kind of a trained network; --version and --stream follow it."""
+    kind = kind_of(Path(path))
+    args.version, args.fusion = kind.version, kind.fusion
+    if kind.stream != "x3d":
+        args.stream = kind.stream
+        if kind.stream in ("coarse", "two"):
+            args.pool = kind.pool or (args.pool if args.pool != "grid" else "stride")
+    elif args.stream not in ("fine", "x3d"):
+        args.stream = "fine"
+    saved = common.load_file(Path(path))
+    flags = saved.get("args", {}) if isinstance(saved, dict) else {}
+    if isinstance(flags, dict) and flags.get("stream") in STREAMS:
+        for name in ("stream", "stride", "num_frames", "crop", "norm_values", "pool",
+                     "feature_cap"):                          # as it was trained
+            setattr(args, name, flags.get(name, getattr(args, name)))
+    return kind._replace(stream=args.stream, pool=args.pool)
+
+
+def extract(args, device):
+    """Five maps of every video of both splits, pooled to 7x7: DIR/LEVEL/NAME, (1, C, T, 7, 7).
+
+    NOTE: the release extracts only the test split. What is there is not made again.
+    """
+    path = Path(args.init[0])
+    kind, names = known_kind(args, path), class_names(args)
+    if args.stream not in ("fine", "x3d"):
+        raise UserError(f"{path}: is a network of --stream {args.stream}; features are of the fine "
+                        "one")
+    args.stream = "fine"
+    model = build(args, device, kind).eval()
+    load(model, path, whole=True)
+    claim(args, model)
+    videos = [v for split in ("train", "test") for v in
+              with_files(args, read_videos(args, split, names), split)]
+    todo = [v for v in videos[common.rank()::common.world_size()]
+            if not all((args.features / level / v.name).is_file() for level in LEVELS)]
+    loader = DataLoader(WholeVideos(args, todo, 1), batch_size=None, num_workers=args.workers,
+                        generator=torch.Generator())
+    began = shown = time.perf_counter()
+    for k, (video, item) in enumerate(zip(todo, loader), 1):
+        maps = extract_video(args, device, model, item["clip"][None])
+        for level in LEVELS:
+            common.write(args.features / level / video.name, partial(torch.save, maps[level]))
+        if time.perf_counter() - shown > 10 or k == len(todo):
+            shown = time.perf_counter()
+            common.say(f"extract {k}/{len(todo)} videos of this process, ETA "
+                       f"{(shown - began) / k * (len(todo) - k):.0f} s")
+    common.barrier()
+    size = sum((args.features / level / v.name).stat().st_size for v in videos for level in LEVELS)
+    finish(args, {"videos": len(videos), "new": int(common.mean({"n": len(todo)})["n"]
+                                                    * common.world_size() + 0.5),
+                  "gigabytes": size / 1e9})
+
+
+@torch.inference_mode()
+def extract_video(args, device, model, clip):
+    """{level: (1, C, T, 7, 7)} on the CPU, in pieces of --chunk steps."""
+    found = {level: [] for level in LEVELS}
+    for a, b in chunks(clip.shape[2], args.chunk):
+        with common.autocast(device, args.precision):
+            maps = fine_features(model, pictures(args, clip[:, :, a:b].to(device)))
+        for level, x in maps.items():
+            found[level].append(x.to(torch.float16 if args.float16 else torch.float32).cpu())
+    maps = {level: torch.cat(x, 2) for level, x in found.items()}
+    if not all(torch.isfinite(x).all() for x in maps.values()):
+        raise UserError("a network's features are not finite; nothing was written")
+    return maps
+
+
+def claim(args, model):
+    """about.json of the features' folder: features of different networks never mix there."""
+    check = 0
+    for x in model.state_dict().values():
+        check = zlib.crc32(x.cpu().numpy().tobytes(), check)
+    about = {"stride": args.stride, "crop": args.crop, "norm_values": args.norm_values,
+             "crc32": f"{check:08x}"}
+    path, fault = args.features / "about.json", [None]
+    if common.rank() == 0:
+        before = common.read_json(path) if path.exists() else about
+        if before != about:
+            fault = [f"{path}: its features are of {before}, not of {about}; choose another "
+                     "--features"]
+        elif not path.exists():
+            common.write_json(path, about)
+    dist.broadcast_object_list(fault)
+    if fault[0]:
+        raise UserError(fault[0])
+
+
+# ---- stage evaluate (official files: Charades_v1_localize.m, eval_coarse_fineFEAT_ensemble.py) --
+
+def evaluate(args, device):
+    """Both mAPs of one network or of several, whose logits are averaged; or of a submission."""
+    names = class_names(args)
+    tests = read_videos(args, "test", names)
+    if args.submission:
+        truth = [localization_truth(v.actions, v.duration, len(names)) for v in tests]
+        ap, mean, weighted = charades_localize(truth, read_submission(args, tests, len(names)))
+        if common.rank() == 0:
+            write_classes(args, tests, names, {"AP_25": 100 * ap})
+        return finish(args, {"mAP_25": 100 * mean, "wAP_25": 100 * weighted})
+    tests, models = with_files(args, tests, "test"), []
+    for path in map(Path, args.init):
+        kind = known_kind(args, path)
+        if kind.classes != len(names):
+            raise UserError(f"{path}: tells {kind.classes} classes apart, {args.dataset} has "
+                            f"{len(names)}")
+        model = build(args, device, kind).eval()
+        load(model, path, whole=True)
+        models.append(detect(args, device, model, WholeVideos(args, tests, len(names)), "evaluate"))
+    metrics = dense_map(args, tests, models, len(names))
+    columns = {"AP": np.array(metrics.pop("ap"))}
+    if args.dataset == "charades":
+        official, scores, ap = official_map(args, tests, models, len(names))
+        metrics, columns = {**official, **metrics}, {**columns, "AP_25": 100 * ap}
+    if common.rank() == 0:
+        write_classes(args, tests, names, columns)
+        if args.dataset == "charades":
+            write_submission(args, tests, scores)
+        draw_timeline(args, tests, models, names)
+    rate = {"charades": "every frame", "multithumos": f"{args.eval_fps:g} per second"}
+    finish(args, {**metrics, "test_videos": len(tests), "networks": len(models),
+                  "dense_labels": rate[args.dataset]})
+    return None
+
+
+def write_classes(args, videos, names, columns):
+    """per_class.csv: intervals in the test videos and average precision of each class, in %."""
+    counts = np.bincount([c for v in videos for c, *_ in v.actions], minlength=len(names))
+    with io.StringIO(newline="") as f:
+        rows = csv.writer(f, lineterminator="\n")
+        rows.writerow(["class", "name", "intervals", *columns])
+        for c, name in enumerate(names):
+            rows.writerow([c, name, counts[c], *(f"{ap[c]:.4f}" for ap in columns.values())])
+        common.write(args.out / "per_class.csv", f.getvalue())
+
+
+def write_submission(args, videos, scores):
+    """localization.txt of Charades' official form: `id frame score_0 ...`, frames 1 .. 25."""
+    lines = [f"{v.name} {j + 1} " + " ".join(f"{p:.6g}" for p in row)
+             for v, block in zip(videos, scores) for j, row in enumerate(block)]
+    common.write(args.out / "localization.txt", "\n".join(lines) + "\n")
+
+
+def read_submission(args, videos, classes):
+    """[(25, K)] scores of a file of the official form, -inf where it has no row; a later row of
+    the same frame counts, and frames may begin at 0.
+    """
+    place, rows = {v.name: i for i, v in enumerate(videos)}, []
+    for n, line in read_lines(args.submission):
+        where, parts = f"{args.submission}:{n}", line.split()
+        if len(parts) != classes + 2 or not parts[1].isdigit():
+            raise UserError(f"{where}: is not an id, a frame and {classes} scores")
+        if parts[0] in place:
+            row = [seconds(where, x) if x.lower() not in ("-inf", "inf") else float(x)
+                   for x in parts[2:]]
+            rows.append((place[parts[0]], int(parts[1]), row, where))
+    scores = np.full((len(videos), 25, classes), -math.inf)
+    first = min((frame for _, frame, *_ in rows), default=1)
+    for i, frame, row, where in rows:
+        if not 0 <= frame - min(first, 1) < 25:
+            raise UserError(f"{where}: frame {frame} is none of 25")
+        scores[i, frame - min(first, 1)] = row
+    return list(scores)
+
+
+def draw_timeline(args, videos, models, names, count=3, most=8, wide=900):
+    """timeline.png: of some videos, classes x time: bars are the truth, grey the probability, and
+    below them the times at which Grid Pool looked.
+    """
+    from PIL import Image, ImageDraw
+    busy = sorted(range(len(videos)), key=lambda i: -len(videos[i].actions))[:count]
+    left, right, row, font = 230, wide - 20, 22, common.font()
+    image = Image.new("RGB", (wide, 40 + len(busy) * (most * row + 90)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((10, 8), "Grey: predicted probability. Blue line: annotated. Ticks: where Grid Pool "
+              "sampled", "black", common.font(15))
+    for n, i in enumerate(busy):
+        video, found = videos[i], [m[i] for m in models]
+        prob = label_logits(found, slice(None)).sigmoid().numpy()
+        length = found[0].seconds
+        true = sorted({c for c, *_ in video.actions}, key=lambda c: -prob[c].max())
+        others = [c for c in np.argsort(-prob.max(1)) if c not in true]
+        chosen, top = [*true[:most], *others][:most], 40 + n * (most * row + 90)
+        draw.text((10, top), f"{video.name}   {length:.1f} s", "black", font)
+        for k, c in enumerate(chosen):
+            y = top + 20 + k * row
+            draw.text((left - 8, y + row // 2), names[c][:30], "black" if c in true else "#888888",
+                      font, anchor="rm")
+            at = (np.arange(right - left) / (right - left) * found[0].n).astype(int)
+            shade = prob[c][at.clip(0, prob.shape[1] - 1)]
+            strip = np.repeat((255 - 220 * shade).astype(np.uint8)[None], row - 8, 0)
+            image.paste(Image.fromarray(strip), (left, y + 2))
+            for cc, s, e in video.actions:
+                if cc == c:
+                    x = [left + (right - left) * min(max(t, 0), length) / length for t in (s, e)]
+                    draw.line([(x[0], y + row - 4), (x[1], y + row - 4)], fill="#1f4e9c", width=4)
+        bottom = top + 20 + len(chosen) * row
+        for t in found[0].sampled:
+            x = left + (right - left) * float(t) * found[0].length / found[0].n
+            draw.line([(x, bottom), (x, bottom + 8)], fill="#c65a11", width=2)
+        for k in range(5):
+            x = left + (right - left) * k / 4
+            draw.text((x, bottom + 10), f"{length * k / 4:.1f}", "#333333", font, anchor="ma")
+        draw.text(((left + right) / 2, bottom + 26), "seconds", "#333333", font, anchor="ma")
+    common.save_picture(image, args.out / "timeline.png")
+
+
+def main(args):
+    if not args.data.is_dir() and not args.submission:
+        raise UserError(f"{args.data}: no such folder; --data is the folder of {args.dataset} as "
+                        f"README lays it out (`make toy` writes a small one, data/toy/"
+                        f"{args.dataset})")
+    for path in [*args.init, args.init_fine or "none"]:
+        if path not in ("none", "fair", "pytorchvideo") and not args.submission and not (
+                Path(path).is_file()):
+            raise UserError(f"{path}: no such file; --init names weights to start from"
+                            + ", or none" * (args.stage in ("pretrain", "finetune")))
+    stage = {"pretrain": pretrain, "finetune": finetune, "extract": extract,
+             "evaluate": evaluate}[args.stage]
+    stage(args, common.start_run(args))
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    common.launch(main, arguments)
