@@ -40,6 +40,7 @@ import math
 import os
 import re
 import time
+import warnings
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1696,6 +1697,7 @@ def train(args, device, model, dataset, pack, forward, validate):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.compile:
         model.compile()
+    warnings.filterwarnings("ignore", "Grad strides do not match")        # of 1x1x1 kernels
     ddp = DDP(model, gradient_as_bucket_view=True, **common.OWN_BUFFERS)
     optimizer = torch.optim.SGD(parameter_groups(args, model), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
@@ -1805,24 +1807,19 @@ def norm_of(args, device):
 
 def build(args, device, kind):
     """The network of a Kind, its first weights fixed by --seed."""
-    model = bare(args, device, kind).to(device)
-    return model if device.type == "cuda" else model.to(memory_format=torch.channels_last_3d)
-
-
-def bare(args, device, kind):
     torch.manual_seed(args.seed)                              # the same weights on every process
     norm, dropout, per_frame = norm_of(args, device), args.dropout, kind.stream != "clips"
     if kind.stream == "slowfast":
         small = {"width": 16, "depth": (1, 1, 1, 1)} if kind.version == "tiny" else {}
-        return common.SlowFast(kind.classes, norm=norm, dropout=dropout, **small)
+        return common.SlowFast(kind.classes, norm=norm, dropout=dropout, **small).to(device)
     if kind.stream not in ("coarse", "two"):
-        return common.X3D(kind.version, kind.classes, per_frame, norm, dropout)
+        return common.X3D(kind.version, kind.classes, per_frame, norm, dropout).to(device)
     coarse = Coarse(kind.version, kind.classes, kind.pool or "grid", kind.fusion,
                     args.compat == "released", norm, dropout)
     if kind.stream == "coarse":
-        return coarse
+        return coarse.to(device)
     fine = common.X3D(kind.version, kind.classes, True, norm, 0.0)
-    return TwoStream(coarse, fine)
+    return TwoStream(coarse, fine).to(device)
 
 
 def fetched(args, name):
@@ -2079,7 +2076,7 @@ def extract(args, device):
               with_files(args, read_videos(args, split, names), split)]
     todo = [v for v in videos[common.rank()::common.world_size()]
             if not all((args.features / level / v.name).is_file() for level in LEVELS)]
-    loader = DataLoader(WholeVideos(args, todo, 1), batch_size=None, num_workers=args.workers,
+    loader = DataLoader(WholeVideos(args, todo, len(names)), batch_size=None, num_workers=args.workers,
                         generator=torch.Generator())
     began = shown = time.perf_counter()
     for k, (video, item) in enumerate(zip(todo, loader), 1):
