@@ -640,10 +640,10 @@ def cross_fade(T, start, end, whole=1):
     return torch.stack(weights), present.float()
 
 
-def volume_mixup(mix, start, length, partner):
+def volume_mixup(mix, start, length, partner, extend=True):
     """Each clip cross-fades with its partner.      start, length: (2, B); partner: (B,)"""
     device, partner = mix.x.device, partner.to(mix.x.device)
-    span = intervals(mix.x.shape[2], start.to(device), length.to(device))
+    span = intervals(mix.x.shape[2], start.to(device), length.to(device), extend)
     weights, present = cross_fade(mix.x.shape[2], *span)      # (2, B, T)
     own, other = weights[:, :, None, :, None, None].to(mix.x.dtype)
     return mix.mixed(mix.x * own + mix.x[partner] * other, partner, weights, present)
@@ -685,7 +685,8 @@ def volume_cutmix_growing(mix, start, length, partner, extend=True):
     width = (width + W // 16 * present[0] * present[1]).clamp(0, W)       # the margin of a blend
     column, (mine, others) = torch.arange(W, device=device), width[..., None]
     left, right = column < mine, column >= W - others         # (B, T, W)
-    ramp = (column - (W - others) + 1) / (mine + others - W + 1)          # of the partner
+    shared = (left & right).sum(-1, keepdim=True)
+    ramp = (column - (W - others) + 1) / (shared + 1)         # of the partner
     own = torch.where(left & right, 1 - ramp, left.float())
     other = torch.where(left & right, ramp, right.float())
     x = (mix.x * own[:, None, :, None] + mix.x[partner] * other[:, None, :, None]).to(mix.x.dtype)
@@ -869,7 +870,7 @@ def long_state(step, bounds, released=False):
     return -1
 
 
-def short_state(step, state, released=False):
+def short_state(step, state):
     """Place in the short cycle: of two batches in the states 0 and 1, of three in the others."""
     return step % (2 if state in (0, 1) else 3)
 
@@ -1123,8 +1124,7 @@ class Coarse(common.X3D):
             if fusion == "mixed":
                 setattr(self, f"mix{n}", Mixing(sum(widths), width))
         if fusion != "none":
-            self.rw6 = FusionFilter(last, classes, pool=True, alone=fusion == "own",
-                                    dropout=dropout)
+            self.rw6 = FusionFilter(last, classes, pool=True, alone=True, dropout=dropout)
         for m in self.modules():
             if isinstance(m, GridPool):
                 for conv in (m.conv1, m.conv2, m.conv3):
@@ -1163,7 +1163,6 @@ class Coarse(common.X3D):
         logits = self.head(self.last(x)).float()              # (B, K, L)
         if self.fusion != "none":
             bias, scale = self.rw6(features["conv5"].to(x.dtype), G, valid)
-            scale = scale if self.fusion == "own" else scale.sigmoid()
             logits = logits * scale.float().flatten(2) + bias.float().flatten(2)
         return logits if c is None else grid_unpool(logits, c)
 
@@ -2076,8 +2075,8 @@ def extract(args, device):
               with_files(args, read_videos(args, split, names), split)]
     todo = [v for v in videos[common.rank()::common.world_size()]
             if not all((args.features / level / v.name).is_file() for level in LEVELS)]
-    loader = DataLoader(WholeVideos(args, todo, len(names)), batch_size=None, num_workers=args.workers,
-                        generator=torch.Generator())
+    loader = DataLoader(WholeVideos(args, todo, len(names)), batch_size=None,
+                        num_workers=args.workers, generator=torch.Generator())
     began = shown = time.perf_counter()
     for k, (video, item) in enumerate(zip(todo, loader), 1):
         maps = extract_video(args, device, model, item["clip"][None])
