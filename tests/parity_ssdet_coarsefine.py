@@ -1,0 +1,659 @@
+"""Adapters of the parity tests for SSDet and Coarse-Fine: {family: function of a Case to outputs}.
+
+Weights are written as a released checkpoint and read by `load`, the function behind `--init`, or
+for parts of a network by `load_weights` with the same names. Random choices are the case's.
+Numbers that a case tells in words alone, its own or another case's, are read from the words.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+import json
+import re
+from contextlib import contextmanager
+from itertools import groupby
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from parity_cpctrans import watch
+
+import common
+import ssdet_coarsefine as sc
+
+FAIR_RATE = 2        # SlowFast's multigrid recipes read every second frame; no case tells it
+WRITTEN = 1e-10      # rates and times are written rounded
+
+
+# ---- reading a case ----------------------------------------------------------------------------
+
+def told(case, pattern, text=None):
+    """The groups of this pattern in the case's words, or in other words."""
+    found = re.search(pattern, case.what if text is None else text)
+    assert found, f"{case.id}: {text or case.what!r} does not match {pattern!r}"
+    return found.groups()
+
+
+def words(case):
+    """The case's own, then those of all cases of the file."""
+    return [case.what, *(c["what"] for c in case.file["cases"])]
+
+
+def told_anywhere(case, pattern):
+    """As `told`; where the case does not say it, another of the file does."""
+    return told(case, pattern, next((w for w in words(case) if re.search(pattern, w)), case.what))
+
+
+def sibling(case, id):
+    other = next(c for c in case.file["cases"] if c["id"] == id)
+    return type(case)(case.stem, case.file, other, case.folder)
+
+
+def tensors(case):
+    return {k: torch.from_numpy(v) for k, v in case.inputs().items() if isinstance(v, np.ndarray)}
+
+
+def ending(case, *ends):
+    """The inputs whose names end so."""
+    found = []
+    for end in ends:
+        (x,) = (v for k, v in tensors(case).items() if k.endswith(end))
+        found.append(x)
+    return found
+
+
+def only(case):
+    (x,) = tensors(case).values()
+    return x
+
+
+def values(case, name, shape):
+    """Numbers of that name, by the recipe behind the case's inputs."""
+    return torch.from_numpy(case.construct(name, {"shape": list(shape), "scale": 1.0}))
+
+
+def above(case, text, x):
+    """Labels by "... (value > 0.8) ..."."""
+    return (x > float(told(case, r"value.*? > (-?[\d.]*\d)", text)[0])).float()
+
+
+def ones_but_last(case, text, B):
+    """(B, N) by "ones except last sample valid for 13 of 20"."""
+    valid, N = map(int, told(case, r"ones except last sample valid for (\d+) of (\d+)", text))
+    mask = torch.ones(B, N)
+    mask[-1, valid:] = 0
+    return mask
+
+
+def ones_but_first(B, N, valid):
+    mask = torch.ones(B, N)
+    mask[0, valid:] = 0
+    return mask
+
+
+def as_written(ours, theirs):
+    """Our numbers, those of theirs that they round to."""
+    if isinstance(theirs, list) and len(ours) == len(theirs):
+        return [as_written(a, b) for a, b in zip(ours, theirs)]
+    near = isinstance(theirs, float) and abs(ours - theirs) <= WRITTEN
+    return theirs if near else ours
+
+
+def runs(values):
+    """[[value, how often in a row]]"""
+    return [[k, len(list(g))] for k, g in groupby(values)]
+
+
+@contextmanager
+def group():
+    """A process group of this process alone, which the losses sum over."""
+    ours = not dist.is_initialized()
+    common.init_distributed(gpu=False)
+    yield
+    if ours:
+        dist.destroy_process_group()
+
+
+# ---- weights -----------------------------------------------------------------------------------
+
+def shapes(case, model):
+    """{name: shape} of the case's state; where it is a hash, of the model, if that fits the hash.
+    """
+    state = case.case.get("state")
+    if not isinstance(state, dict) or "n_keys" not in state:
+        return case.entries()
+    own = {k: list(v.shape) for k, v in model.state_dict().items()}
+    assert state["line_format"] == "key [d0, d1, ...]", state
+    lines = "\n".join(sorted(f"{k} {shape}" for k, shape in own.items()))
+    assert len(own) == state["n_keys"], f"{len(own)} tensors, the original {state['n_keys']}"
+    assert hashlib.sha1(lines.encode()).hexdigest() == state["sha1_of_sorted_lines"]
+    return own
+
+
+def released(case, model):
+    """The case's state as a checkpoint of the release, or of SlowFast's zoo."""
+    state = {k: torch.from_numpy(np.asarray(case.parameter(k, shape)))
+             for k, shape in shapes(case, model).items()}
+    path = case.folder / "x3d_charades_019000.pt"
+    zoo = {"epoch": 7, "model_state": state, "optimizer_state": {}, "cfg": ""}
+    ours = {"model_state_dict": state, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
+    torch.save(zoo if any(".pathway0_" in k for k in state) else ours, path)
+    return path
+
+
+def filled(case, model):
+    """A whole network with the case's weights, for evaluation unless the case trains."""
+    sc.load(model, released(case, model), whole=True)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == case.config.get("parameters", count), f"{count} parameters"
+    return model.train(not case.config.get("eval", True))
+
+
+def part(case, model):
+    """A part of a network with the case's weights."""
+    common.load_weights(model, released(case, model), [{"": ""}], adapt=sc.stream_names)
+    return model.eval()
+
+
+def gradients(model):
+    return {f"grad:{k}": p.grad for k, p in model.named_parameters()}
+
+
+# ---- X3D and SlowFast --------------------------------------------------------------------------
+
+def x3d(case):
+    """Of the config, else as the words and the state say."""
+    c, entries = case.config, case.entries()
+    version = c.get("version") or told(case, r"X3D-(\w+)")[0]
+    heads = [v[0] for k, v in entries.items() if k in ("fc2.bias", "head.projection.bias")]
+    task = c.get("task", "class" if "class task" in case.what else "loc")
+    norm = functools.partial(common.SplitBatchNorm, splits=c.get("base_bn_splits", 1))
+    return filled(case, common.X3D(version, c.get("n_classes") or heads[0], task == "loc", norm,
+                                   **{k: c[k] for k in ("dropout",) if k in c}))
+
+
+def x3d_logits(case):
+    model = x3d(case)
+    seen = watch({k: model.get_submodule(k) for k in case.case["outputs"] if k != "logits"})
+    with torch.no_grad():
+        return {"logits": model(only(case)), **{k: v[0] for k, v in seen.items()}}
+
+
+def fine_features(case):
+    with torch.no_grad():
+        return sc.fine_features(x3d(case), only(case))
+
+
+def pooled_features(case):
+    model, given = x3d(case), []
+    model.fc1.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        model(only(case))
+    return {"features": given[0]}
+
+
+def train_step(case):
+    model, (x, t) = x3d(case).train(), ending(case, "_x", "_t")
+    (label,) = (above(case, v["built"], t) for v in case.case["inputs"].values() if "built" in v)
+    logits = model(x)
+    loss = F.binary_cross_entropy_with_logits(logits, label)
+    loss.backward()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    common.merge_splits(model)
+    with torch.no_grad():
+        after = model.eval()(x)
+    return {"logits": logits, "loss": loss, **gradients(model), **state,
+            "aggregated_modules": len(common.split_norms(model)),
+            **{f"aggregated:{k}": v for k, v in model.state_dict().items()},
+            "logits_eval_after_aggregate": after}
+
+
+def sub_batch_norm(case):
+    c, x = case.config, only(case)
+    norm = part(case, common.SplitBatchNorm(c["num_features"], c["num_splits"]))
+    for bn in (norm.bn, norm.split_bn):
+        bn.eps, bn.momentum = c["eps"], c["momentum"]
+    before = norm.bn.running_mean.clone()
+    with torch.no_grad():
+        y = norm.train()(x)
+        common.merge_splits(norm)
+        return {"y_train": y, "split_running_mean": norm.split_bn.running_mean,
+                "split_running_var": norm.split_bn.running_var, "bn_running_mean_before": before,
+                "bn_running_mean_after": norm.bn.running_mean,
+                "bn_running_var_after": norm.bn.running_var, "y_eval": norm.eval()(x),
+                "num_batches_tracked": [n.num_batches_tracked for n in (norm.bn, norm.split_bn)]}
+
+
+def slowfast(case):
+    """s2_fuse_slow: what the next stage is given; s5_slow: what a stage's last block makes."""
+    c, entries, pathways = case.config, case.entries(), ("slow", "fast")
+    depth = [len({k.split(".")[1] for k in entries if k.startswith(f"s{n}.pathway0_")})
+             for n in range(2, 6)]
+    width = entries["s1.pathway0_stem.conv.weight"][0]
+    model = filled(case, common.SlowFast(c["n_classes"], False, width, depth, c["alpha"],
+                                         c["beta_inv"]))
+    found = {}
+    for key in case.case["outputs"]:
+        at = re.fullmatch(r"s(\d)(_fuse)?_(slow|fast)", key)
+        if at and at[2]:
+            block = model.get_submodule(f"s{int(at[1]) + 1}.pathway{pathways.index(at[3])}_res0")
+            block.register_forward_pre_hook(lambda _, args, k=key: found.update({k: args[0]}))
+        elif at:
+            block = f"pathway{pathways.index(at[3])}_res{depth[int(at[1]) - 2] - 1}"
+            model.get_submodule(f"s{at[1]}.{block}").register_forward_hook(
+                lambda _, __, y, k=key: found.update({k: y}))
+    slow, fast = ending(case, "_slow", "_fast")
+    with torch.no_grad():
+        logits = model(fast, slow)[..., 0]
+    return {**found, "softmax": logits.softmax(1), "head_logits": logits[:, None, None, None]}
+
+
+def fair_x3d(case):
+    model = x3d(case)
+    stages = [k for k in case.case["outputs"] if re.fullmatch(r"s\d", k)]
+    seen = watch({k: model.get_submodule(f"layer{int(k[1]) - 1}") for k in stages})
+    with torch.no_grad():
+        logits = model(only(case))[..., 0]
+    return {**{k: v[0] for k, v in seen.items()}, "logits": logits, "softmax": logits.softmax(1)}
+
+
+# ---- Coarse-Fine -------------------------------------------------------------------------------
+
+def coarse(case):
+    """As released. Biases and scales of the fusion at the size that the original has them at."""
+    c, want, x = case.config, case.case["outputs"], tensors(case)
+    assert c["learnedMixing"], "there is no fusion without learned layers"
+    model = filled(case, sc.Coarse(c["version"], c["n_classes"], c["t_pool"],
+                                   "mixed" if c["isMixing"] else "own", released=True))
+    named = {k: k.split("_")[0] for k in want if re.match(r"(layer|rw|mix)\d", k)}
+    seen, given = watch({v: getattr(model, v) for v in named.values()}), []
+    model.rw6.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    pooled = watch({"pool_1": model.pool_1})["pool_1"] if c["t_pool"] == "grid" else []
+    features = {level: v for level in sc.LEVELS for k, v in x.items() if k.endswith(f"_{level}")}
+    (clip,) = (v for k, v in x.items() if v.shape[1] == 3 and "_feat_" not in k)
+    valid = ones_but_last(case, case.what, len(clip))
+    meta = torch.tensor(json.loads(told(case, r"meta rows .*?: (\[\[.*?\]\])")[0]))
+    with torch.set_grad_enabled(bool(c["target"])):
+        logits = model(clip, features, valid, meta[:, 0])
+    found = {"logits": logits, "gaussians": given[0], "cdf": model.sampled}
+    if pooled:
+        found["pooled"] = pooled[0][0]
+    for key, name in named.items():
+        found[key] = seen[name][0]
+        if key != name:                                       # ... rw2_bias, rw2_scale
+            found[key] = found[key][key.endswith("scale")]
+            found[key] = sc.enlarge(found[key], want[key]["shape"][-1])
+    if "rw6_scale" in found and not model.rw6.alone:          # then its sigmoid is in `Coarse`
+        found["rw6_scale"] = found["rw6_scale"].sigmoid()
+    if not c["target"]:
+        return found
+    mask = ones_but_last(case, c["target"], len(clip))
+    frames = sc.to_labels(logits, mask.shape[1], align_corners=False)
+    drawn = values(case, told(case, r"values\(\"(\w+)\"", c["target"])[0], frames.shape)
+    label = above(case, c["target"], drawn) * mask[:, None]
+    with group():
+        loss, cls, loc = sc.detection_loss(frames, label, mask)
+        loss.backward()
+    return {**found, "per_frame_logits": frames, "loss": loss, "cls_loss": cls, "loc_loss": loc,
+            **gradients(model)}
+
+
+def weighted_sum(case, y):
+    """The sum of y*w with the w that the words name."""
+    return (y * values(case, told(case, r"w ?= ?values\(\"(\w+)\"")[0], y.shape)).sum()
+
+
+def grid_pool(case):
+    pool, x = part(case, sc.GridPool(case.config["depth"], common.SplitBatchNorm)), only(case)
+    y, c = pool(x.requires_grad_())
+    weighted_sum(case, y).backward()
+    return {"y": y, "cdf": c, "grad_x": x.grad, **gradients(pool)}
+
+
+def times(q):
+    """c by "[0, cumsum(softmax(...))]"."""
+    return F.pad(q.softmax(1).cumsum(1), (1, 0))
+
+
+def grid_unpool(case):
+    q, x = ending(case, "_q", "_x")
+    c, x = times(q).requires_grad_(), x.requires_grad_()
+    assert c.shape[1] == case.config["L"]
+    y = sc.grid_unpool(x, c)
+    weighted_sum(case, y).backward()
+    return {"unpooled": sc.undo_times(x, c), "upsampled": y, "grad_logits": x.grad,
+            "grad_cdf": c.grad}
+
+
+def interp1d(case):
+    x, y, at = ending(case, "_x", "_y", "_n")
+    return {"y_new": sc.interpolate(x.sort(1).values, y, at)}
+
+
+def gaussian(case):
+    """Without Grid Pool as released, where coarse steps are as far apart as fine ones."""
+    c, start = case.config, torch.tensor(case.config["meta"])[:, 0]
+    valid = ones_but_first(len(start), c["fine_steps"], c["valid_of_first_sample"]).sum(1)
+    at = times(only(case)) if c["grid"] else None
+    return {"weights": sc.gaussian(start, valid, c["fine_steps"], at, c["T"], c["L"], apart=1)}
+
+
+def fusion_filter(case):
+    c, (x, g) = case.config, ending(case, "_x", "_g")
+    level = part(case, sc.FusionFilter(c["d"], c["ch"], c["pool"], alone=not c["mixing"]))
+    with torch.no_grad():
+        found = level(x, torch.exp(-g ** 2), ones_but_first(c["b"], c["tf"], c["valid"]))
+    return dict(zip(("bias", "scale"), found if c["pool"] else
+                    (sc.enlarge(m, c["h"]) for m in found)))
+
+
+def fusion_mixing(case):
+    c, x = case.config, tensors(case)
+    out, channels, _ = case.entries()["conv_at.weight"]
+    assert out == c["c"]
+    biases, scales = ([v for k, v in sorted(x.items()) if re.search(rf"_{kind}\d$", k)]
+                      for kind in "bs")
+    with torch.no_grad():
+        bias, scale = part(case, sc.Mixing(channels, out))(biases, scales, c["h"])
+    return {"bias": bias, "scale": scale}
+
+
+# ---- volume augmentations ----------------------------------------------------------------------
+
+def clips_of(case, x):
+    """A Mixture of clips with the labels (sample index+1)*7."""
+    plus, factor = map(int, told_anywhere(case, r"\(sample index\+(\d+)\)\*(\d+)"))
+    label = (torch.arange(len(x)) + plus) * factor
+    return sc.single(x, label[:, None].expand(-1, x.shape[2]))
+
+
+def choice(case):
+    """{choice: tensor} of one augmentation, from a config."""
+    keys = {"start": ("st", "starts"), "length": ("len", "lengths"), "partner": ("perm",)}
+    return {k: torch.tensor(case.config[a]) for k, at in keys.items() for a in at
+            if a in case.config}
+
+
+def mixture(mix):
+    return {"video": mix.x, "labels": mix.label, "gammas": mix.weight.expand(mix.label.shape),
+            "masks": mix.present.expand(mix.label.shape)}
+
+
+def volume(case):
+    """The drawn choices, or validation's fixed ones."""
+    mix, name = clips_of(case, only(case)), case.id.split("_")[1]
+    fixed = sc.validation_choices(mix.x.shape[2], len(mix.x))
+    choices = {name: choice(case) if case.config else fixed[name]}
+    found = mixture(sc.augment(mix, choices, extend="NOT extended" not in case.what))
+    return {**found, "labels": found["labels"][0]} if name == "freeze" else found
+
+
+def volume_combo(case):
+    """The choices are those of other cases."""
+    x, logits = ending(case, "_x", "_logits")
+    number, permutation = told(case, r"mixup case (\d+); cutmix permutation (\[.*?\])")
+    limit = float(told(case, r"<= ([\d.]*\d)")[0])
+    choices = {"freeze": choice(sibling(case, "volume_freeze_train")),
+               "mixup": choice(sibling(case, f"volume_mixup_train_{number}")),
+               "cutmix": {"partner": torch.tensor(json.loads(permutation))}}
+    on = [name for name, u in zip(choices, case.config["switches"]) if u <= limit]
+    mix = sc.augment(clips_of(case, x), {name: choices[name] for name in on})
+    with group():
+        loss, accuracy = sc.pretraining_loss(logits, mix)
+    return {**mixture(mix), "loss": loss, "soft_correct": accuracy * mix.label[0].numel()}
+
+
+# ---- losses and metrics ------------------------------------------------------------------------
+
+def detection_loss(case):
+    logits, t = ending(case, "_logits", "_t")
+    (text,) = (v["built"] for v in case.case["inputs"].values() if "built" in v)
+    mask = ones_but_last(case, text, len(logits))
+    label = above(case, text, t) * mask[:, None]
+    with group():
+        total, cls, loc = sc.detection_loss(logits.requires_grad_(), label,
+                                            None if "no mask" in case.what else mask)
+        total.backward()
+    return {"total": total, "cls": cls, "loc": loc, "grad_logits": logits.grad}
+
+
+def ensemble(case):
+    models = list(tensors(case).values())
+    assert len(models) == case.config["models"]
+    frames = sc.to_labels(sum(models) / len(models), case.config["label_length"], False)
+    return {"per_frame_logits": frames, "probs": frames.sigmoid()}
+
+
+def label_rate(case):
+    x, n = only(case), case.config["length"]
+    return {"fine": sc.to_labels(x, n, True), "coarse": sc.to_labels(x, n, False)}
+
+
+def apmeter(case):
+    """The last class loses its positives where the words say that it has none."""
+    scores, drawn = ending(case, "_s", "_t")
+    target = drawn > float(told_anywhere(case, r"target = value > (-?[\d.]*\d)")[0])
+    if any("last class has no positives" in w for w in words(case)):
+        target[:, -1] = False
+    weights = None
+    if any(k.endswith("_w") for k in case.inputs()):
+        (drawn,) = ending(case, "_w")
+        weights = drawn[:, 0].abs() + float(told(case, r"\|value\|\+([\d.]*\d)")[0])
+    ap = [sc.average_precision(s, y, weights) for s, y in zip(scores.T, target.T)]
+    return {"ap": np.array(ap), "map": float(np.mean(ap))}
+
+
+def apmeter_ties(case):
+    scores, target = (torch.tensor(json.loads(x)) for x in told(
+        case, r"scores (\[.*?\]) targets (\[.*?\])"))
+    return {"ap": [sc.average_precision(scores, target)]}
+
+
+def localize(case):
+    """Scores that a submission lacks are -inf."""
+    count, submitted = case.config["frames_per_video"], case.config["submitted"]
+    name, classes, digits, missing = told(
+        case, r"values\(\"(\w+?)<v>_<j>\", \[(\d+)\]\).*?, (\d+)\), .*?missing rows (\[\[.*?\]\])")
+    missing = {(v, j) for v, j in json.loads(missing.replace("'", '"'))}
+    truth, scores = [], []
+    for row in csv.DictReader(io.StringIO(case.inputs()["ground_truth_csv"])):
+        actions = [a.split() for a in row["actions"].split(";") if a]
+        actions = [(int(c[1:]), float(a), float(b)) for c, a, b in actions]
+        truth.append(sc.localization_truth(actions, float(row["length"]), int(classes), count))
+        video = row["id"]
+        scores.append(np.stack([
+            np.full(int(classes), -np.inf) if video not in submitted or (video, j) in missing else
+            np.round(values(case, f"{name}{video}_{j}", [int(classes)]).double().sigmoid().numpy(),
+                     int(digits)) for j in range(count)]))
+    ap, mean, weighted = sc.charades_localize(truth, scores)
+    present = np.flatnonzero(~np.isnan(ap))
+    return {"present_classes": present, "ap_present": ap[present], "map_over_present": mean,
+            "wap": weighted, "positives": int(np.sum(truth))}
+
+
+def frames25(case):
+    n, want = case.config["valid"], case.case["outputs"]["official_indices"]
+    return {"indices": sc.frames_of_25(n, None, None, legacy=True),
+            "official_indices": as_written(sc.localization_times(n).tolist(), want)}
+
+
+# ---- schedules ---------------------------------------------------------------------------------
+
+def cycle_batches(case):
+    """The place in the short cycle counts from the iterator's start, that in the long cycle not."""
+    c, base = case.config, int(told(case, r"base batch (\d+)")[0])
+    short = "short cycles not used" not in case.what
+    batches = []
+    for k in range(c["batches"]):
+        state = sc.long_state(c["start_iteration"] + k, c["schedule"], released=True)
+        factor = sc.clip_shape(state, sc.short_state(k, state, released=True), 1, 1)[2]
+        batches.append((state, base * sc.LONG_SCALE[state] * (factor if short else 1)))
+    shown = max(len(r["first_batch_sizes"]) for r in case.case["outputs"]["runs"])
+    found = [(state, [b for _, b in g]) for state, g in groupby(batches, lambda x: x[0])]
+    return {"runs": [{"long_index": state, "batches": len(sizes),
+                      "first_batch_sizes": sizes[:shown]} for state, sizes in found]}
+
+
+def clip_shapes(case):
+    c, rows = case.config, []
+    for state in (*range(len(sc.LONG_SPAN)), -1):
+        for place in sorted({sc.short_state(k, state) for k in range(12)}):
+            shape = sc.clip_shape(state, place, c["sample_duration"], c["crop_size"])
+            rows.append([state, place, *shape[:2]])
+    return {"table": rows}
+
+
+def rates(case):
+    """[[rate, how many steps]], of two groups where the words name both."""
+    c, want = case.config, case.case["outputs"]["lrs"]
+    bounds = (c["schedule"],) if "schedule" in c else ()
+    rate, found = sc.multigrid_lr if bounds else sc.ssdet_lr, []
+    for k in range(sum(n for _, n in want)):
+        x = rate(k, c["lr"], *bounds, c["milestones"], c["warmup"], released=True)
+        found.append(float(f"{x:.12g}") if bounds else [float(f"{v:.12g}") for v in x])
+    return {"lrs": as_written(runs(found), want)}
+
+
+def fair_multigrid(case):
+    """Splits stay as they were while batch norm is not split."""
+    c, changes, splits = case.config, [], 1
+    plan = sc.fair_schedule(c["steps"], c["max_epoch"], c["frames"], c["crop"], c["short_cycle"],
+                            c["epoch_factor"])
+    steps, lrs = sc.fair_rates(plan, c["gamma"])
+    for start, cycle in zip(steps, plan):
+        batch = cycle.batch * c["batch"]
+        norm, parts = sc.fair_norm(batch, c["num_gpus"])
+        splits = parts if norm == "sub_batchnorm" else splits
+        row = [batch, cycle.frames, cycle.crop, norm, splits,
+               FAIR_RATE * (c["frames"] // cycle.frames)]
+        if not changes or row != changes[-1][1:]:
+            changes.append([start, *row])
+    return {"schedule": [[s.step, [s.batch, s.frames, s.crop], s.end] for s in plan],
+            "steps": steps, "lrs": lrs, "max_epoch": plan[-1].end, "changes": changes}
+
+
+# ---- frames ------------------------------------------------------------------------------------
+
+def spatial(case):
+    """The picture is made as the words say."""
+    c = case.config
+    h, w, *numbers = map(int, told(
+        case, r"image of (\d+)x(\d+) \(h x w\): pixel\[i,j,c\] = \(i\*i//(\d+) \+ (\d+)j \+ "
+              r"(\d+)\*c\*i \+ (\d+)\*c\*\(j%(\d+)\)\) % (\d+)"))
+    i, j, channel = np.ogrid[:h, :w, :3]
+    d, a, b, e, m, levels = numbers
+    picture = (i * i // d + a * j + b * channel * i + e * channel * (j % m)) % levels
+    if "scale" in c:
+        box = sc.crop_box(w, h, c["scale"], c["tl_x"], c["tl_y"])
+        flip = c["p"] < float(told(case, r"flip when p<([\d.]*\d)")[0])
+    else:
+        box, flip = sc.centre_box(w, h), False
+    x = sc.cut(picture[None].astype(np.uint8), box, c["size"], flip)
+    return {"pixels": x[:, 0].permute(1, 2, 0).float(),
+            "tensor": sc.normalise(x[None], c["norm"])[0, :, 0]}
+
+
+def temporal_crop(case):
+    c = case.config
+    numbers = sc.kinetics_numbers(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"],
+                                  c["span"])
+    return {"frames": numbers + 1, "begin_max": sc.last_begin(c["n"], c["size"])}
+
+
+def validation_crops(case):
+    c = case.config
+    clips = sc.kinetics_crops(c["n"], c["size"], c["gamma"], c["crops"]) + 1
+    return {"crops": [[x[0], x[-1], len(x)] for x in clips.tolist()],
+            "step": (clips[1, 0] - clips[0, 0]) // c["gamma"]}
+
+
+def ends(numbers):
+    """[first, last, how many] of frames, from 1."""
+    return [int(numbers[0]) + 1, int(numbers[-1]) + 1, len(numbers)]
+
+
+def from_one(range_):
+    return [x + 1 for x in range_]
+
+
+def spans(case):
+    """(longest coarse clip, fine clip in training, fine clip at test, step), in frames."""
+    coarse, *fine = map(int, told_anywhere(
+        case, r"coarse clip up to (\d+) frames, fine clip up to (\d+)\*(\d+) .*?(\d+)\*(\d+)"))
+    (stride,) = {fine[1], fine[3]}
+    return coarse, fine[0] * stride, fine[2] * stride, stride
+
+
+def charades_sampling(case):
+    """The length of SSDet's clips is told as that of their labels alone."""
+    n, start = case.config["nf"], case.config["start"] - 1
+    span, _, _, stride = spans(case)
+    short = case.case["outputs"]["ssdet_train_label_len"]
+    fine, whole = sc.test_numbers(n, stride), sc.test_numbers(n, stride, whole=True)
+    return {"fine_train": ends(sc.clip_numbers(n, start, min(n, span), stride)),
+            "fine_train_label_len": min(n, start + min(n, span)) - start,
+            "fine_draw": [from_one(sc.start_range(n, span, stride, released=True))],
+            "fine_test": ends(fine[0]), "fine_test_label_len": fine[1],
+            "ssdet_train": ends(sc.clip_numbers(n, start, short, stride)),
+            "ssdet_train_label_len": min(n, start + short) - start,
+            "ssdet_draw": [[1, sc.last_begin(n, short)]],
+            "ssdet_test": ends(whole[0]), "ssdet_test_label_len": whole[1]}
+
+
+def two_stream_sampling(case):
+    c, n = case.config, case.config["nf"]
+    span, fine_span, test_span, stride = spans(case)
+    starts = [c["start"] - 1, c["start_g"] - 1]
+    assert test_span == 2 * fine_span
+    clips = sc.two_stream_clips(n, *starts, span, fine_span, stride, training=True)
+    whole = sc.two_stream_clips(n, 0, 0, span, fine_span, stride, training=False)
+    draws = [from_one(sc.start_range(n, s, stride, released=True)) for s in (span, fine_span)]
+    draws[1][1] = min(c["start"], draws[1][1])
+    return {"train_coarse": ends(clips[0]), "train_fine": ends(clips[1]), "train_meta": clips[2],
+            "train_label_lens": [min(n, a + min(n, s)) - a
+                                 for a, s in zip(starts, (span, fine_span))],
+            "draws": draws, "test_coarse": ends(whole[0]), "test_fine": ends(whole[1]),
+            "test_meta": whole[2]}
+
+
+def frame_labels(case):
+    c = case.config
+    entry, n = told(case, r"labels from (\{.*\}) with (\d+) frames")
+    entry = json.loads(entry)
+    actions = [(k - c["index_base"], a, b) for k, a, b in entry["actions"]]
+    labels = sc.frame_labels(actions, int(n), entry["duration"], c["num_classes"])
+    at = {k: np.flatnonzero(row) for k, row in enumerate(labels) if row.any()}
+    return {"rows": {str(k): [x[0], x[-1], len(x)] for k, x in at.items()},
+            "total": labels.sum()}
+
+
+def inference_chunks(case):
+    """The release's last piece, where it is empty, is none of ours."""
+    T, limit = case.config["sampled_frames"], case.config["limit"]
+    pieces = sc.chunks(T, limit)
+    empty = len(pieces) > 1 and T % limit == 0
+    return {"chunks": [[a, b, a] for a, b in [*pieces, *[(T, T)] * empty]],
+            "last_chunk_empty": empty}
+
+
+ADAPTERS = {
+    "x3d_m_per_frame_logits": x3d_logits, "fine_features": fine_features,
+    "x3d_m_pooled_features": pooled_features, "x3d_m_class_logits": x3d_logits,
+    "x3d_m_train_step_split_bn": train_step, "sub_batch_norm": sub_batch_norm,
+    "x3d_xl_per_frame_logits": x3d_logits, "slowfast_r50": slowfast, "fair_x3d_m": fair_x3d,
+    "fair_multigrid_schedule": fair_multigrid, "coarse_grid_fused": coarse,
+    "coarse_avg_fused": coarse, "coarse_stride_unfused_levels": coarse, "grid_pool": grid_pool,
+    "grid_unpool": grid_unpool, "interp1d": interp1d, "gaussian": gaussian,
+    "fusion_filter": fusion_filter, "fusion_mixing": fusion_mixing, "volume_freeze": volume,
+    "volume_mixup": volume, "volume_cutmix_sliding": volume, "volume_cutmix_growing": volume,
+    "volume_aug_combo": volume_combo, "detection_loss_masked": detection_loss,
+    "detection_loss_unmasked": detection_loss, "ensemble_average": ensemble,
+    "label_rate_interpolation": label_rate, "apmeter": apmeter, "apmeter_weighted": apmeter,
+    "apmeter_ties": apmeter_ties, "charades_v1_localize": localize, "frames25_selection": frames25,
+    "cycle_batch_sampler": cycle_batches, "multigrid_clip_shapes": clip_shapes,
+    "lr_x3d_multigrid": rates, "lr_ssdet": rates, "spatial": spatial,
+    "temporal_crop": temporal_crop, "kinetics_val_crops": validation_crops,
+    "charades_sampling": charades_sampling, "two_stream_sampling": two_stream_sampling,
+    "frame_labels": frame_labels, "inference_chunks": inference_chunks}
