@@ -726,7 +726,8 @@ def validation_choices(T, B):
     start = torch.stack([torch.zeros_like(i), torch.full_like(i, T // 4)])
     return {"freeze": {"start": torch.where(i % 2 == 0, T // 8, 5 * T // 8),
                        "length": torch.full((B,), T // 4)},
-            "mixup": {"start": start, "length": half, "partner": (i + B // 2 + 1) % B},
+            "mixup": {"start": start, "length": half, "partner": (i + B // 2 + 1) % B,
+                      "extend": False},
             "cutmix": {"partner": (i + B // 2 + 2) % B}}
 
 
@@ -1893,7 +1894,22 @@ def pretrain(args, device):
         measured = {"val_loss": float(loss.mean()), "val_top1": float(top1.mean())}
         return {**measured, "val_frames": float(right.mean())} if frames else measured
 
-    finish(args, train(args, device, model, dataset, None, forward, validate))
+    def validate_released(model):
+        """As `validate`, and the soft accuracy of clips that are augmented, now and then."""
+        def network(items, batch):
+            x = pictures(args, batch.flatten(0, 1))
+            label = torch.from_numpy(val_labels[items]).to(device).repeat_interleave(3)
+            on = np.random.default_rng((args.seed, items[0], 8)).random(3) <= args.aug_prob
+            fixed = validation_choices(x.shape[2], len(x))
+            mix = augment(single(x, label[:, None].repeat(1, x.shape[2])), {
+                name: c for (name, c), u in zip(fixed.items(), on) if u and name in args.augment})
+            told = model(mix.x).argmax(1) == mix.label        # (M, B·3, T)
+            return [(mix.weight * told).sum(0).mean(1).view(len(items), 3).mean(1)]
+        soft, = common.predict(args, device, checked, network, "val", 4)
+        return {**validate(model), "val_soft": float(soft.mean())}
+
+    finish(args, train(args, device, model, dataset, None, forward,
+                       validate_released if frames and released else validate))
 
 
 def share_of(choices, rank, world):

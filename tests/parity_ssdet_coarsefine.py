@@ -6,6 +6,7 @@ Numbers that a case tells in words alone, its own or another case's, are read fr
 """
 
 import csv
+import argparse
 import functools
 import hashlib
 import io
@@ -194,10 +195,21 @@ def pooled_features(case):
     return {"features": given[0]}
 
 
+def by_parts(x, parts):
+    """Samples of a part one behind the other, as ours expects them; sample i is of part i mod n."""
+    return torch.cat([x[part::parts] for part in range(parts)])
+
+
+def as_they_were(x, parts):
+    """Undo `by_parts`."""
+    return torch.stack(x.chunk(parts), 1).flatten(0, 1)
+
+
 def train_step(case):
     model, (x, t) = x3d(case).train(), ending(case, "_x", "_t")
     (label,) = (above(case, v["built"], t) for v in case.case["inputs"].values() if "built" in v)
-    logits = model(x)
+    parts = case.config["base_bn_splits"]
+    logits = as_they_were(model(by_parts(x, parts)), parts)
     loss = F.binary_cross_entropy_with_logits(logits, label)
     loss.backward()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -217,7 +229,7 @@ def sub_batch_norm(case):
         bn.eps, bn.momentum = c["eps"], c["momentum"]
     before = norm.bn.running_mean.clone()
     with torch.no_grad():
-        y = norm.train()(x)
+        y = as_they_were(norm.train()(by_parts(x, c["num_splits"])), c["num_splits"])
         common.merge_splits(norm)
         return {"y_train": y, "split_running_mean": norm.split_bn.running_mean,
                 "split_running_var": norm.split_bn.running_var, "bn_running_mean_before": before,
@@ -488,7 +500,7 @@ def cycle_batches(case):
     batches = []
     for k in range(c["batches"]):
         state = sc.long_state(c["start_iteration"] + k, c["schedule"], released=True)
-        factor = sc.clip_shape(state, sc.short_state(k, state, released=True), 1, 1)[2]
+        factor = sc.clip_shape(state, sc.short_state(k, state), 1, 1)[2]
         batches.append((state, base * sc.LONG_SCALE[state] * (factor if short else 1)))
     shown = max(len(r["first_batch_sizes"]) for r in case.case["outputs"]["runs"])
     found = [(state, [b for _, b in g]) for state, g in groupby(batches, lambda x: x[0])]
@@ -638,6 +650,30 @@ def inference_chunks(case):
             "last_chunk_empty": empty}
 
 
+def collate_coarse(case):
+    """Clip i is filled with i + 1, as the sum of the clips tells; the words do not."""
+    rows = re.findall(r"\((\d+), (\d+), (\d+)\)", case.what)
+    colours, _, *shape = case.case["outputs"]["clips"][2:]
+    classes = case.case["outputs"]["labels"][1]
+    args = argparse.Namespace(features=case.folder, feature_cap=case.config["cap"])
+    items = []
+    for i, (frames, labels, steps) in enumerate(tuple(map(int, row)) for row in rows):
+        for level, channels in zip(sc.LEVELS, common.X3D().widths):
+            (case.folder / level).mkdir(exist_ok=True)
+            torch.save(torch.ones(1, channels, steps, sc.GRID, sc.GRID),
+                       case.folder / level / f"clip{i}")
+        items.append({"clip": torch.full((colours, frames, *shape), i + 1), "start": 0,
+                      "label": torch.ones(classes, labels, dtype=torch.uint8),
+                      "features": sc.read_features(args, f"clip{i}")})
+    batch = sc.collate(items)
+    (level,) = (k.removeprefix("feat_") for k in case.case["outputs"] if k.startswith("feat_layer"))
+    return {"clips": [len(rows), 1, *batch["clip"].shape[1:]],
+            "labels": list(batch["label"].shape), "label_mask_sums": batch["mask"].sum(1).tolist(),
+            f"feat_{level}": list(batch[level].shape),
+            "feat_mask_sums": batch["valid"].sum(1).tolist(),
+            "clip_sum": float(batch["clip"].sum())}
+
+
 ADAPTERS = {
     "x3d_m_per_frame_logits": x3d_logits, "fine_features": fine_features,
     "x3d_m_pooled_features": pooled_features, "x3d_m_class_logits": x3d_logits,
@@ -656,4 +692,5 @@ ADAPTERS = {
     "lr_x3d_multigrid": rates, "lr_ssdet": rates, "spatial": spatial,
     "temporal_crop": temporal_crop, "kinetics_val_crops": validation_crops,
     "charades_sampling": charades_sampling, "two_stream_sampling": two_stream_sampling,
-    "frame_labels": frame_labels, "inference_chunks": inference_chunks}
+    "frame_labels": frame_labels, "inference_chunks": inference_chunks,
+    "collate_coarse": collate_coarse}

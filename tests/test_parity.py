@@ -39,8 +39,7 @@ DIGEST = {"shape", "first", "mean", "std", "norm"}            # and a `probe`, i
 SUMMED = 1e-13                       # statistics are sums of doubles, in whatever order
 
 # Families that are not there yet, with the reason; their cases are skipped: {file stem: {...}}.
-COMING = {"ssdet_coarsefine": {"collate_coarse": "batches are made by the stages, which are not "
-                                                 "there yet"}}
+COMING = {}
 
 # Outputs that are deliberately not reproduced: {file stem: {family: {output: reason}}}.
 NOT_REPRODUCED = {"replai": {"audio_window": {
