@@ -32,6 +32,7 @@ import common  # noqa: E402
 import cpctrans  # noqa: E402, F401
 import f2c_oops  # noqa: E402, F401
 import replai  # noqa: E402, F401
+import ssdet_coarsefine  # noqa: E402, F401
 
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules
