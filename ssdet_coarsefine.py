@@ -1990,18 +1990,20 @@ def detect(args, device, model, dataset, what):
 
 
 def label_logits(found, rows):
-    """Logits of some classes at label rate, the mean over several networks' Founds of a video."""
-    return torch.stack([to_labels(torch.from_numpy(f.logits[None, rows]), f.length, f.align)[0]
-                        for f in found]).mean(0)              # (classes, length)
+    """Logits of some classes at label rate, the mean over several networks' Founds of a video:
+    (classes, frames), of the frames that all of them saw.
+    """
+    every = [to_labels(torch.from_numpy(f.logits[None, rows]), f.length, f.align)[0]
+             for f in found]
+    return torch.stack([x[:, :min(f.length for f in found)] for x in every]).mean(0)
 
 
-def label_frames(args, found):
+def label_frames(args, found, length):
     """Which of a video's labels are compared: all, of MultiTHUMOS --eval_fps of a second."""
     if args.dataset == "charades":
-        return np.arange(found.length)
+        return np.arange(length)
     fps = found.n / found.seconds
-    times = np.arange(0, found.length / fps, 1 / args.eval_fps)
-    return np.minimum((times * fps).astype(int), found.length - 1)
+    return (np.arange(0, length / fps - 1e-9, 1 / args.eval_fps) * fps + 1e-9).astype(int)
 
 
 def dense_map(args, videos, models, classes, block=8):
@@ -2019,11 +2021,11 @@ def dense_map(args, videos, models, classes, block=8):
             actions = [(c - start, s, e) for c, s, e in video.actions if c in chosen]
             first = found[0]
             y = torch.from_numpy(frame_labels(actions, first.n, first.seconds, len(chosen)))
-            y = y[:, :first.length]
+            y = y[:, :logits.shape[1]]
             loc = F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
             cls = F.binary_cross_entropy_with_logits(logits.amax(1), y.amax(1), reduction="sum")
             losses[start, i] = float(loc / y[0].numel() + cls) / 2 / classes
-            keep = label_frames(args, first)
+            keep = label_frames(args, first, logits.shape[1])
             scores.append(logits[:, keep])
             truth.append(y[:, keep])
         scores, truth = torch.cat(scores, 1), torch.cat(truth, 1)
@@ -2042,11 +2044,10 @@ def official_map(args, videos, models, classes):
     """
     scores, truth = [], []
     for i, video in enumerate(videos):
-        found = [m[i] for m in models]
-        at = frames_of_25(found[0].length if args.frames25 == "legacy" else found[0].n,
-                          video.duration, found[0].n / video.duration, args.frames25 == "legacy")
-        prob = label_logits(found, slice(None)).sigmoid()
-        scores.append(prob[:, at.clip(0, prob.shape[1] - 1)].T.numpy())
+        found, legacy = [m[i] for m in models], args.frames25 == "legacy"
+        prob = label_logits(found, slice(None)).sigmoid()     # (K, frames)
+        at = frames_of_25(prob.shape[1], video.duration, found[0].n / video.duration, legacy)
+        scores.append(prob[:, at].T.numpy())
         truth.append(localization_truth(video.actions, video.duration, classes))
     ap, mean, weighted = charades_localize(truth, scores)
     return {"mAP_25": 100 * mean, "wAP_25": 100 * weighted}, scores, ap
