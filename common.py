@@ -1828,7 +1828,7 @@ def fit_norms(tensors: dict, own: dict) -> dict:
     """Batch norms of a checkpoint in the form that a network has: split, or plain (and sync)."""
     fitted = dict(tensors)
     for base in [k.removesuffix(".running_mean") for k in own if k.endswith(".running_mean")]:
-        norm = base.removesuffix(".split_bn").removesuffix(".bn")
+        norm = re.sub(r"\.(split_)?bn$", "", base)
         norm = norm if f"{norm}.split_bn.running_mean" in own else base   # else it is a plain one
         plain = next((b for b in (f"{norm}.bn", norm) if f"{b}.running_mean" in tensors), None)
         if plain is None or base == plain:

@@ -5,8 +5,8 @@ for parts of a network by `load_weights` with the same names. Random choices are
 Numbers that a case tells in words alone, its own or another case's, are read from the words.
 """
 
-import csv
 import argparse
+import csv
 import functools
 import hashlib
 import io
