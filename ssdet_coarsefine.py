@@ -100,7 +100,7 @@ RECIPES = {                          # what differs: the official scripts' const
                "schedule": "constant", "milestones": [], "multigrid": "off"},
     "classify": {"num_frames": 8, "batch_size": 128, "groups": 16, "lr": 0.2, "backbone_lr": 1.0,
                  "warmup": 8000, "iters": 206_160, "weight_decay": 5e-5,
-                 "milestones": [82464, 134004, 190698], "multigrid": "x3d"},
+                 "multigrid": "x3d"},                         # milestones: see `recipe`
     "x3d": {"num_frames": 16, "batch_size": 16, "lr": 0.02, "epochs": 100, "schedule": "plateau",
             "milestones": []},
     "fine": {"batch_size": 8, "lr": 0.01, "milestones": [60, 80, 100], "val_every": 4},
@@ -213,8 +213,14 @@ def recipe(chosen):
     r["norm_values"] = "kinetics" if stage == "pretrain" else "charades"
     if dataset == "multithumos":
         r["feature_cap"] = 1024
+    if which == "classify":
+        r["milestones"] = [round((chosen.iters or r["iters"]) * x) for x in (0.4, 0.65, 0.925)]
     if chosen.tiny:
         r |= {**TINY, **TINY_RECIPES[which]}
+    if chosen.schedule not in (None, "steps"):
+        r["milestones"] = []
+    if stage in ("extract", "evaluate"):
+        r["batch_size"] = None
     runs = Path("runs") / f"ssdet_coarsefine_{dataset}"
     before = Path("runs") / "ssdet_coarsefine_kinetics400_pretrain" / "last.pt"
     init = {"pretrain": "fair" if chosen.task == "detect" and not chosen.tiny else "none",
