@@ -107,8 +107,9 @@ RECIPES = {                          # what differs: the official scripts' const
     "slowfast": {"batch_size": 8, "lr": 0.01, "milestones": [60, 80, 100], "val_every": 4},
     "coarse": {"batch_size": 6, "lr": 0.02, "milestones": [30, 50, 70]},
     "two": {"batch_size": 16, "groups": 4, "lr": 0.02, "milestones": [60, 90, 110]}}
-TINY = {"version": "tiny", "crop": 48, "dropout": 0.0, "workers": 2, "save_every": 100,
-        "groups": 2, "warmup": 0, "schedule": "cosine", "milestones": [], "multigrid": "off"}
+TINY = {"version": "tiny", "crop": 48, "feature_cap": 80, "dropout": 0.0, "workers": 2,
+        "save_every": 100, "groups": 2, "warmup": 0, "schedule": "cosine", "milestones": [],
+        "multigrid": "off"}
 TINY_RECIPES = {
     "detect": {"iters": 600, "batch_size": 16, "lr": 0.1, "backbone_lr": 1.0, "warmup": 20,
                "val_every": 10},
@@ -1083,7 +1084,12 @@ def enlarge(x, size):
     """(B, C, L, h, w) -> (B, C, L, size, size): repeats, or the largest that a place covers."""
     if x.shape[-2:] == (size, size):
         return x
-    return F.adaptive_max_pool3d(x, (x.shape[2], size, size))
+    L, planes = x.shape[2], x.flatten(1, 2)                   # (B, C·L, h, w)
+    if size % x.shape[-1] == 0 and x.shape[-1] == x.shape[-2]:
+        planes = F.interpolate(planes, size)                  # the same, and much faster
+    else:
+        planes = F.adaptive_max_pool2d(planes, size)
+    return planes.unflatten(1, (-1, L))
 
 
 class Mixing(nn.Module):

@@ -1,0 +1,48 @@
+"""Every test, in two pytest processes side by side; what each prints comes when it has ended.
+
+    python tests/halves.py [flags of pytest]
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SECONDS = {"test_ego4d": 190, "test_f2c_oops": 150, "test_replai": 140, "test_cpctrans": 130,
+           "test_parity": 120, "test_ssdet_coarsefine": 110, "test_toy": 100, "test_media": 50,
+           "test_ssdet_method": 45}      # about, of one core; only the balance depends on it
+
+
+def halves():
+    """Two lists of test files of about the same duration."""
+    lists, loads = ([], []), [0, 0]
+    files = sorted(HERE.glob("test_*.py"), key=lambda f: (-SECONDS.get(f.stem, 60), f.name))
+    for file in files:
+        lighter = loads.index(min(loads))
+        lists[lighter].append(str(file))
+        loads[lighter] += SECONDS.get(file.stem, 60)
+    return lists
+
+
+def main(flags):
+    began, running = time.time(), []
+    for files in halves():
+        out = tempfile.TemporaryFile("w+")                    # a pipe would fill and block
+        running.append((files, out, subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, *files],
+            stdout=out, stderr=subprocess.STDOUT, cwd=HERE.parent)))
+    codes = []
+    for files, out, process in running:
+        codes.append(process.wait())
+        out.seek(0)
+        print(" ".join(Path(f).stem for f in files), out.read(), sep="\n", flush=True)
+    print(f"two halves ended with {codes} after {time.time() - began:.0f} s")
+    return max(map(abs, codes))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(sys.argv[1:]))
