@@ -13,7 +13,7 @@ install: .venv/installed  ## make .venv and install the six packages of requirem
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-toy: install  ## write the small toy datasets to data/toy (about a minute)
+toy: install  ## write the small toy datasets to data/toy (a minute or two)
 	.venv/bin/python tests/toy.py --out data/toy
 
 test: install  ## every test, within 15 minutes on two cores

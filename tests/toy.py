@@ -90,6 +90,7 @@ import shutil
 import sys
 import time
 import uuid
+from contextlib import nullcontext
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -1528,10 +1529,16 @@ MAKERS = {"epic": make_epic, "ego4d": make_ego4d, "ucf101": make_ucf101,
           "multithumos": make_multithumos}
 
 
-def make(name, out, seed=0, scale=1.0, workers=2, segments=False):
+def pool_of(workers):
+    """Processes that draw, or None for a single one."""
+    return multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext()
+
+
+def make(name, out, seed=0, scale=1.0, workers=2, segments=False, pool=None):
     """Make OUT/name, unless it is there already with the same settings and this file's version.
 
-    Prints one line. A folder that is not a toy is never touched.
+    pool: of `pool_of`, else one is made. Prints one line. A folder that is not a toy is never
+    touched.
     """
     began, root = time.time(), Path(out) / name
     marker = root / ".toy.json"
@@ -1550,11 +1557,8 @@ def make(name, out, seed=0, scale=1.0, workers=2, segments=False):
     marker.write_text(json.dumps({"complete": False}))
     tasks = MAKERS[name](root, seed, scale, segments)
     tasks.sort(key=lambda video: -video["seconds"] * video["fps"])             # longest first
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(min(workers, len(tasks))) as pool:
-            done = pool.map(build, tasks, chunksize=1)
-    else:
-        done = [build(task) for task in tasks]
+    with nullcontext(pool) if pool else pool_of(min(workers, len(tasks))) as pool:
+        done = pool.map(build, tasks, chunksize=1) if pool else [build(task) for task in tasks]
     files, size = census(root)
     text = json.dumps({"complete": True, "settings": settings, "files": files})
     part = root / ".toy.part"
@@ -1588,8 +1592,9 @@ def main(argv=None):
     if args.seed < 0 or args.workers < 1 or not 0 < args.scale <= 100:
         p.error("--seed must be at least 0, --workers at least 1, --scale above 0, up to 100")
     try:
-        for name in args.dataset or MAKERS:
-            make(name, args.out, args.seed, args.scale, args.workers, args.segments)
+        with pool_of(args.workers) as pool:
+            for name in args.dataset or MAKERS:
+                make(name, args.out, args.seed, args.scale, args.workers, args.segments, pool)
     except OSError as e:
         sys.exit(f"error: {e}")
 
