@@ -1819,6 +1819,7 @@ def x3d_tensors(tensors: dict, own: dict) -> dict:
         for name, value in (("weight", (1 + 1e-5) ** 0.5), ("bias", 0), ("running_mean", 0),
                             ("running_var", 1)):              # pytorchvideo has no norm there
             ours.setdefault(f"layer1.0.downsample.1.{name}", like * value)
+        ours.setdefault("layer1.0.downsample.1.num_batches_tracked", torch.tensor(0))
     if "fc1.weight" in ours and ours["fc1.weight"].dim() == 2:
         ours["fc1.weight"] = ours["fc1.weight"][:, :, None, None, None]
     return fit_norms(ours, own)

@@ -716,7 +716,7 @@ def draw_volume_choices(rng, T, parts, names, prob=0.5, cutmix="growing"):
         partner = np.empty(B, int)
         for part in parts:
             partner[part] = rng.permutation(part)             # of itself, now and then
-        length = rng.integers(T // 2, T + 1, (2, B))
+        length = rng.integers((T + 1) // 2, T + 1, (2, B))    # of an odd T, too, all is covered
         c = {"start": rng.integers(0, T - length + 1), "length": length, "partner": partner}
         if name == "freeze":
             length = rng.integers(1, max(2, T // 2), B)
@@ -788,7 +788,7 @@ def start_range(n, span, stride, released=False):
     they fill the video, and miss their end; ours end with it.
     """
     span = min(n, span)
-    return 0, (max(stride, n - span) - 1 if released else n - span)
+    return 0, (min(max(stride, n - span), n) - 1 if released else n - span)
 
 
 def test_numbers(n, stride, whole=False):
@@ -942,7 +942,7 @@ def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.
         for (T, S, batches), mean in zip(shapes, average):
             plan.append([k, batches[-1], T, S, (b - a) * mean / sum(average)])
             iterations += (b - a) / sum(average)
-    saving = steps[-1] / iterations                           # of iterations
+    saving = steps[-1] / iterations if iterations else 1      # of iterations
     T, S, batches = shapes[-1]
     plan.append([len(steps) - 1, batches[-1], T, S, (epochs - steps[-1]) / saving * average[-1]])
     stretch = epochs * epoch_factor / sum(row[-1] for row in plan)
@@ -1611,7 +1611,7 @@ def shapes(args, n):
         c = cycles[k]
         crop = (int(args.crop * 0.5), int(args.crop * 0.5 ** 0.5), c.crop)[step % 3]
         factor = round((c.crop / crop) ** 2)
-        late = k == len(cycles) - 1 and step < (ends[-2] + ends[-1]) // 2     # as `fair_rates`
+        late = 0 < k == len(cycles) - 1 and step < (ends[-2] + ends[-1]) // 2     # as `fair_rates`
         return Shape(base.batch * c.batch * factor, c.frames, crop,
                      c.batch * 0.1 ** (c.step - late), base.groups * c.batch)
     return ends[-1], shape_fair
