@@ -67,8 +67,9 @@ def slow_interval(T, s, e, extend):
     return s, e
 
 
-def slow_fade(t, s, e, whole=np.float32(1)):
-    """Weights of the own clip and of the other in a frame."""
+def slow_fade(t, s, e, whole=1):
+    """Weights of the own clip and of the other in a frame, rounded as ours; which are there."""
+    whole = np.float32(whole)
     there = [s[i] <= t < e[i] for i in (0, 1)]
     if not all(there):
         return [whole * k for k in there], there
@@ -181,7 +182,7 @@ def test_growing_windows_are_those_of_the_loop_over_columns(B, T, W, M, extend):
             span = slow_interval(T, start[:, b].tolist(), (start + length)[:, b].tolist(), extend)
             weights[b], present[b] = [], []
             for t in range(T):
-                width, there = slow_fade(t, *span, np.float32(W))
+                width, there = slow_fade(t, *span, W)
                 if all(there):
                     width = [w + np.float32(W // 16) for w in width]
                 width = [min(max(w, 0), np.float32(W)) for w in width]
@@ -268,7 +269,7 @@ def test_choices_are_in_range_and_partners_of_the_same_part(T, groups):
 
 @pytest.mark.parametrize("prob", [0.0, 0.2, 0.5, 1.0])
 def test_each_augmentation_is_switched_on_as_often_as_asked(prob):
-    rng, parts, n = np.random.default_rng(1), np.arange(2)[None], 3000
+    rng, parts, n = np.random.default_rng(1), np.arange(2)[None], 2000
     count = {"freeze": 0, "mixup": 0, "cutmix": 0}
     both = 0
     for _ in range(n):
@@ -278,7 +279,7 @@ def test_each_augmentation_is_switched_on_as_often_as_asked(prob):
             count[name] += 1
     for k in count.values():
         assert abs(k - prob * n) <= 4 * (n * prob * (1 - prob)) ** 0.5
-    assert abs(both / n - prob ** 2) < 0.03                   # one does not depend on the other
+    assert abs(both / n - prob ** 2) < 0.04                   # one does not depend on the other
     only = sc.draw_volume_choices(rng, 4, parts, ["mixup"], 1.0)
     assert list(only) == ["mixup"] and not sc.draw_volume_choices(rng, 4, parts, ["none"], 1.0)
 
@@ -565,14 +566,15 @@ def test_checkpoints_fit_split_and_plain_norms(source, target, tmp_path):
 # ---- X3D ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("version, size, inner, hidden", [
-    ("XS", 160, 432, 2048), ("S", 160, 432, 2048), ("M", 224, 432, 2048), ("L", 312, 432, 2048),
+    ("S", 160, 432, 2048), ("M", 224, 432, 2048), ("L", 312, 432, 2048),
     ("XL", 312, 630, 2048), ("tiny", 48, 96, 128)])
 def test_maps_have_the_published_shapes(version, size, inner, hidden):
     with torch.device("meta"):
         model, x = common.X3D(version, 7).eval(), torch.empty(2, 3, 13, size, size)
         maps = model.maps(x)
-        assert model(x).shape == (2, 7, 13)
-        assert common.X3D(version, 7, per_frame=False).eval()(x).shape == (2, 7, 1)
+        assert model.head(maps["conv5"]).shape == (2, 7, 13)
+        model.per_frame = False
+        assert model.head(maps["conv5"]).shape == (2, 7, 1)
     sides = [-(-size // 2 ** k) for k in (2, 3, 4, 5, 5)]
     assert list(maps) == list(sc.LEVELS)
     for (_, m), width, side in zip(maps.items(), model.widths, sides):
@@ -581,13 +583,12 @@ def test_maps_have_the_published_shapes(version, size, inner, hidden):
 
 
 @pytest.mark.parametrize("version, classes, count", [
-    ("M", 400, 3_794_322), ("S", 400, 3_794_322), ("M", 157, 3_296_415), ("XL", 400, 11_095_904),
-    ("L", 400, 6_153_432)])
+    ("M", 400, 3_794_322), ("M", 157, 3_296_415), ("XS", 157, 3_296_415),
+    ("XL", 400, 11_095_904), ("L", 400, 6_153_432)])
 def test_networks_have_the_published_number_of_parameters(version, classes, count):
-    for norm in (SplitBatchNorm, nn.BatchNorm3d):
-        with torch.device("meta"):
-            model = common.X3D(version, classes, norm=norm)
-        assert sum(p.numel() for p in model.parameters()) == count
+    with torch.device("meta"):
+        model = common.X3D(version, classes)
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 def test_excitations_have_the_published_widths():
@@ -825,7 +826,7 @@ def test_grid_pool_steps_least_where_it_is_most_confident(T, norm):
     with torch.no_grad():
         y, c = pool(x)
     z = given[0].mean((1, 3, 4)).tolist()
-    L = -(-(-(-T // 2)) // 2) + 1
+    L = math.ceil(math.ceil(T / 2) / 2) + 1
     assert y.shape == (2, 6, L, 8, 8) and c.shape == (2, L)
     assert len(z[0]) == L - 1 and (T % 4 or L == T // 4 + 1)
     for b in range(2):
@@ -854,9 +855,6 @@ def test_unpooling_undoes_the_times(L):
         assert got[b, k].tolist() == pytest.approx(row.tolist(), abs=1e-6)
         assert long[b, k].tolist() == pytest.approx(np.interp(wide, range(L), row).tolist(),
                                                     abs=1e-6)
-    linear = c[:, None]                                       # seen at c, it is its own time
-    for row in sc.undo_times(linear.clone(), c)[1:, 0].tolist() if L == 2 else []:
-        assert row == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize("grid", [True, False])
@@ -877,7 +875,8 @@ def test_gaussians_are_those_of_the_equation(grid, steps, L):
             assert torch.isfinite(got[b, :, i]).all()
 
 
-@pytest.mark.parametrize("pool, alone", itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("B, C, T, L, out", [(2, 5, 7, 3, 4), (1, 3, 4, 6, 8)])
 def test_the_filter_is_the_mean_of_the_equation(B, C, T, L, out, pool, alone):
     torch.manual_seed(T)
@@ -958,24 +957,24 @@ def filtered_at_stage(sizes, self, x, G, valid):
 
 
 def at_stages(patch, sizes):
-    patch.setattr(sc.FusionFilter, "forward",
-                  lambda *args: filtered_at_stage(sizes, *args))
+    patch.setattr(sc.FusionFilter, "forward", lambda *args: filtered_at_stage(sizes, *args))
     patch.setattr(sc.Mixing, "forward", mixed_at_stage)
 
 
-@pytest.mark.parametrize("pool", ["grid", "avg", "max", "stride"])
-@pytest.mark.parametrize("fusion", ["mixed", "own", "none"])
+@pytest.mark.parametrize("fusion, pool", [
+    ("mixed", "grid"), ("mixed", "avg"), ("mixed", "max"), ("mixed", "stride"), ("own", "grid"),
+    ("own", "avg"), ("none", "grid"), ("none", "stride")])
 def test_the_coarse_stream_equals_one_that_fuses_at_its_stages(fusion, pool, monkeypatch):
     torch.manual_seed(0)
     m = shaken(sc.Coarse("tiny", 4, pool, fusion, norm=nn.BatchNorm3d, dropout=0.0)).eval()
-    T, steps = 12, 9
-    x, valid = torch.randn(2, 3, T, 224, 224), torch.ones(2, steps)
-    valid[1, 5:] = 0
-    features = {l: torch.rand(2, c, steps, 7, 7) for l, c in zip(sc.LEVELS, m.widths)}
-    start = torch.tensor([0, 2])
+    T, steps = 8, 9
+    x, valid = torch.randn(1, 3, T, 224, 224), torch.ones(1, steps)
+    valid[0, 6:] = 0
+    features = {k: torch.rand(1, c, steps, 7, 7) for k, c in zip(sc.LEVELS, m.widths)}
+    start = torch.tensor([2])
     with torch.no_grad():
         got = m(x, features, valid, start) if fusion != "none" else m(x)
-        assert got.shape == (2, 4, 12 if pool == "grid" else 3) and got.std() > 1e-3
+        assert got.shape == (1, 4, 8 if pool == "grid" else 2) and got.std() > 1e-3
         assert (m.sampled is not None) == (pool == "grid")
         if fusion == "none":
             return
@@ -990,10 +989,10 @@ def fusion_memory(stages, _rank):
     """Outputs of X3D-M's fusion, and MB by which the process has grown in forward and backward."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    m, T, steps, L = sc.Coarse(classes=20, norm=nn.BatchNorm3d, dropout=0.0), 64, 64, 17
+    m, T, steps, L = sc.Coarse(classes=20, norm=nn.BatchNorm3d, dropout=0.0), 64, 32, 17
     if stages:
         at_stages(pytest.MonkeyPatch(), dict(zip(m.widths, (56, 28, 14, 7, 7))))
-    features = {l: torch.randn(1, c, steps, 7, 7) for l, c in zip(sc.LEVELS, m.widths)}
+    features = {k: torch.randn(1, c, steps, 7, 7) for k, c in zip(sc.LEVELS, m.widths)}
     maps = [torch.randn(1, c, L, z, z, requires_grad=True)
             for c, z in zip(m.widths, (56, 28, 14, 7))]
     valid, c = torch.ones(1, steps), torch.linspace(0, 1, L)[None]
@@ -1022,3 +1021,419 @@ def test_fusing_takes_a_fifth_of_the_memory_of_fusing_at_the_stages(tmp_path):
     ours, theirs = found
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert 20 < ours["MB"] < theirs["MB"] / 5, found
+
+
+# ---- schedules ---------------------------------------------------------------------------------
+
+def slow_states(bounds):
+    """The state of the long cycle at each step, by counting."""
+    states = []
+    for a, b in zip(bounds[:3], bounds[1:4]):
+        states += [4 * k // (b - a) for k in range(b - a)]
+    return states + [-1] * (bounds[4] - bounds[3])
+
+
+@pytest.mark.parametrize("iters", [20, 100, 1001, 4000])
+def test_three_long_cycles_are_followed_by_the_full_shape(iters):
+    bounds = sc.cycle_bounds(iters)
+    assert bounds == [0, *(round(iters * k) for k in (0.4, 0.65, 0.85)), iters]
+    states = [sc.long_state(k, bounds) for k in range(iters)]
+    assert states == slow_states(bounds)
+    assert [k for k, _ in itertools.groupby(states)] == [0, 1, 2, 3] * 3 + [-1]
+    late = [sc.long_state(k, bounds, released=True) for k in range(iters)]
+    assert [late[b] for b in bounds[1:4]] == [3, 3, 3] and late[bounds[3] + 1] == -1
+
+
+@pytest.mark.parametrize("span, crop", [(80, 224), (80, 160), (64, 112)])
+def test_shapes_of_the_cycles_are_those_of_the_table(span, crop):
+    small, tiny_ = int(crop / 2 ** 0.5), int(int(crop / 2 ** 0.5) / 2 ** 0.5)
+    table = {0: (span // 4, [(tiny_, 2), (small, 1)]), 1: (span // 2, [(tiny_, 2), (small, 1)]),
+             2: (span // 2, [(crop // 2, 4), (small, 2), (crop, 1)]),
+             3: (span, [(crop // 2, 4), (small, 2), (crop, 1)])}
+    table[-1] = table[3]
+    for state, (frames, places) in table.items():
+        for step in range(12):
+            place = sc.short_state(step, state)
+            assert place == step % len(places)
+            assert sc.clip_shape(state, place, span, crop) == (frames, *places[place])
+
+
+@pytest.mark.parametrize("iters, warmup", [(100, 0), (1000, 50), (37, 10)])
+def test_the_multigrid_rate_scales_with_the_long_batch(iters, warmup):
+    bounds, milestones = sc.cycle_bounds(iters), [iters // 2, iters - 5]
+    for k, state in enumerate(slow_states(bounds)):
+        want = 0.2 * {0: 8, 1: 4, 2: 2, 3: 1, -1: 1}[state]
+        for m in milestones:
+            want *= 0.1 if k >= m else 1
+        rise = min(1, (k + 1) / warmup) if warmup else 1
+        assert sc.multigrid_lr(k, 0.2, bounds, milestones, warmup) == pytest.approx(want * rise)
+        if k < 2:
+            assert sc.multigrid_lr(k, 0.2, bounds, milestones, warmup, True) == pytest.approx(want)
+
+
+def test_the_pretraining_rate_falls_at_milestones_and_warms_up():
+    for k in range(100):
+        want = 0.05 * (0.1 if k >= 40 else 1) * (0.1 if k >= 80 else 1) * min(1, (k + 1) / 10)
+        head, backbone = sc.ssdet_lr(k, 0.05, [40, 80], 10, 0.3)
+        assert (head, backbone) == pytest.approx((want, 0.3 * want))
+        head, backbone = sc.ssdet_lr(k, 0.05, [40, 80], 10, 0.3, released=True)
+        assert head == pytest.approx(0.05 if k < 2 else want)
+        assert backbone == pytest.approx(0.3 * head if k < 2 else head)
+
+
+def run_of(multigrid, iters=2000, n=40_000, falls=(4, 6, 9)):
+    """Shapes of all steps of a classification run, whose rate falls at tenths of it."""
+    args = SimpleNamespace(stage="pretrain", multigrid=multigrid, iters=iters, batch_size=128,
+                           groups=16, num_frames=8, stride=10, crop=224, compat="fixed", epochs=7,
+                           milestones=[iters * k // 10 for k in falls])
+    steps, shape = sc.shapes(args, n)
+    return args, steps, [shape(k) for k in range(steps)]
+
+
+@pytest.mark.parametrize("multigrid", ["off", "x3d", "fair"])
+def test_every_batch_of_a_run_has_equal_parts(multigrid):
+    args, steps, found = run_of(multigrid)
+    assert steps == args.iters or multigrid == "fair"
+    for s in found:
+        assert s.batch % s.groups == 0 and s.batch >= args.batch_size
+        assert s.groups % args.groups == 0 and 1 <= s.frames <= args.num_frames
+        assert 32 <= s.crop <= args.crop
+        if multigrid == "off":
+            assert s == (128, 8, 224, 1.0, 16)
+    assert found[-1].frames == 8 and {s.crop for s in found[-3:]} == (
+        {224} if multigrid == "off" else {112, 158, 224})
+
+
+def test_a_run_of_three_cycles_has_rates_and_parts_of_its_batches():
+    args, _, found = run_of("x3d")
+    states = slow_states(sc.cycle_bounds(args.iters))
+    for k, (s, state) in enumerate(zip(found, states)):
+        scale = {0: 8, 1: 4, 2: 2, 3: 1, -1: 1}[state]
+        factors = [2, 1] if state in (0, 1) else [4, 2, 1]
+        assert s.lr == scale and s.groups == 16 * scale
+        assert s.batch == 128 * scale * factors[k % len(factors)]
+        assert s.frames == {0: 2, 1: 4, 2: 4, 3: 8, -1: 8}[state]
+    runs = [(lr, sum(1 for _ in g)) for lr, g in itertools.groupby(s.lr for s in found)]
+    assert [lr for lr, _ in runs] == [8, 4, 2, 1] * 3
+    assert runs[-1][1] == 100 + 300                           # the last state, then the full shape
+
+
+@pytest.mark.xfail(strict=True, reason="a schedule without falls divides by zero")
+def test_a_schedule_of_the_authors_without_falls_stays_at_its_rate():
+    _, _, found = run_of("fair", falls=())
+    assert {s.lr for s in found} == {1.0} and {s.frames for s in found} == {8}
+
+
+def test_the_authors_schedule_ends_and_its_rate_falls():
+    args, steps, found = run_of("fair", iters=20_000)
+    epochs = args.iters * args.batch_size / 40_000
+    seen = sum(s.batch for s in found) / 40_000
+    assert seen == pytest.approx(1.5 * epochs, rel=0.05)
+    assert steps < args.iters                                 # that is what it is for
+    stretches = [k for k, _ in itertools.groupby((s.frames, s.groups, round(s.lr, 9))
+                                                 for s in found)]
+    batches = [16, 8, 4, 2, 1]
+    groups = [g for _, g, _ in stretches]
+    assert set(groups) <= {16 * b for b in batches} and groups[-1] == 16
+    for a, b in itertools.pairwise(stretches):                # of one rate, larger shapes
+        assert b[1] < a[1] or b[1] >= 2 * a[1] or b[2] < a[2]
+    base = [round(math.log10(lr / (g / 16)), 6) for _, g, lr in stretches]
+    assert base == sorted(base, reverse=True) and base[0] == 0 and base[-1] == -3
+    assert {s.frames for s in found} == {2, 4, 8}
+
+
+NO_FALL = pytest.mark.xfail(strict=True, reason="a schedule without falls divides by zero",
+                            raises=ZeroDivisionError)
+
+
+@pytest.mark.parametrize("steps, epochs", [
+    ([0, 40, 60, 90], 100), ([0, 10], 20), ([0, 1, 2], 9),
+    pytest.param([0], 5, marks=NO_FALL)])
+@pytest.mark.parametrize("short", [True, False])
+def test_the_authors_schedule_shares_epochs_by_batch(steps, epochs, short):
+    T, S = 8, 224
+    plan = sc.fair_schedule(steps, epochs, T, S, short)
+    shapes = [(2, 158), (4, 158), (4, 224), (8, 224)]
+    mean, last = [], []
+    for t, s in shapes:
+        sides = [S * 0.5, S * 0.5 ** 0.5, s] if short else [s]
+        batch = [round(T * S * S / (t * k * k)) for k in sides]
+        mean.append(sum(batch) / len(batch))
+        last.append(batch[-1])
+    raw, rows = [], []
+    for k in range(len(steps) - 1):
+        for shape, m, b in zip(shapes, mean, last):
+            raw.append((steps[k + 1] - steps[k]) * m / sum(mean))
+            rows.append((k, b, *shape))
+    if len(steps) > 1:                                        # as many iterations are saved
+        saving = steps[-1] / sum(x / m for x, m in zip(raw, mean * len(steps)))
+        raw.append((epochs - steps[-1]) / saving * mean[-1])
+    else:
+        raw.append(1)
+    rows.append((len(steps) - 1, last[-1], *shapes[-1]))
+    ends = [round(sum(raw[:i + 1]) * 1.5 * epochs / sum(raw)) for i in range(len(raw))]
+    assert [tuple(c[:4]) for c in plan] == rows
+    assert [c.end for c in plan] == pytest.approx(ends, abs=1)
+    assert plan[-1].end == round(1.5 * epochs)
+
+
+def batches_of(monkeypatch, world, start, steps, n=50, seed=3):
+    """[[batches of each process]] of steps whose sizes change."""
+    def shape(k):
+        return sc.Shape((4, 8, 12, 20)[k % 4], k % 3 + 1, 32 + k, 1.0, 4)
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr(common, "rank", lambda r=rank: r)
+        monkeypatch.setattr(common, "world_size", lambda: world)
+        sampler = sc.CycleSampler(n, shape, seed, start, steps)
+        found.append(list(sampler))
+        assert len(sampler) == len(found[-1]) == max(0, steps - start)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_batch_that_one_has(world, monkeypatch):
+    (whole,) = batches_of(monkeypatch, 1, 0, 40)
+    for start in (0, 1, 17, 40):
+        shares = batches_of(monkeypatch, world, start, 40)
+        assert [sum(b, []) for b in zip(*shares)] == whole[start:]
+        assert all(len(b) == len(shares[0][k]) for s in shares for k, b in enumerate(s))
+    assert [(b[0][1], b[0][2], len(b)) for b in whole[:5]] == [
+        (1, 32, 4), (2, 33, 8), (3, 34, 12), (1, 35, 20), (2, 36, 4)]
+
+
+def test_epochs_are_permutations_one_behind_the_other(monkeypatch):
+    (whole,) = batches_of(monkeypatch, 1, 0, 41)
+    keys = sum(whole, [])
+    orders = []
+    for epoch in range(len(keys) // 50):
+        part = keys[50 * epoch:50 * epoch + 50]
+        assert {k[0] for k in part} == {epoch}
+        orders.append([k[3] for k in part])
+        assert sorted(orders[-1]) == list(range(50))
+    assert len(orders) == 8 and len({tuple(o) for o in orders}) == 8
+    (other,) = batches_of(monkeypatch, 1, 0, 41, seed=4)
+    assert other != whole
+    with pytest.raises(UserError, match="19 .* batch of 20"):
+        batches_of(monkeypatch, 1, 0, 41, n=19)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_plateau_rule_is_that_of_torch(seed):
+    rng = np.random.default_rng(seed)
+    losses = np.round(1 + rng.normal(0, 0.1, 90) - seed % 3 * np.arange(90) / 400, seed % 4 + 2)
+    if seed % 4 == 0:                                         # gains that are too small to count
+        losses = 1 - np.arange(90) * 1e-6 * (seed + 1)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e200)
+    rule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=10)
+    for k in range(90):
+        rule.step(float(losses[k]))
+        count = round(200 - math.log10(optimizer.param_groups[0]["lr"]))
+        assert sc.falls(losses[:k + 1].tolist()) == count
+    assert count > 0 and sc.falls([]) == 0
+
+
+# ---- metrics -----------------------------------------------------------------------------------
+
+def slow_precision(scores, targets, weights=None):
+    """As in the official APMeter, frame by frame."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])          # keeps ties in order
+    hits = seen = total = 0.0
+    for i in order:
+        w = 1 if weights is None else weights[i]
+        hits, seen = hits + w * targets[i], seen + w
+        total += hits / seen if targets[i] else 0
+    return total / max(1, sum(targets))
+
+
+@pytest.mark.parametrize("N", [1, 2, 7, 50])
+@pytest.mark.parametrize("ties", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_average_precision_is_that_of_the_loop(N, ties, weighted):
+    for seed in range(15):
+        rng = np.random.default_rng(seed)
+        scores = rng.integers(0, 4, N) / 4 if ties else rng.normal(size=N)
+        targets = (rng.random(N) < rng.choice([0, 0.2, 0.8])).astype(float)
+        weights = rng.random(N) + 0.1 if weighted else None
+        got = sc.average_precision(torch.from_numpy(scores), torch.from_numpy(targets),
+                                   None if weights is None else torch.from_numpy(weights))
+        assert got == pytest.approx(slow_precision(scores, targets, weights), abs=1e-12)
+
+
+def test_average_precision_in_numbers():
+    ap = lambda s, y: sc.average_precision(torch.tensor(s), torch.tensor(y))        # noqa: E731
+    assert ap([0.9, 0.8, 0.7], [1, 0, 1]) == pytest.approx((1 + 2 / 3) / 2)
+    assert ap([0.5, 0.5], [0, 1]) == 0.5 and ap([0.5, 0.5], [1, 0]) == 1 and ap([1.0], [0]) == 0
+
+
+def slow_localize(truth, scores):
+    """Charades_v1_localize.m, line by line."""
+    truth, scores = np.concatenate(truth), np.concatenate(scores)
+    ap, counts = [], []
+    for c in range(truth.shape[1]):
+        order = sorted(range(len(scores)), key=lambda i: -scores[i, c])
+        tp = fp = 0
+        precisions = []
+        for i in order:
+            tp, fp = tp + int(truth[i, c]), fp + 1 - int(truth[i, c])
+            if truth[i, c]:
+                precisions.append(tp / (tp + fp))
+        counts.append(tp)
+        ap.append(sum(precisions) / tp if tp else math.nan)
+    there = [c for c, n in enumerate(counts) if n]
+    return (ap, sum(ap[c] for c in there) / len(there),
+            sum(ap[c] * counts[c] for c in there) / sum(counts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_official_metric_is_that_of_the_matlab_file(seed):
+    rng = np.random.default_rng(seed)
+    truth = [(rng.random((25, 9)) < 0.2).astype(np.uint8) for _ in range(4)]
+    scores = [np.round(rng.random((25, 9)), 1) for _ in range(4)]         # with ties
+    for v in range(4):
+        truth[v][:, 5] = 0
+        scores[v][rng.random(25) < 0.2] = -np.inf
+    scores[2][:] = -np.inf                                    # a video that was not submitted
+    ap, mean, weighted = sc.charades_localize(truth, scores)
+    want, want_mean, want_weighted = slow_localize(truth, scores)
+    assert np.isnan(ap[5]) and ap.tolist() == pytest.approx(want, abs=1e-12, nan_ok=True)
+    assert (mean, weighted) == pytest.approx((want_mean, want_weighted), abs=1e-12)
+    empty = [np.zeros((25, 2), np.uint8)]
+    ap, *rest = sc.charades_localize(empty, [np.zeros((25, 2))])
+    assert np.isnan(ap).all() and np.isnan(rest).all()
+
+
+def test_the_truth_of_25_times_includes_both_ends():
+    actions = [(0, 4.0, 8.0), (1, 0.0, 0.0), (1, 9.5, 9.7), (2, 24.0, 99.0), (2, 3.0, 2.0),
+               (3, 24.5, 30.0), (4, 3.9, 4.1), (4, 8.0, 8.0)]
+    truth = sc.localization_truth(actions, 25.0, 6)
+    times = [j / 25 * 25.0 for j in range(25)]
+    assert sc.localization_times(25.0).tolist() == times
+    for j, c in itertools.product(range(25), range(6)):
+        assert truth[j, c] == any(k == c and s <= times[j] <= e for k, s, e in actions)
+    assert truth.sum(0).tolist() == [5, 1, 1, 0, 2, 0]
+    rng = np.random.default_rng(0)
+    for length in rng.uniform(2, 90, 20):
+        rows = [(int(c), *np.sort(rng.uniform(0, length, 2))) for c in rng.integers(0, 4, 5)]
+        got = sc.localization_truth(rows, length, 4)
+        for j, c in itertools.product(range(25), range(4)):
+            assert got[j, c] == any(k == c and s <= j / 25 * length <= e for k, s, e in rows)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 24, 25, 26, 100, 719, 3000])
+def test_25_frames_are_the_nearest_or_the_releases(n):
+    for fps in (24.0, 29.97, 7.5):
+        for seconds in (n / fps, n / fps * 1.01):
+            got = sc.frames_of_25(n, seconds, fps)
+            assert len(got) == 25
+            for j, frame in enumerate(got):
+                time = j / 25 * seconds
+                best = min(abs(k / fps - time) for k in range(n))
+                assert 0 <= frame < n and abs(frame / fps - time) <= best + 1e-9
+    assert sc.frames_of_25(n, None, None, True).tolist() == [
+        min(n - 1, 1 + j * (n // 25)) for j in range(25)]
+
+
+@pytest.mark.parametrize("limit", [1000, 8, 20])
+def test_long_videos_are_cut_at_the_limit_and_nowhere_empty(limit):
+    for T in [*range(1, limit + 12), *(k * limit + d for k in (2, 3, 7) for d in (-1, 0, 1, 5))]:
+        pieces = sc.chunks(T, limit)
+        assert [t for a, b in pieces for t in range(a, b)] == list(range(T))
+        sizes = [b - a for a, b in pieces]
+        assert min(sizes) > 0
+        assert sizes == [T] if T < limit + 5 else (
+            set(sizes[:-1]) == {limit} and sizes[-1] <= limit)
+    assert sc.chunks(2 * limit, limit) == [(0, limit), (limit, 2 * limit)]
+
+
+@pytest.mark.parametrize("n, duration", [(1, 0.5), (16, 2.0), (40, 10.0), (37, 3.21), (240, 9.97)])
+def test_frames_have_the_labels_of_actions_strictly_around_them(n, duration):
+    rng = np.random.default_rng(n)
+    actions = [(int(c), *np.sort(rng.uniform(-1, duration + 1, 2))) for c in rng.integers(0, 5, 9)]
+    actions += [(5, 0.0, 0.5), (5, 1.0, 1.25), (6, 2.0, 1.0)]
+    got, fps = sc.frame_labels(actions, n, duration, 8), n / duration
+    for c, t in itertools.product(range(8), range(n)):
+        assert got[c, t] == any(k == c and s < t / fps < e for k, s, e in actions)
+    if n == 16:                                               # 8 per second: 0 and 0.5 are out
+        assert np.flatnonzero(got[5]).tolist() == [1, 2, 3, 9]
+
+
+# ---- which frames ------------------------------------------------------------------------------
+
+LENGTHS = [1, 2, 5, 9, 10, 11, 79, 80, 81, 159, 160, 161, 250, 300, 641, 1000]
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("size, stride", [(80, 5), (80, 10), (64, 1)])
+def test_training_clips_of_kinetics_lie_in_the_video(n, size, stride):
+    last = sc.last_begin(n, size)
+    assert last == (n - size - 1 if n > size else 0)
+    for begin, faster in itertools.product({0, last // 2, last}, (1, 2, 4)):
+        for span in (None, size // 2, size // faster):
+            got = sc.kinetics_numbers(n, begin, size, stride, faster, span).tolist()
+            there = []
+            for k in range(begin, begin + size):
+                if (k - begin) % (stride * faster) == 0 and k < n:
+                    there.append(k)
+            wanted = (span or size) // stride
+            assert got == [there[k % len(there)] for k in range(wanted)]
+            assert len(got) == wanted and 0 <= min(got) and max(got) < n
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("size, stride", [(80, 5), (80, 10), (16, 2)])
+def test_validation_crops_are_evenly_spread_and_lie_in_the_video(n, size, stride):
+    got, T = sc.kinetics_crops(n, size, stride), size // stride
+    frames = [k for k in range(n) if k % stride == 0]
+    assert got.shape == (3, T)
+    step = max(0, (len(frames) - 1 - T) // 2) if len(frames) - 1 >= T else 0
+    for c, row in enumerate(got.tolist()):
+        mine = frames[c * step:c * step + T]
+        assert row == [mine[k % len(mine)] for k in range(T)] and max(row) < n
+    if len(frames) > T + 2:
+        assert got[0, 0] < got[1, 0] < got[2, 0] and (np.diff(got, axis=1) == stride).all()
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("T, stride", [(64, 10), (16, 5), (8, 1)])
+def test_clips_of_long_videos_are_full_and_lie_in_the_video(n, T, stride):
+    span = T * stride
+    first, last = sc.start_range(n, span, stride)
+    assert (first, last) == (0, max(0, n - span))
+    for start in {first, (first + last) // 2, last}:
+        got = sc.clip_numbers(n, start, span, stride).tolist()
+        assert got == [k for k in range(n) if start <= k < start + span
+                       and (k - start) % stride == 0]
+        assert len(got) == min(T, -(-n // stride)) and got[-1] < n
+    assert sc.clip_numbers(n, last, span, stride)[-1] + stride >= n       # the end can be seen
+    released = sc.start_range(n, span, stride, released=True)
+    assert released == (0, stride - 1 if n - span < stride else n - span - 1)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("stride", [1, 5, 10])
+def test_whole_videos_leave_out_a_begun_stride_or_nothing(n, stride):
+    numbers, length = sc.test_numbers(n, stride)
+    full = [k for k in range(0, n, stride) if k + stride <= n] or [0]
+    assert numbers.tolist() == full and length == min(n, len(full) * stride)
+    numbers, length = sc.test_numbers(n, stride, whole=True)
+    assert numbers.tolist() == list(range(0, n, stride)) and length == n
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("stride, T", [(10, 24), (5, 16)])
+def test_both_streams_see_frames_of_the_video(n, stride, T):
+    span, rng = T * stride, np.random.default_rng(n)
+    for _ in range(10):
+        start = int(rng.integers(0, max(0, n - span) + 1))
+        fine_start = int(rng.integers(0, start + 1))
+        coarse, fine, meta = sc.two_stream_clips(n, start, fine_start, span, span, stride, True)
+        for got, s in ((coarse, start), (fine, fine_start)):
+            assert got.tolist() == [k for k in range(s, min(n, s + span), stride)] != []
+        assert meta == ((start - fine_start) // stride, min(n, span) // stride, n // stride, 1)
+        assert meta[0] >= 0
+    coarse, fine, meta = sc.two_stream_clips(n, 7, 7, span, span, stride, False)
+    assert coarse.tolist() == list(range(0, n, stride))       # all, whatever the starts
+    first = max(0, (n - 2 * span) // 2 - 1)
+    assert fine.tolist() == list(range(first, min(n, first + 2 * span), stride))
+    assert meta == (-first // stride, n // stride, n // stride, 1)
