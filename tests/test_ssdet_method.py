@@ -989,7 +989,7 @@ def fusion_memory(stages, _rank):
     """Outputs of X3D-M's fusion, and MB by which the process has grown in forward and backward."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    m, T, steps, L = sc.Coarse(classes=20, norm=nn.BatchNorm3d, dropout=0.0), 64, 32, 17
+    m, T, steps, L = sc.Coarse(classes=20, norm=nn.BatchNorm3d, dropout=0.0), 32, 32, 9
     if stages:
         at_stages(pytest.MonkeyPatch(), dict(zip(m.widths, (56, 28, 14, 7, 7))))
     features = {k: torch.randn(1, c, steps, 7, 7) for k, c in zip(sc.LEVELS, m.widths)}
