@@ -1140,6 +1140,10 @@ def test_the_authors_schedule_ends_and_its_rate_falls():
     base = [round(math.log10(lr / (g / 16)), 6) for _, g, lr in stretches]
     assert base == sorted(base, reverse=True) and base[0] == 0 and base[-1] == -3
     assert {s.frames for s in found} == {2, 4, 8}
+    falls = [round(epochs * m / args.iters) for m in args.milestones]
+    *_, before, last = sc.fair_schedule([0, *falls], epochs, args.num_frames, args.crop)
+    lowest = sum(s.batch for s in found if s.lr < 2e-3) / 40_000          # half of the last one
+    assert lowest == pytest.approx((last.end - before.end) / 2, rel=0.1)
 
 
 NO_FALL = pytest.mark.xfail(strict=True, reason="a schedule without falls divides by zero",
