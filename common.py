@@ -7,7 +7,7 @@
     runs             StepSampler, SkipBroken, Log, save, resume, load_weights, write
     video and sound  read_clip, read_frames, read_audio  exact to the frame and to the sample
     pictures         draw_curve, draw_panel, font      Pillow alone
-    backbones        R2Plus1D, SpectrogramCNN, ...     plain nn.Modules, no dataset, no method
+    backbones        R2Plus1D, X3D, SlowFast, ...      plain nn.Modules, no dataset, no method
 
 Times are seconds in float, counted from the first picture of a file. Video in memory is uint8
 (T, H, W, 3) as read and (B, C, T, H, W) in a network; sound is float32 (channels, samples).

@@ -1800,7 +1800,8 @@ def network_inputs(args, batch):
 
 
 def finish(args, metrics):
-    """metrics.json and a line of the console."""
+    """metrics.json and a line of the console; what is not defined (no positives) is null."""
+    metrics = {k: None if v != v else v for k, v in metrics.items()}
     if common.rank() == 0:
         common.write_json(args.out / "metrics.json", metrics)
     common.say("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()
@@ -1943,9 +1944,8 @@ def finetune(args, device):
     kind = Kind(args.stream, args.version, len(names), args.pool, args.fusion)
     model = build(args, device, kind)
     start_from(args, model)
-    args_frames, masked = args.num_frames * args.stride, not (
-        args.stream == "x3d" and args.compat == "released")
-    pack = partial(collate, steps=args.num_frames, frames=args_frames,
+    masked = args.stream != "x3d" or args.compat == "fixed"
+    pack = partial(collate, steps=args.num_frames, frames=args.num_frames * args.stride,
                    feature_steps=args.feature_cap)
 
     def forward(ddp, batch, step, shape):
