@@ -1,0 +1,641 @@
+"""Stages of SSDet and Coarse-Fine: frames, annotations, what runs leave, restarts, wrong input."""
+
+import csv
+import itertools
+import json
+import math
+import re
+import shutil
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+import torch
+import torch.distributed as dist
+import toy
+from PIL import Image
+from running import command
+
+import common
+import ssdet_coarsefine as sc
+from common import UserError, VideoError
+
+
+def quick(*args, **kwargs):
+    return running.quick(*args, **kwargs, script="ssdet_coarsefine")
+
+
+def run(folder, *flags, n=1, **kwargs):
+    r = quick(folder.parent / f"{folder.name}.q", *flags, "--out", folder, n=n, **kwargs)
+    assert r.code == 0, r.err
+    return r
+
+
+def parsed(*flags):
+    return sc.parse_args([str(x) for x in flags])
+
+
+def here(*flags):
+    """A stage in this process."""
+    try:
+        sc.main(parsed(*flags))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fault(*flags, kind=UserError):
+    """The line of a stage that ends with one."""
+    with pytest.raises(kind) as e:
+        here(*flags)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 700
+    return str(e.value)
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_bytes())
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---- which frames --------------------------------------------------------------------------------
+
+def painted(n, size=(48, 64)):
+    """Pictures that tell their number, up to 255: its sixteens above, the rest below, and a ramp
+    between, which tells left from right.
+    """
+    for k in range(n):
+        x = np.full((*size, 3), 20 + 13 * (k % 16), np.uint8)
+        x[:size[0] // 2] = 20 + 13 * (k // 16)
+        x[22:26] = np.linspace(10, 250, size[1]).astype(np.uint8)[:, None]
+        yield x
+
+
+def film(path, n, fps):
+    toy.write_video(path, painted(n), fps, options={"qp": "1", "preset": "ultrafast"})
+    return path
+
+
+def numbers_of(clip):
+    """([number of each picture], mirrored?) of a clip (3, T, S, S)."""
+    x = clip.float().mean(0)                                  # (T, S, S)
+    digits = (torch.stack([x[:, 0].mean(1), x[:, -1].mean(1)]) - 20) / 13
+    assert (digits - digits.round()).abs().max() < 0.25
+    ramp = x[:, 14:18, 0].mean() > x[:, 14:18, -1].mean()
+    return (16 * digits[0].round() + digits[1].round()).int().tolist(), bool(ramp)
+
+
+def on_show(k, fps, rate=24):
+    """The picture that is on show at the time of the k-th of `rate` per second."""
+    return k * fps // rate
+
+
+ACTIONS = ((0, 0.5, 3.0), (2, 2.0, 4.25), (2, 5.0, 99.0), (1, 3.0, 2.0))
+
+
+def labels_by_hand(first, count, n, seconds, classes=3):
+    fps = n / seconds
+    return [[int(any(c == k and a < f / fps < b for k, a, b in ACTIONS))
+             for f in range(first, min(first + count, n))] for c in range(classes)]
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Numbered videos of Charades: {name: (path, frames that count, frames per second)}."""
+    root = tmp_path_factory.mktemp("films")
+    made = {}
+    for name, n, fps in (("long", 205, 24), ("short", 57, 24), ("other", 255, 30),
+                         ("edge", 161, 24)):
+        made[name] = film(root / f"{name}.mp4", n, fps), n * 24 // fps, fps
+    toy.as_frames(made["long"][0], root / "FRAMS", "FRAMS-{:06d}.jpg")
+    made["folder"] = root / "FRAMS", 205, 24
+    return made
+
+
+def untrimmed(films, name, training, *flags, duration=None):
+    path, n, fps = films[name]
+    args = parsed("--stage", "finetune", "--tiny", "--crop", 32, "--num_frames", 8, *flags)
+    video = sc.Video(name, str(path), duration or n / 24 + 0.05, ACTIONS)
+    return (sc.TrainingClips if training else sc.WholeVideos)(args, [video], 3), video, n, fps
+
+
+@pytest.mark.parametrize("stream", ["fine", "x3d", "two", "coarse"])
+@pytest.mark.parametrize("name", ["long", "short", "other", "edge", "folder"])
+def test_training_clips_are_the_frames_and_labels_of_their_start(name, stream, films):
+    data, video, n, fps = untrimmed(films, name, True, "--stream", stream, "--fusion",
+                                    "none" if stream == "coarse" else "mixed")
+    first, sides = [], set()
+    for epoch in range(12):
+        item = data[epoch, 8, 32, 0]
+        got, mirrored = numbers_of(item["clip"])
+        starts = [s for s in range(n) if got == [
+            on_show(k, fps) for k in range(s, min(s + 80, n), 10)]]
+        span = item["label"].shape[1]
+        assert span == min(80, n)                             # the clip lies inside the video
+        right = [s for s in starts if item["label"].tolist() == labels_by_hand(
+            s, 80, n, video.duration)]
+        assert right, (got, starts)
+        first.append(right[0])
+        assert 0 <= right[0] <= max(0, n - 80)
+        if stream == "two":
+            fine, side = numbers_of(item["fine"])
+            assert side == mirrored
+            begins = [s for s in range(right[-1] + 1) if fine == [
+                on_show(k, fps) for k in range(s, min(s + 80, n), 10)]]
+            assert any((b - a) // 10 == item["start"] for a in begins for b in right)
+        elif stream == "fine":
+            assert item["start"] == 0
+        sides.add(mirrored)
+        again = data[epoch, 8, 32, 0]
+        assert all(torch.equal(item[k], again[k]) for k in item if torch.is_tensor(item[k]))
+    assert sides == {True, False}
+    assert len(set(first)) > 6 or n < 80
+
+
+def test_starts_reach_both_ends_and_the_released_ones_do_not(films):
+    def starts(*flags, name="edge"):
+        data, *_ = untrimmed(films, name, True, *flags)
+        items = [data[epoch, data.args.num_frames, 32, 0] for epoch in range(80)]
+        found = {numbers_of(item["clip"])[0][0] for item in items}
+        return found, (items[-1]["clip"].shape[1], items[-1]["label"].shape[1])
+    for stream in ("fine", "x3d"):
+        ours, _ = starts("--stream", stream, "--num_frames", 15)         # 150 of 161 frames
+        assert ours == set(range(12))
+    theirs, _ = starts("--stream", "fine", "--num_frames", 15, "--compat", "released")
+    assert theirs == set(range(11))
+    theirs, _ = starts("--stream", "x3d", "--num_frames", 15, "--compat", "released")
+    assert theirs == set(range(10))
+    ours, lengths = starts("--stream", "fine", name="short")
+    assert ours == {0} and lengths == (6, 57)
+    theirs, _ = starts("--stream", "fine", "--compat", "released", name="short")
+    assert theirs == set(range(10))
+    only, _ = starts("--stream", "x3d", "--compat", "released", name="short")
+    assert only == {0}
+
+
+@pytest.mark.parametrize("name", ["long", "short", "other", "edge", "folder"])
+def test_whole_videos_are_read_as_the_release_reads_them(name, films):
+    for stream in ("fine", "coarse", "x3d", "two"):
+        data, video, n, fps = untrimmed(films, name, False, "--stream", stream, "--fusion",
+                                        "none" if stream == "coarse" else "mixed")
+        item = data[0]
+        got, mirrored = numbers_of(item["clip"])
+        steps = -(-n // 10) if stream in ("x3d", "two") else n // 10
+        length = n if stream in ("x3d", "two") else n // 10 * 10
+        assert got == [on_show(10 * k, fps) for k in range(steps)] and not mirrored
+        assert item["label"].tolist() == [row[:length] for row in labels_by_hand(
+            0, n, n, video.duration)]
+        assert item["about"] == (length, n, video.duration)
+        if stream == "two":                                   # the middle 160 frames, nearly
+            begin = max(0, (n - min(n, 160)) // 2 - 1)
+            fine, _ = numbers_of(item["fine"])
+            assert fine == [on_show(k, fps) for k in range(begin, min(begin + 160, n), 10)]
+            assert item["start"] == -begin // 10
+
+
+def test_videos_of_multithumos_keep_their_rate(tmp_path):
+    path = film(tmp_path / "video_test_0000001.mp4", 131, 30)
+    args = parsed("--stage", "finetune", "--dataset", "multithumos", "--tiny", "--crop", 32)
+    for duration in (4.5, 0.0):                               # of the JSON; the text files have none
+        video = sc.Video(path.stem, str(path), duration, ACTIONS)
+        item = sc.WholeVideos(args, [video], 3)[0]
+        assert numbers_of(item["clip"])[0] == list(range(0, 130, 10))
+        seconds = duration or 131 / 30
+        assert item["about"] == (130, 131, pytest.approx(seconds))
+        assert item["label"].tolist() == [r[:130] for r in labels_by_hand(0, 131, 131, seconds)]
+
+
+def test_a_folder_of_frames_without_a_duration_is_one_line(tmp_path):
+    """BUG: AttributeError, `Film` of a folder has no `fps`; the text files tell no durations."""
+    toy.as_frames(film(tmp_path / "x.mp4", 31, 30), tmp_path / "video_test_0000001",
+                  "video_test_0000001-{:06d}.jpg")
+    args = parsed("--stage", "finetune", "--dataset", "multithumos", "--tiny", "--crop", 32)
+    video = sc.Video("x", str(tmp_path / "video_test_0000001"), 0.0, ACTIONS)
+    with pytest.raises(UserError, match="video_test_0000001"):
+        sc.WholeVideos(args, [video], 3)[0]
+
+
+def test_clips_of_kinetics_are_frames_in_a_row(tmp_path):
+    names = {"long": 120, "short": 23, "edge": 41}
+    for i, (name, n) in enumerate(names.items()):
+        film(tmp_path / f"{name}.mp4", n, 25 if i else 30)
+        toy.as_frames(tmp_path / f"{name}.mp4", tmp_path / name)
+    files = [*(f"{n}.mp4" for n in names), *names]
+    labels = np.arange(6) + 3
+    args = parsed("--tiny", "--crop", 32, "--num_frames", 8, "--stride", 5)
+    clips, crops = (k(args, tmp_path, files, labels) for k in (sc.KineticsClips, sc.KineticsCrops))
+    for i, (file, n) in enumerate(zip(files, [*names.values()] * 2)):
+        begins, sides, steps = set(), set(), set()
+        for epoch, T in itertools.product(range(10), (8, 4)):
+            item = clips[epoch, T, 32, i]
+            got, mirrored = numbers_of(item["clip"])
+            assert item["label"] == i + 3 and item["index"] == i and len(got) == T
+            possible = [(b, m) for b in range(max(1, n - 40)) for m in range(1, 8 // T + 1)
+                        if got == list(itertools.islice(itertools.cycle(
+                            range(b, min(b + 40, n), 5 * m)), T))]
+            assert possible, (file, got)
+            begins.add(possible[0][0])
+            steps.add(possible[0][1])
+            sides.add(mirrored)
+            again = clips[epoch, T, 32, i]
+            assert torch.equal(item["clip"], again["clip"])
+        assert sides == {True, False} and (n < 100 or len(begins) > 8) and (n < 100 or steps
+                                                                           == {1, 2})
+        three, every = crops[i], list(range(0, n, 5))
+        hop = max(0, (len(every) - 9) // 2)
+        assert [numbers_of(c)[0] for c in three] == [
+            list(itertools.islice(itertools.cycle(every[c * hop:c * hop + 8]), 8))
+            for c in range(3)]
+
+
+# ---- annotations ---------------------------------------------------------------------------------
+
+def plain(root, dataset, *flags):
+    return parsed("--stage", "finetune", "--dataset", dataset, "--data", root, *flags)
+
+
+def charades_csv(path, rows):
+    """rows: (id, actions as text, length as text)"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        w = csv.writer(f)
+        w.writerow(toy.CHARADES_COLUMNS)
+        for name, actions, length in rows:
+            row = dict.fromkeys(toy.CHARADES_COLUMNS, 'says "hello", and\nsits; down')
+            w.writerow({**row, "id": name, "actions": actions, "length": length}.values())
+
+
+def split_of(videos):
+    return [(v.name, v.duration, v.actions) for v in videos]
+
+
+def test_the_csv_and_the_json_of_charades_give_the_same_videos(charades, capsys):
+    for split in ("train", "test"):
+        args = plain(charades, "charades")
+        names = sc.class_names(args)
+        assert names == list(toy.CHARADES)
+        official = sc.read_videos(args, split, names)
+        args.annotations = charades / "Charades" / "charades.json"
+        ours = sc.read_videos(args, split, names)
+        assert split_of(ours) == split_of(official)
+        assert all(Path(v.path).is_file() and Path(v.path).stem == v.name for v in ours)
+        with open(charades / "Charades" / f"Charades_v1_{split}.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        for row, v in zip(rows, official, strict=True):
+            pieces = [x.split() for x in row["actions"].split(";") if x]
+            assert v == (row["id"], v.path, float(row["length"]), tuple(
+                (int(c[1:]), float(a), float(b)) for c, a, b in pieces))
+        assert any(not v.actions for v in official)           # an idle one
+    out = capsys.readouterr().out
+    assert "official numbers" not in out and "end before they start" in out
+
+
+def test_both_forms_of_multithumos_give_the_same_videos(multithumos, tmp_path, capsys):
+    args = plain(multithumos, "multithumos")
+    names = sc.class_names(args)
+    assert names == list(toy.THUMOS)
+    text = tmp_path / "text"
+    shutil.copytree(multithumos / "annotations", text / "annotations")
+    shutil.copy(multithumos / "class_list.txt", text)
+    for split, count in (("train", 4), ("test", 3)):
+        by_json = sc.read_videos(args, split, names)
+        by_text = sc.read_videos(plain(text, "multithumos"), split, names)
+        assert len(by_json) == count and all(Path(v.path).is_file() for v in by_json)
+        busy = {v.name: sorted(v.actions) for v in by_json if v.actions}
+        assert {v.name: sorted(v.actions) for v in by_text} == busy
+        assert {v.duration for v in by_text} == {0.0}
+        classes = {c for v in by_json for c, *_ in v.actions}
+        assert min(classes) >= 0 and max(classes) < 8
+    capsys.readouterr()
+
+
+def official_size(dataset):
+    """Rows of both splits with the official numbers of videos and intervals: {split: [(id,
+    seconds, [(class from 0, start, end)])]}."""
+    rng, made = np.random.default_rng(0), {}
+    classes, splits = {"charades": (157, {"train": (7985, 49809), "test": (1863, 16691)}),
+                       "multithumos": (65, {"train": (200, 18482), "test": (213, 20208)})}[dataset]
+    for split, (n, intervals) in splits.items():
+        per = np.bincount(rng.integers(0, n, intervals - n * (dataset != "charades")), minlength=n)
+        per = per + (dataset != "charades")                   # of MultiTHUMOS none is idle
+        rows, c = [], 0
+        for i in range(n):
+            name = f"{split[:2].upper()}{i:04d}" if dataset == "charades" else (
+                f"video_{'validation' if split == 'train' else 'test'}_{i + 1:07d}")
+            actions = []
+            for _ in range(per[i]):
+                a, length = np.round(rng.uniform(0, 30, 2), 2)
+                actions.append((c % classes, float(a), float(round(a + length + 0.1, 2))))
+                c += 1
+            rows.append((name, 30.5, actions))
+        made[split] = rows
+    return made
+
+
+def test_charades_of_the_official_size_is_recognised(tmp_path, capsys):
+    made = official_size("charades")
+    for split, rows in made.items():
+        charades_csv(tmp_path / "a" / f"Charades_v1_{split}.csv", [
+            (name, ";".join(f"c{c:03d} {a:.2f} {b:.2f}" for c, a, b in actions), "30.50")
+            for name, _, actions in rows])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "charades.json").write_text(json.dumps({
+        name: {"subset": f"{split}ing", "duration": seconds, "actions": actions}
+        for split, rows in made.items() for name, seconds, actions in rows}))
+    for folder in "ab":
+        args = plain(tmp_path / folder, "charades")
+        names = sc.class_names(args)
+        assert len(names) == 157
+        for split, (n, count) in (("train", (7985, 49809)), ("test", (1863, 16691))):
+            videos = sc.read_videos(args, split, names)
+            out = capsys.readouterr().out
+            assert f"{split}: {n} videos, {count} intervals of 157 classes" in out
+            assert "(the official numbers)" in out
+            assert [(v.name, v.duration, list(v.actions)) for v in videos] == made[split]
+    rows = made["test"][:-1]
+    charades_csv(tmp_path / "a" / "Charades_v1_test.csv", [(n, "", "3") for n, *_ in rows])
+    sc.read_videos(plain(tmp_path / "a", "charades"), "test", names)
+    assert "(the official" not in capsys.readouterr().out
+
+
+def test_multithumos_of_the_official_size_is_recognised(tmp_path, capsys):
+    made = official_size("multithumos")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b" / "annotations").mkdir(parents=True)
+    (tmp_path / "a" / "multithumos.json").write_text(json.dumps({
+        name: {"subset": f"{'train' if split == 'train' else 'test'}ing", "duration": seconds,
+               "actions": [(c + 1, a, b) for c, a, b in actions]}
+        for split, rows in made.items() for name, seconds, actions in rows}))
+    lines = {c: [] for c in range(65)}
+    for name, _, actions in itertools.chain(*made.values()):
+        for c, a, b in actions:
+            lines[c].append(f"{name} {a} {b}")
+    for c, name in enumerate(sc.THUMOS):
+        (tmp_path / "b" / "annotations" / f"{name}.txt").write_text("\n".join(lines[c]) + "\n")
+    assert len(sc.THUMOS) == len(set(sc.THUMOS)) == 65
+    for folder in "ab":
+        args = plain(tmp_path / folder, "multithumos")
+        names = sc.class_names(args)
+        for split, (n, count) in (("train", (200, 18482)), ("test", (213, 20208))):
+            videos = sc.read_videos(args, split, names)
+            out = capsys.readouterr().out
+            assert f"{split}: {n} videos, {count} intervals of 65 classes" in out
+            assert "(the official numbers)" in out
+            assert {c for v in videos for c, *_ in v.actions} == set(range(65))
+            assert {v.name: sorted(v.actions) for v in videos} == {
+                name: sorted(actions) for name, _, actions in made[split]}
+
+
+def test_intervals_outside_of_their_video_are_counted_aloud(tmp_path, capsys):
+    charades_csv(tmp_path / "Charades_v1_train.csv", [
+        ("AAAAA", "c001 3.00 2.00;c002 11.00 12.00;c003 1 99", "10"), ("BBBBB", "", "5.5")])
+    args = plain(tmp_path, "charades")
+    videos = sc.read_videos(args, "train", sc.class_names(args))
+    assert "note: 1 intervals end before they start, 1 start after" in capsys.readouterr().out
+    y = sc.frame_labels(videos[0].actions, 240, videos[0].duration, 157)
+    assert y.sum(1).nonzero()[0].tolist() == [3] and videos[1].actions == ()
+
+
+def test_missing_videos_are_counted_in_training_and_refused_in_the_test(charades, capsys):
+    args = plain(charades, "charades")
+    names = sc.class_names(args)
+    videos = sc.read_videos(args, "train", names)
+    lost = [v._replace(path="") if i in (1, 4) else v for i, v in enumerate(videos)]
+    assert sc.with_files(args, lost, "train") == [v for v in lost if v.path]
+    assert f"note: 2 of 6 training videos have no file, the first is {videos[1].name}" in (
+        capsys.readouterr().out)
+    for split, some in (("test", lost), ("train", [v._replace(path="") for v in videos])):
+        with pytest.raises(UserError, match=f"has no video {videos[split == 'test'].name} of"):
+            sc.with_files(args, some, split)
+
+
+def test_kinetics_is_read_from_csv_and_json(kinetics400, tmp_path, capsys):
+    for split, most in (("train", 17), ("val", 9)):
+        tree, files, labels, names = sc.read_kinetics(parsed("--data", kinetics400), split)
+        assert names == list(toy.KINETICS) and len(files) == most
+        for file, label in zip(files, labels):
+            assert (tree / file).is_file()
+            assert file.split("/")[0] == names[label].replace(" ", "_")
+        notes = tmp_path / split
+        notes.mkdir()
+        shutil.copy(kinetics400 / "labels.txt", notes)
+        for part in ("train", "validate"):
+            shutil.copy(kinetics400 / f"{part}.json", notes)
+        again = sc.read_kinetics(parsed("--data", kinetics400, "--annotations", notes), split)
+        assert sorted(zip(again[1], again[2])) == sorted(zip(files, labels))
+    assert "17 of 19 clips of" in capsys.readouterr().out
+    folder = tmp_path / "data" / "train"
+    first = files[0].removesuffix(".mp4")
+    toy.as_frames(kinetics400 / "val" / files[0], folder.parent / "val" / first)
+    for name in ("val.csv", "labels.txt"):
+        shutil.copy(kinetics400 / name, folder.parent)
+    got = sc.read_kinetics(parsed("--data", folder.parent), "val")
+    assert got[1].tolist() == [first] and got[2][0] == labels[0]
+
+
+ENTRY = {"subset": "training", "duration": 9.5, "actions": [[3, 1.0, 2.5]]}
+GOOD = ("AAAAA", "c001 1.00 2.00", "9.50")
+
+
+def entry(**changes):
+    return json.dumps({"AAAAA": {k: v for k, v in {**ENTRY, **changes}.items() if v != "none"}})
+
+
+CSV_FAULTS = {
+    "class": ("AAAAA", "c157 1 2", "9"), "form": ("AAAAA", "c1 1 2", "9"),
+    "letter": ("AAAAA", "x001 1 2", "9"), "two": ("AAAAA", "c001 1", "9"),
+    "four": ("AAAAA", "c001 1 2 3", "9"), "comma": ("AAAAA", "c001 1 2, c002 1 2", "9"),
+    "nan": ("AAAAA", "c001 nan 2", "9"), "inf": ("AAAAA", "c001 1 inf", "9"),
+    "word": ("AAAAA", "c001 one 2", "9"), "no length": ("AAAAA", "", ""),
+    "zero": ("AAAAA", "", "0"), "minus": ("AAAAA", "", "-3"), "length nan": ("AAAAA", "", "nan"),
+    "length inf": ("AAAAA", "", "inf"), "length word": ("AAAAA", "", "9 s"), "twice": GOOD,
+    "up": ("../AA", "", "9"), "slash": ("A/AAA", "", "9"), "dots": ("..", "", "9"),
+    "empty": ("", "", "9"), "blank": ("A A", "", "9"), "long": ("A" * 300, "", "9")}
+RAW_CSV_FAULTS = {
+    "nul": b'id,actions,length\nAA\0AA,"",9\n', "bytes": b"id,actions,length\nAAAAA,\xff,9\n",
+    "few": b"id,actions,length\nAAAAA,\n", "many": b"id,actions,length\nAAAAA,,9,9\n",
+    "quote": b'id,actions,length\nAAAAA,"c001 1 2,9\n', "column": b"id,actions\nAAAAA,\n",
+    "nothing": b""}
+JSON_FAULTS = {
+    "list": "[]", "word": '"a"', "cut": entry()[:-5], "nothing": "", "deep": "[" * 100_000,
+    "bytes": b'{"\xff": 1}', "entry": '{"AAAAA": []}', "subset": entry(subset="val"),
+    "no subset": entry(subset="none"), "subset list": entry(subset=[]),
+    "no length": entry(duration="none"), "length word": entry(duration="9"),
+    "length nan": entry(duration=math.nan), "zero": entry(duration=0), "true": entry(duration=True),
+    "no actions": entry(actions="none"), "actions word": entry(actions="c001 1 2"),
+    "two": entry(actions=[[1, 2.0]]), "class": entry(actions=[[157, 1, 2]]),
+    "minus": entry(actions=[[-1, 1, 2]]), "float": entry(actions=[[1.0, 1, 2]]),
+    "class word": entry(actions=[["c001", 1, 2]]), "class true": entry(actions=[[True, 1, 2]]),
+    "nan": entry(actions=[[1, math.nan, 2]]), "inf": entry(actions=[[1, 1, math.inf]]),
+    "time word": entry(actions=[[1, "1", 2]]), "huge": entry(actions=[[1, 1, 1e300]]),
+    "up": json.dumps({"../A": ENTRY}), "empty": json.dumps({"": ENTRY}),
+    "nul": json.dumps({"A\0": ENTRY}), "surrogate": '{"\\ud800": {}}'}
+
+
+def one_line(function, path, *args):
+    with pytest.raises(UserError) as e:
+        function(path, *args)
+    text = str(e.value)
+    assert text.startswith(str(path)) and "\n" not in text and len(text) < 600, text
+    text.encode()                                             # can be printed
+    return text
+
+
+@pytest.mark.parametrize("case", CSV_FAULTS)
+def test_a_fault_in_the_csv_of_charades_names_file_and_line(case, tmp_path):
+    path = tmp_path / "Charades_v1_train.csv"
+    charades_csv(path, [GOOD, ("BBBBB", "", "3"), CSV_FAULTS[case]])
+    assert re.search(r"\.csv:\d+: |\.csv:\d+\.id: ", one_line(sc.charades_rows, path, 157))
+
+
+@pytest.mark.parametrize("case", RAW_CSV_FAULTS)
+def test_a_csv_of_another_form_is_one_line(case, tmp_path):
+    (tmp_path / "a.csv").write_bytes(RAW_CSV_FAULTS[case])
+    one_line(sc.charades_rows, tmp_path / "a.csv", 157)
+
+
+@pytest.mark.parametrize("case", JSON_FAULTS)
+def test_a_fault_in_the_json_names_file_and_entry(case, tmp_path):
+    path, text = tmp_path / "charades.json", JSON_FAULTS[case]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    line = one_line(sc.json_rows, path, "train", 157, 0)
+    assert "AAAAA" in line or "AAAAA" not in str(text) or case == "cut"
+    if case == "class":
+        one_line(sc.json_rows, path, "train", 157, 1) if "158" in str(text) else None
+        assert sc.json_rows(path, "train", 157, 1)["AAAAA"][1] == ((156, 1.0, 2.0),)
+
+
+def test_class_zero_of_multithumos_is_refused(tmp_path):
+    (tmp_path / "m.json").write_text(entry(actions=[[0, 1, 2]]))
+    assert "no class from 1 to 65" in one_line(sc.json_rows, tmp_path / "m.json", "train", 65, 1)
+
+
+@pytest.mark.parametrize("line", [
+    b"video_test_0000001 1.0", b"video_test_0000001 1.0 2.0 3.0", b"video_test_1 1 2",
+    b"video_train_0000001 1 2", b"../video_test_0000001 1 2", b"video_test_0000001 nan 2",
+    b"video_test_0000001 1 inf", b"video_test_0000001 a b", b"video_test_0000001 1 \xff",
+    b"video_test_\0000001 1 2"])
+def test_a_fault_in_the_lines_of_multithumos_names_file_and_line(line, tmp_path):
+    (tmp_path / "Run.txt").write_bytes(b"video_test_0000003 1 2\n\n" + line + b"\n")
+    with pytest.raises(UserError) as e:
+        sc.thumos_rows(tmp_path, "test", ["Run"])
+    assert str(e.value).startswith(f"{tmp_path / 'Run.txt'}:") and "\n" not in str(e.value)
+    assert ":3: " in str(e.value) or "UTF-8" in str(e.value)
+
+
+def test_a_class_without_its_file_is_one_line(multithumos, tmp_path):
+    shutil.copytree(multithumos / "annotations", tmp_path / "annotations")
+    shutil.copy(multithumos / "class_list.txt", tmp_path)
+    (tmp_path / "annotations" / "Squat.txt").unlink()
+    args = plain(tmp_path, "multithumos")
+    with pytest.raises(UserError, match=r"Squat\.txt: no such file"):
+        sc.read_videos(args, "test", sc.class_names(args))
+
+
+@pytest.mark.parametrize("dataset, name, text", [
+    ("charades", "Charades_v1_classes.txt", "c000 a\nc002 b\n"),
+    ("charades", "Charades_v1_classes.txt", "Holding\n"),
+    ("multithumos", "class_list.txt", "1 ../Run\n"), ("multithumos", "class_list.txt", "")])
+def test_a_fault_in_the_list_of_classes_is_one_line(dataset, name, text, tmp_path):
+    """BUG for the empty list: IndexError in read_videos."""
+    (tmp_path / name).write_text(text)
+    args = plain(tmp_path, dataset)
+    with pytest.raises(UserError, match=re.escape(name)):
+        sc.read_videos(args, "test", sc.class_names(args))
+
+
+def test_a_folder_without_annotations_is_one_line(tmp_path):
+    for dataset in ("charades", "multithumos"):
+        with pytest.raises(UserError, match="--annotations names them"):
+            sc.read_videos(plain(tmp_path, dataset), "test", ["Run"])
+    with pytest.raises(UserError, match="beside it"):
+        sc.read_kinetics(parsed("--data", tmp_path), "train")
+
+
+CLIP = {"label": "a b", "youtube_id": "-AAAAAAAAAA", "time_start": "3", "time_end": "13"}
+
+
+@pytest.mark.parametrize("change", [
+    {"label": ""}, {"label": "a/b"}, {"label": ".."}, {"label": "x"}, {"youtube_id": "../A"},
+    {"youtube_id": ""}, {"time_start": "nan"}, {"time_end": ""}, {"time_end": "1e99"},
+    {"label": "a\\b"}, {"label": "a" * 101}])
+def test_a_fault_in_the_lists_of_kinetics_is_one_line(change, tmp_path):
+    """BUG for the label `..`: it is looked for in the folder above."""
+    (tmp_path / "train" / "a_b").mkdir(parents=True)
+    (tmp_path / "train" / "a_b" / "-AAAAAAAAAA_000003_000013.mp4").touch()
+    (tmp_path / "labels.txt").write_text("a b\n")
+    row = {**CLIP, **change}
+    toy.write_csv(tmp_path / "train.csv", list(row), [CLIP])
+    assert sc.read_kinetics(parsed("--data", tmp_path), "train")[1].tolist() == [
+        "a_b/-AAAAAAAAAA_000003_000013.mp4"]
+    if change == {"label": ".."}:                             # with classes from the table itself
+        (tmp_path / "labels.txt").unlink()
+    toy.write_csv(tmp_path / "train.csv", list(row), [CLIP, row])
+    with pytest.raises(UserError, match=r"train\.csv") as e:
+        sc.read_kinetics(parsed("--data", tmp_path), "train")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "[1]", "{}x", '{"A": {}}', '{"A": {"annotations": {"label": "a"}}}',
+    '{"A": {"annotations": {"label": "a", "segment": [1]}}}',
+    '{"A": {"annotations": {"label": 3, "segment": [1, 2]}}}',
+    '{"A": {"annotations": {"label": "a", "segment": [null, 2]}}}',
+    '{"A": {"annotations": {"label": "a", "segment": [1, NaN]}}}',
+    '{"../A": {"annotations": {"label": "a", "segment": [1, 2]}}}'])
+def test_a_fault_in_the_json_of_kinetics_is_one_line(text, tmp_path):
+    (tmp_path / "train.json").write_text(text)
+    one_line(sc.kinetics_rows, tmp_path / "train.json")
+
+
+def mutants(data, count, seed):
+    """Copies of some bytes with a few changed, left out, put in or doubled."""
+    rng = np.random.default_rng(seed)
+    bits = [b"\0", b"\xff", b'"', b",", b"\n", b";", b"-1", b"nan", b"1e999", b"{", b"]", b"../",
+            b" ", b"null", b"9" * 30, b"\xc2\xb2", b"\\ud800", b""]
+    for _ in range(count):
+        x = bytearray(data)
+        for _ in range(int(rng.integers(1, 4))):
+            at, width = int(rng.integers(len(x))), int(rng.integers(0, 4))
+            x[at:at + width] = bits[rng.integers(len(bits))]
+        yield bytes(x)
+
+
+def test_mutated_annotations_are_read_or_refused_in_one_line(tmp_path):
+    csv_file, json_file = tmp_path / "a.csv", tmp_path / "a.json"
+    rows = [GOOD, ("BBBBB", "c010 0.00 3.20;c156 3.10 9.00", "12.25"), ("CCCCC", "", "3")]
+    charades_csv(csv_file, rows)
+    kinetics = tmp_path / "k.csv"
+    toy.write_csv(kinetics, list(CLIP), [CLIP] * 3)
+    lines, scores = tmp_path / "Run.txt", tmp_path / "localization.txt"
+    clip = {"annotations": {"label": "a", "segment": [1.0, 11.0]}, "subset": "train"}
+    videos = [sc.Video(n, "", 9.0, ()) for n in ("AAAAA", "BBBBB")]
+    about = types.SimpleNamespace(submission=scores)
+    forms = [
+        (csv_file, csv_file.read_bytes(), lambda: sc.charades_rows(csv_file, 157)),
+        (json_file, json.dumps({n: ENTRY for n in ("AAAAA", "BBBBB")}).encode(),
+         lambda: sc.json_rows(json_file, "train", 157, 0)),
+        (kinetics, kinetics.read_bytes(), lambda: sc.kinetics_rows(kinetics)),
+        (tmp_path / "k.json", json.dumps({"A": clip, "B": clip}).encode(),
+         lambda: sc.kinetics_rows(tmp_path / "k.json")),
+        (lines, b"video_test_0000001 1.0 2.5\nvideo_validation_0000002 3 4\n" * 3,
+         lambda: sc.thumos_rows(tmp_path, "test", ["Run"])),
+        (scores, b"".join(b"%s %d 0.1 0.25 1e-3\n" % (v, j) for v in (b"AAAAA", b"BBBBB")
+                          for j in range(1, 6)), lambda: sc.read_submission(about, videos, 3))]
+    for k, (path, data, read) in enumerate(forms):
+        path.write_bytes(data)
+        read()
+        refused = 0
+        for x in mutants(data, 200, k):
+            path.write_bytes(x)
+            try:
+                read()
+            except UserError as e:
+                refused += 1
+                text = str(e)
+                assert text.startswith(str(path)) and "\n" not in text, (x, text)
+        assert 20 < refused < 200, path
