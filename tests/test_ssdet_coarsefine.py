@@ -899,3 +899,532 @@ def test_the_coarse_stream_runs_without_fine_features_and_with_other_pools(chain
          tmp_path / "0" / "best.pt", "--out", tmp_path / "e")
     for key in ("mAP", "mAP_25"):
         assert metrics(tmp_path / "e")[key] == pytest.approx(metrics(tmp_path / "0")[f"val_{key}"])
+
+
+# ---- processes and restarts ----------------------------------------------------------------------
+
+def same_run(one, two):
+    """The largest difference of the numbers of two runs, which must be small."""
+    a, b = metrics(one), metrics(two)
+    assert set(a) == set(b)
+    most = max(abs(a[k] - b[k]) / max(1, abs(a[k])) for k in a if isinstance(a[k], (int, float)))
+    rows = list(zip(log(one), log(two), strict=True))
+    for x, y in rows:
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+    return most
+
+
+@pytest.fixture(scope="module")
+def by_two(chain, kinetics, tune, tmp_path_factory):
+    """The same runs by two processes."""
+    root = tmp_path_factory.mktemp("two")
+    features, last = ["--features", chain / "features"], chain / "detect" / "last.pt"
+    run(root / "detect", *kinetics, "--aug_prob", 1, n=2)
+    run(root / "fine", *tune, "--stream", "fine", "--init", last, n=2)
+    run(root / "coarse", *tune, "--stream", "coarse", "--init", last, *features, n=2)
+    run(root / "two", *tune, "--stream", "two", "--init", chain / "coarse/best.pt", "--init_fine",
+        chain / "fine/best.pt", "--lr", 0.001, n=2)
+    return root
+
+
+@pytest.mark.parametrize("name", ["detect", "fine", "coarse", "two"])
+def test_two_processes_train_as_one_does(name, chain, by_two):
+    assert same_run(chain / name, by_two / name) < 1e-4
+    one, two = (torch.load(r / name / "last.pt", weights_only=True)["model"]
+                for r in (chain, by_two))
+    assert one.keys() == two.keys()
+    for k, v in one.items():
+        assert torch.allclose(v.float(), two[k].float(), rtol=1e-3, atol=1e-4), k
+
+
+def test_evaluation_by_two_processes_ends_in_the_same_bytes(chain, score, multithumos, tmp_path):
+    run(tmp_path / "e", *score, "--init", chain / "coarse/best.pt", chain / "fine/best.pt",
+        chain / "slowfast/best.pt", "--features", chain / "features", n=2)
+    for name in ("metrics.json", "localization.txt", "per_class.csv"):
+        assert (tmp_path / "e" / name).read_bytes() == (chain / "e_both" / name).read_bytes()
+    run(tmp_path / "t", *MINI, "--dataset", "multithumos", "--data", multithumos, "--stage",
+        "evaluate", "--init", chain / "thumos" / "best.pt", n=2)
+    for name in ("metrics.json", "per_class.csv"):
+        assert (tmp_path / "t" / name).read_bytes() == (chain / "e_thumos" / name).read_bytes()
+
+
+def test_extraction_goes_on_where_it_was_killed(chain, score, tmp_path):
+    """BUG: the half-written file of the killed process stays, `NAME.tmpPID`."""
+    ours = tmp_path / "features"
+    flags = [*score[:-2], "--stage", "extract", "--init", chain / "fine/best.pt", "--features",
+             ours]
+    names = sorted(p.name for p in (chain / "features" / "layer1").iterdir())
+    r = quick(tmp_path / "q", *flags, "--out", tmp_path / "o", die=(f"torn:{names[5]}", 3))
+    assert r.code == -9
+    half = {p: p.stat().st_mtime_ns for p in ours.rglob("*") if p.is_file()
+            and ".tmp" not in p.name and p.name not in (names[5], "about.json")}
+    assert 5 <= len(half) < 50
+    run(tmp_path / "o", *flags, n=2)
+    assert all(p.stat().st_mtime_ns == t for p, t in half.items())
+    whole = {p.relative_to(chain / "features"): p.read_bytes()
+             for p in (chain / "features").rglob("*") if p.is_file()}
+    left = {p.relative_to(ours) for p in ours.rglob("*.tmp*")}
+    assert {p.relative_to(ours): p.read_bytes() for p in ours.rglob("*") if p.is_file()
+            and p.relative_to(ours) not in left} == whole     # by two processes: the same bytes
+    assert metrics(tmp_path / "o")["new"] == 11 - len(half) // 5
+    here(*flags, "--out", tmp_path / "o")
+    assert metrics(tmp_path / "o")["new"] == 0
+    assert not left, "temporary files of a killed process"
+
+
+@pytest.mark.parametrize("name", ["detect", "multigrid", "coarse"])
+def test_a_killed_run_ends_in_the_same_bytes(name, chain, by_two, kinetics, tune, tmp_path):
+    n, flags = {
+        "detect": (1, [*kinetics, "--aug_prob", 1]),
+        "multigrid": (1, [*kinetics, "--task", "classify", "--multigrid", "x3d", "--iters", 8,
+                          "--batch_size", 1, "--groups", 1]),
+        "coarse": (2, [*tune, "--stream", "coarse", "--init", chain / "detect/last.pt",
+                       "--features", chain / "features"])}[name]
+    whole = chain / "detect" if name == "detect" else by_two / "coarse"
+    if name == "multigrid":
+        whole = tmp_path / "whole"
+        here(*flags, "--out", whole)
+        assert len(log(whole)) == 8
+    for kill in {"detect": [("torn:last.pt", 2), ("line", 1)], "multigrid": [("step", 5)],
+                 "coarse": [("step", 4)]}[name]:
+        r = quick(tmp_path / "q", *flags, "--out", tmp_path / "killed", n=n, die=kill)
+        assert r.code == -9, (kill, r)
+    r = run(tmp_path / "killed", *flags, n=n)
+    assert "continuing" in r.out
+    for file in ("last.pt", "best.pt", "metrics.json"):
+        assert (tmp_path / "killed" / file).read_bytes() == (whole / file).read_bytes(), file
+    assert not list((tmp_path / "killed").glob("*.tmp*"))
+    timeless = {"clips_per_s", "data_wait", "eta_s"}
+    assert [{k: v for k, v in row.items() if k not in timeless} for row in log(
+        tmp_path / "killed")] == [{k: v for k, v in row.items() if k not in timeless}
+                                  for row in log(whole)]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def released(state, path, prefix="module."):
+    """A checkpoint as the release writes it."""
+    torch.save({"model_state_dict": {prefix + k: v for k, v in state.items()},
+                "optimizer_state_dict": {"state": {}, "param_groups": []}, "steps": 7,
+                "scheduler_state_dict": {"last_epoch": 3}}, path)
+    return path
+
+
+def state_of(folder):
+    return torch.load(folder / "best.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("name", ["x3d", "fine", "coarse", "two"])
+def test_released_checkpoints_are_evaluated(name, chain, score, tmp_path):
+    for k, prefix in enumerate(("", "module.")):
+        state, path = state_of(chain / name), tmp_path / f"{k}.pt"
+        if name == "two":
+            parts = {start: {prefix + key.removeprefix(start): v for key, v in state.items()
+                             if key.startswith(start)} for start in ("coarse.", "fine.")}
+            torch.save({"model_l_state_dict": parts["coarse."],
+                        "model_g_state_dict": parts["fine."],
+                        "optimizer_state_dict": {"state": {}}}, path)
+        else:
+            released(state, path, prefix)
+        here(*score, "--stream", name, "--init", path, "--out", tmp_path / f"e{k}", "--features",
+             chain / "features")
+        ours, theirs = chain / f"e_{name}", tmp_path / f"e{k}"
+        if name == "x3d":                                     # is not among the chain's
+            want = metrics(chain / "x3d")
+            assert metrics(theirs)["mAP"] == pytest.approx(want["val_mAP"])
+        else:
+            assert (theirs / "localization.txt").read_bytes() == (
+                ours / "localization.txt").read_bytes()
+
+
+def fair_names(state):
+    """Tensors under the names of SlowFast's zoo, batch norm as there."""
+    rules = [(r"^conv1_s\.", "s1.pathway0_stem.conv_xy."), (r"^conv1_t\.", "s1.pathway0_stem.conv."),
+             (r"^bn1\.", "s1.pathway0_stem.bn."),
+             (r"^layer(\d)\.(\d+)\.", lambda m: f"s{int(m[1]) + 1}.pathway0_res{m[2]}."),
+             (r"downsample\.0\.", "branch1."), (r"downsample\.1\.", "branch1_bn."),
+             (r"(res\d+)\.fc", r"\1.branch2.se.fc"),
+             (r"(res\d+)\.(conv|bn)(\d)\.",
+              lambda m: f"{m[1]}.branch2.{'_abc'[int(m[3])]}{'_bn' * (m[2] == 'bn')}."),
+             (r"^conv5\.", "head.conv_5."), (r"^bn5\.", "head.conv_5_bn."),
+             (r"^fc1\.", "head.lin_5."), (r"^fc2\.", "head.projection.")]
+    made = {}
+    for k, v in state.items():
+        if ".split_bn." in k:
+            continue
+        for pattern, new in rules:
+            k = re.sub(pattern, new, k)
+        made[re.sub(r"\.bn\.(running_|num_)", r".\1", k) if "stem" not in k else
+             k.replace(".bn.bn.", ".bn.")] = v
+    return made
+
+
+def test_networks_of_the_zoo_start_a_detector_and_lose_their_classifier(chain, tune, score,
+                                                                        tmp_path, capsys):
+    state = fair_names(state_of(chain / "detect"))            # nine classes, as Kinetics' 400
+    assert "s2.pathway0_res0.branch2.a_bn.running_mean" in state
+    torch.save({"model_state": state, "epoch": 3, "cfg": "x"}, tmp_path / "x3d.pyth")
+    here(*tune, "--stream", "fine", "--init", tmp_path / "x3d.pyth", "--epochs", 1, "--lr", 1e-9,
+         "--out", tmp_path / "o")
+    assert "2 of the network left fresh (fc2.bias, fc2.weight)" in capsys.readouterr().out
+    ours, theirs = state_of(tmp_path / "o"), state_of(chain / "detect")
+    for k in ("conv1_s.weight", "layer3.0.conv2.weight", "layer2.0.fc1.bias", "fc1.weight"):
+        assert torch.allclose(ours[k], theirs[k], atol=1e-5), k
+    line = fault(*score, "--init", chain / "detect/best.pt", "--out", tmp_path / "e")
+    assert "9 classes" in line and str(chain / "detect/best.pt") in line
+
+
+def test_what_is_wrong_with_a_checkpoint_is_one_line(chain, score, tune, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return print, ("this must never be printed",)
+    bad, saved = {}, torch.load(chain / "fine" / "best.pt", weights_only=True)
+    torch.save({"model": {"fc2.bias": Code()}}, tmp_path / "code.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"model": {}}, tmp_path / "none.pt")
+    torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "other.pt")
+    state = {k: v.clone() for k, v in saved["model"].items()}
+    state["layer2.0.conv1.weight"][0] = math.nan
+    torch.save({**saved, "model": state}, tmp_path / "nan.pt")
+    state = {k: v for k, v in saved["model"].items() if k != "layer2.0.conv1.weight"}
+    torch.save({**saved, "model": state}, tmp_path / "lost.pt")
+    state = {**saved["model"], "layer2.0.conv1.weight": torch.ones(2, 2, 1, 1, 1)}
+    torch.save({**saved, "model": state}, tmp_path / "shape.pt")
+    bad = {"code": "more than tensors", "text": "damaged", "none": "no named weights",
+           "other": "holds no X3D", "nan": "not finite", "lost": "are missing",
+           "shape": "the network needs", "nothing": "no such file"}
+    for name, words in bad.items():
+        path = tmp_path / f"{name}.pt"
+        line = fault(*score, "--init", path, "--out", tmp_path / "e")
+        assert line.startswith(f"{path}: ") and words in line, line
+        line = fault(*tune, "--stream", "fine", "--init", path, "--out", tmp_path / "t")
+        assert line.startswith(f"{path}: "), line
+    flags = [*score[:-2], "--stage", "extract", "--features", tmp_path / "f"]
+    assert "--stream coarse" in fault(*flags, "--init", chain / "coarse/best.pt", "--out",
+                                      tmp_path / "x")
+    assert "9 classes" in fault(*score, "--init", chain / "fine/best.pt", chain / "detect/best.pt",
+                                "--out", tmp_path / "e")
+    line = fault(*flags[:-1], chain / "features", "--init", chain / "x3d/best.pt", "--out",
+                 tmp_path / "x")
+    assert str(chain / "features" / "about.json") in line and "crc32" in line
+
+
+def spoil(path, case):
+    x = torch.load(path, weights_only=True)
+    if case == "nan":
+        torch.save(torch.full_like(x, math.nan), path)
+    elif case == "shape":
+        torch.save(x[0], path)
+    elif case == "short":
+        torch.save(x[:, :, :-1], path)
+    elif case == "nothing":
+        torch.save(x[:, :, :0], path)
+    elif case == "words":
+        torch.save({"x": "y"}, path)
+    elif case == "cut":
+        path.write_bytes(path.read_bytes()[:-99])
+    else:
+        path.unlink()
+
+
+def test_broken_features_are_replaced_in_training_and_named_in_the_test(chain, charades, tune,
+                                                                        score, tmp_path, capsys):
+    args = plain(charades, "charades")
+    first, second = (sc.read_videos(args, s, sc.class_names(args))[0].name
+                     for s in ("train", "test"))
+    init = ["--init", chain / "coarse/best.pt", "--features", tmp_path / "f"]
+    shutil.copytree(chain / "features", tmp_path / "f")
+    for case in ("nan", "shape", "short", "nothing", "words", "cut", "lost"):
+        path = tmp_path / "f" / "layer3" / second
+        whole = path.read_bytes()
+        spoil(path, case)
+        line = fault(*score, *init, "--out", tmp_path / "e", kind=VideoError)
+        assert str(tmp_path / "f") in line and second in line, line
+        path.write_bytes(whole)
+    spoil(tmp_path / "f" / "layer3" / first, "nan")
+    capsys.readouterr()
+    here(*tune, "--stream", "coarse", *init, "--epochs", 1, "--out", tmp_path / "t")
+    err = capsys.readouterr().err
+    assert metrics(tmp_path / "t")["training_samples_broken"] == 1
+    assert f"warning: {tmp_path / 'f' / 'layer3' / first}: holds NaN" in err
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+F, C, M = ("--stage finetune", "--stage finetune --stream coarse",
+           "--stage finetune --dataset multithumos")
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--augment mixup,mixup", "--augment"), ("--augment freeze,zoom", "--augment"),
+    ("--augment freeze,", "--augment"), ("--aug_prob 1.5", "--aug_prob"),
+    ("--aug_prob nan", "--aug_prob"), ("--aug_prob -1", "--aug_prob"), ("--dropout 1", "--dropout"),
+    ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--stage pretrain --dataset charades", "kinetics"),
+    (f"{F} --dataset nothing", "--dataset"), (f"{F} --multigrid x3d", "--multigrid"),
+    ("--schedule plateau", "plateau"), ("--schedule constant --milestones 3", "--milestones"),
+    (f"{F} --crop 31", "--crop"), ("--stage evaluate --chunk 7", "--chunk"),
+    ("--stage evaluate --eval_fps 0", "--eval_fps"), ("--stage evaluate --eval_fps inf", "eval_fps"),
+    (f"{F} --init a.pt b.pt", "--init"), ("--stage evaluate --init none", "--init none"),
+    ("--stage extract --init none", "--init none"), ("--groups 3", "--groups 3"),
+    (f"{F} --batch_size 5", "--batch_size 5"), (f"{F} --stream two --fusion none", "--stream two"),
+    ("--submission x.txt", "--submission"), (f"{M} --submission x.txt", "--submission"),
+    ("--stage evaluate --dataset multithumos --submission x.txt", "--submission"),
+    ("--num_frames 0", "--num_frames"), ("--stride 0", "--stride"), ("--iters 0", "--iters"),
+    (f"{F} --epochs 0", "--epochs"), ("--crop x", "--crop"), ("--nonsense", "--nonsense"),
+    ("--stage train", "--stage"), (f"{F} --feature_cap 0", "--feature_cap"), ("--seed -1", "--seed"),
+    (f"{F} --stream fin", "--stream"), (f"{F} --milestones -3", "--milestones")])
+def test_a_wrong_flag_is_one_line(flags, words, capsys):
+    """BUG for --milestones -3 (and 0): numbers below 1 are taken."""
+    with pytest.raises(SystemExit) as e:
+        sc.parse_args(flags.split())
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count("\n") == 1 and err.startswith("error: ")
+
+
+RUNS = "runs/ssdet_coarsefine_"
+BEFORE = f"{RUNS}kinetics400_pretrain/last.pt"
+
+
+@pytest.mark.parametrize("flags, want", [
+    ("", {"task": "detect", "batch_size": 64, "lr": 0.05, "backbone_lr": 0.1, "warmup": 8000,
+          "iters": 100_000, "num_frames": 16, "stride": 5, "weight_decay": 5e-5, "groups": 4,
+          "crop": 224, "init": ["fair"], "norm_values": "kinetics", "multigrid": "off",
+          "augment": "freeze,mixup,cutmix", "aug_prob": 0.5, "dropout": 0.5, "milestones": [],
+          "out": Path(f"{RUNS}kinetics400_pretrain")}),
+    ("--task classify", {"batch_size": 128, "lr": 0.2, "num_frames": 8, "stride": 10,
+                         "iters": 206_160, "milestones": [82464, 134004, 190698],
+                         "backbone_lr": 1.0, "multigrid": "x3d", "init": ["none"],
+                         "out": Path(f"{RUNS}kinetics400_pretrain_classify")}),
+    (F, {"dataset": "charades", "stream": "fine", "batch_size": 8, "lr": 0.01, "num_frames": 64,
+         "stride": 10, "weight_decay": 1e-5, "milestones": [60, 80, 100], "epochs": 200,
+         "val_every": 4, "groups": 2, "init": [BEFORE], "norm_values": "charades", "warmup": 0,
+         "data": Path("data/charades"), "out": Path(f"{RUNS}charades_finetune_fine")}),
+    (C, {"batch_size": 6, "lr": 0.02, "milestones": [30, 50, 70], "num_frames": 64, "stride": 10,
+         "feature_cap": 128, "weight_decay": 1e-5, "init": [BEFORE], "pool": "grid",
+         "fusion": "mixed", "features": Path("data/charades/features")}),
+    (f"{F} --stream two", {"batch_size": 16, "groups": 4, "lr": 0.02, "milestones": [60, 90, 110],
+                           "init": [f"{RUNS}charades_finetune_coarse/best.pt"],
+                           "init_fine": f"{RUNS}charades_finetune_fine/best.pt"}),
+    (f"{F} --stream x3d", {"batch_size": 16, "lr": 0.02, "epochs": 100, "schedule": "plateau",
+                           "num_frames": 16, "stride": 10, "milestones": []}),
+    (f"{F} --stream slowfast", {"batch_size": 8, "lr": 0.01, "init": ["pytorchvideo"]}),
+    (M, {"dataset": "multithumos", "feature_cap": 1024, "batch_size": 8, "num_frames": 64,
+         "stride": 10, "data": Path("data/multithumos"), "init": [BEFORE],
+         "out": Path(f"{RUNS}multithumos_finetune_fine")}),
+    (f"{F} --version L", {"crop": 312}), (f"{F} --version S", {"crop": 160}),
+    ("--stage extract", {"init": [f"{RUNS}charades_finetune_fine/best.pt"],
+                         "out": Path(f"{RUNS}charades_extract")}),
+    ("--stage evaluate", {"init": [f"{RUNS}charades_finetune_coarse/best.pt"], "chunk": 1000,
+                          "frames25": "official",
+                          "out": Path(f"{RUNS}charades_evaluate_coarse")}),
+    ("--stage evaluate --dataset multithumos --stream fine",
+     {"init": [f"{RUNS}multithumos_finetune_fine/best.pt"], "eval_fps": 10.0})])
+def test_defaults_are_those_of_the_published_recipes(flags, want):
+    args = sc.parse_args(flags.split())
+    assert {k: getattr(args, k) for k in want} == want
+
+
+def test_as_many_groups_as_processes_where_these_are_more(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert sc.parse_args(F.split()).groups == 8               # batch 8, groups 2
+    assert sc.parse_args([]).groups == 8                      # batch 64, groups 4
+    assert sc.parse_args(["--task", "classify"]).groups == 16
+    with pytest.raises(SystemExit):                           # batch 6
+        sc.parse_args(C.split())
+    assert "8 processes" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert sc.parse_args(C.split()).groups == 3
+
+
+def test_help_lists_every_flag_with_its_meaning():
+    r = command("--help", timeout=40, script="ssdet_coarsefine")
+    assert r.code == 0 and "Grid Pool" in r.out and not r.err
+    listed = r.out.split("\noptions:")[1]
+    flags = sorted({*re.findall(r"^  (--\w+)", listed, re.M)})
+    assert len(flags) >= 48
+    for flag in flags:
+        text = re.search(rf"^  {flag}\b(.*(?:\n {{8,}}.*)*)", listed, re.M)[1]
+        assert len(re.findall(r"[a-z]{2,}", re.sub(r"\{[^}]*\}|\(default[^)]*\)", "", text))) >= 1, (
+            flag, text)
+
+
+def test_every_command_of_the_documentation_is_understood():
+    text = (running.REPO / "README.md").read_text() + sc.__doc__
+    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) ssdet_coarsefine\.py([^`|#(]*?)(?:$|[`|#(]|"
+                       r"(?<!\\)\n)", text, re.M)
+    assert len(lines) >= 7
+    for line in lines:
+        line = re.sub(r"CHECKPOINT.*", "a.pt", line.split(", then")[0].replace("\\\n", " "))
+        if "--help" not in line:
+            sc.parse_args(line.split())
+
+
+# ---- faults of a run, and long videos ------------------------------------------------------------
+
+def test_what_the_user_can_mend_is_one_line(chain, kinetics, tune, score, charades, tmp_path):
+    (tmp_path / "file").write_text("x")
+    data = tmp_path / "charades"
+    shutil.copytree(charades, data)
+    lost = sorted((data / "Charades_v1").iterdir())
+    test = {v.name for v in sc.read_videos(plain(charades, "charades"), "test", [*toy.CHARADES])}
+    lost = next(p for p in lost if p.stem in test)
+    lost.unlink()
+    fine = ["--init", chain / "fine/best.pt"]
+    cases = [
+        ([*tune, "--init", "none", "--data", tmp_path / "no", "--out", tmp_path / "o"], "no such "
+         "folder"), ([*tune, "--init", "none", "--out", tmp_path / "file"], "must be a folder"),
+        ([*tune, "--stream", "fine", "--init", chain / "detect/last.pt", "--lr", 0.3, "--out",
+          chain / "fine"], "--lr"),
+        ([*kinetics, "--iters", 9, "--aug_prob", 1, "--out", chain / "detect"], "--iters"),
+        ([*score, *fine, "--data", data, "--out", tmp_path / "e"], lost.stem),
+        ([*tune, "--init", "none", "--data", data, "--out", tmp_path / "o"], lost.stem),
+        ([*kinetics, "--data", charades, "--out", tmp_path / "o"], "beside it"),
+        ([*kinetics, "--batch_size", 40, "--out", tmp_path / "o"], "--batch_size"),
+        ([*score, "--submission", tmp_path / "file", "--out", tmp_path / "s"], "file:1: ")]
+    for flags, words in cases:
+        assert words in fault(*flags), flags
+
+
+def test_more_clips_in_a_batch_than_videos_is_one_line(tune, tmp_path):
+    """BUG: max() of no steps, a ValueError."""
+    assert "--batch_size" in fault(*tune, "--stream", "fine", "--init", "none", "--batch_size", 8,
+                                   "--out", tmp_path / "o")
+
+
+def test_a_run_that_diverges_says_so_in_one_line(kinetics, tune, tmp_path):
+    """BUG: the binary cross entropy of NaN raises (on CUDA the device asserts) before the guard."""
+    for k, flags in enumerate((kinetics, [*tune, "--stream", "fine"])):
+        line = fault(*flags, "--init", "none", "--lr", 1e18, "--out", tmp_path / str(k))
+        assert re.match(r"step \d: loss is (nan|inf)", line), line
+
+
+def test_fine_steps_far_away_have_finite_weights_and_gradients():
+    """BUG: exp(-x²) underflows some 13 σ away, and its quotient by the largest has a gradient of
+    NaN; clips of videos longer than two minutes end --stream two.
+    """
+    for far in (0, 9, 40, 90, 100, 104, 106, 150, 400):
+        c = torch.linspace(0, 1, 5)[None].requires_grad_()
+        G = sc.gaussian(torch.tensor([far]), torch.tensor([64]), 64, c, 16)
+        assert torch.isfinite(G).all() and torch.allclose(G.amax(1), torch.ones(1, 5)), far
+        (G * torch.randn(G.shape)).sum().backward()
+        assert torch.isfinite(c.grad).all(), far
+
+
+def test_test_videos_without_an_action_still_end_in_numbers(chain, charades, score, tmp_path):
+    """BUG: the mean over no class is NaN, which metrics.json refuses with a ValueError."""
+    table = tmp_path / "notes" / "Charades_v1_test.csv"
+    with open(charades / "Charades" / table.name, newline="") as f:
+        rows = [(r["id"], "", r["length"]) for r in csv.DictReader(f)]
+    charades_csv(table, rows)
+    shutil.copy(charades / "Charades" / "Charades_v1_classes.txt", table.parent)
+    try:
+        here(*score, "--annotations", table.parent, "--init", chain / "fine/best.pt", "--out",
+             tmp_path / "e")
+    except UserError as e:                                    # one line would do as well
+        assert "\n" not in str(e)
+
+
+def test_a_submission_needs_no_videos(chain, charades, tmp_path):
+    """BUG: `locate` lists --data, which need not be there."""
+    here(*MINI, "--stage", "evaluate", "--data", tmp_path / "no", "--annotations",
+         charades / "Charades", "--submission", chain / "e_fine" / "localization.txt", "--out",
+         tmp_path / "s")
+    assert metrics(tmp_path / "s")["mAP_25"] == pytest.approx(metrics(chain / "e_fine")["mAP_25"],
+                                                              abs=0.02)
+
+
+def test_a_broken_video_is_replaced_in_training_and_named_in_the_test(chain, charades, kinetics400,
+                                                                      tune, score, kinetics,
+                                                                      tmp_path, capsys):
+    data = tmp_path / "charades"
+    shutil.copytree(charades, data)
+    args = plain(data, "charades")
+    names = sc.class_names(args)
+    train, test = (sc.read_videos(args, s, names)[2] for s in ("train", "test"))
+    whole = Path(test.path).read_bytes()
+    for content in (b"", b"nothing of a video", whole[:len(whole) // 2]):
+        Path(test.path).write_bytes(content)
+        line = fault(*score, "--data", data, "--init", chain / "fine/best.pt", "--out",
+                     tmp_path / "e", kind=VideoError)
+        assert line.startswith(f"{test.path}: ")
+    Path(test.path).write_bytes(whole)
+    Path(train.path).write_bytes(b"nothing")
+    here(*tune, "--data", data, "--stream", "fine", "--init", "none", "--epochs", 1, "--out",
+         tmp_path / "o")
+    assert metrics(tmp_path / "o")["training_samples_broken"] == 1
+    assert f"warning: {train.path}: " in capsys.readouterr().err
+    clips = tmp_path / "kinetics400"
+    shutil.copytree(kinetics400, clips)
+    for path in sorted(clips.glob("train/*/*.mp4"))[::2]:
+        path.write_bytes(b"nothing")
+    here(*kinetics, "--data", clips, "--out", tmp_path / "k")
+    assert metrics(tmp_path / "k")["training_samples_broken"] >= 1
+
+
+class Long(torch.utils.data.Dataset):
+    """One video of so many sampled frames."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng(0)
+        clip = torch.from_numpy(rng.integers(0, 255, (3, self.steps, 32, 32), np.uint8))
+        item = {"clip": clip, "label": torch.zeros(8, 10 * self.steps, dtype=torch.uint8),
+                "start": 0, "index": i, "about": (10 * self.steps, 10 * self.steps, 99.0)}
+        maps = {level: torch.zeros(c, 16, 7, 7) for level, c in zip(
+            sc.LEVELS, common.X3D("tiny").widths)}
+        return {**item, "features": maps}
+
+
+def pieces_of(steps, stream, chunk=1000):
+    args = parsed("--stage", "evaluate", "--tiny", "--stream", stream, "--workers", 0, "--init",
+                  "x", "--chunk", chunk)
+    args.groups, device = 1, torch.device("cpu")
+    model = sc.build(args, device, sc.Kind(stream, "tiny", 8, "grid", "mixed")).eval()
+    return args, device, model, sc.detect(args, device, model, Long(steps), "x")[0]
+
+
+@pytest.mark.parametrize("stream", ["fine", "coarse"])
+def test_a_video_in_pieces_has_logits_for_every_step(stream):
+    for steps in (100, 103, 104, 105, 200, 201, 205, 303):
+        args, device, model, found = pieces_of(steps, stream, 100)
+        pieces = [(0, steps)] if steps < 105 else [
+            (a, min(a + 100, steps)) for a in range(0, steps, 100)]
+        x = Long(steps)[0]["clip"][None]
+        if stream == "fine":
+            assert found.logits.shape == (8, steps)
+            want = []
+            with torch.no_grad():
+                for a, b in pieces:
+                    want.append(model(sc.normalise(x[:, :, a:b], "charades")))
+            assert np.allclose(found.logits, torch.cat(want, 2)[0], atol=1e-4)
+            maps = sc.extract_video(args, device, model, x)
+            assert {m.shape[2] for m in maps.values()} == {steps}
+        else:                                                 # four for each begun four
+            assert found.logits.shape == (8, sum(4 * -(-(b - a) // 4) for a, b in pieces))
+            assert (np.diff(found.sampled) >= -1e-6).all()
+            assert 0 <= found.sampled.min() and found.sampled.max() <= 1 + 1e-6
+        assert np.isfinite(found.logits).all()
+    assert [sc.chunks(n) for n in (1000, 1004, 1005, 2000)] == [
+        [(0, 1000)], [(0, 1004)], [(0, 1000), (1000, 1005)], [(0, 1000), (1000, 2000)]]
+
+
+def megabytes(rank):
+    """Largest memory after videos of growing length, in pieces and at once."""
+    import resource
+    most = []
+    for steps, chunk in ((10, 1000), (1500, 1000), (3000, 1000), (3000, 5000)):
+        *_, found = pieces_of(steps, "fine", chunk)
+        assert found.logits.shape == (8, steps)
+        most.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return most
+
+
+def test_pieces_bound_the_memory_of_long_videos(tmp_path):
+    start, half, whole, at_once = running.processes(megabytes, 1, tmp_path)[0]
+    assert whole - start < 1.5 * (half - start) + 20
+    assert at_once - start > 1.8 * (whole - start)
