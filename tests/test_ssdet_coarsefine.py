@@ -649,12 +649,12 @@ MINI = ("--tiny --crop 32 --num_frames 8 --batch_size 2 --workers 0 --log_every 
 
 @pytest.fixture(scope="module")
 def kinetics(kinetics400):
-    return [*MINI, "--data", kinetics400, "--iters", 4]
+    return [*MINI, "--lr", 0.005, "--data", kinetics400, "--iters", 4]
 
 
 @pytest.fixture(scope="module")
 def tune(charades):
-    return [*MINI, "--data", charades, "--stage", "finetune", "--epochs", 2]
+    return [*MINI, "--lr", 0.002, "--data", charades, "--stage", "finetune", "--epochs", 2]
 
 
 @pytest.fixture(scope="module")
@@ -676,7 +676,7 @@ def chain(kinetics, tune, score, multithumos, tmp_path_factory):
                         *features],
             "coarse": [*tune, "--stream", "coarse", "--init", last, *features],
             "two": [*tune, "--stream", "two", "--init", root / "coarse/best.pt", "--init_fine",
-                    root / "fine/best.pt", "--lr", 0.001],
+                    root / "fine/best.pt"],
             "x3d": [*tune, "--stream", "x3d", "--init", root / "classify/last.pt"],
             "slowfast": [*tune, "--stream", "slowfast", "--init", "none"],
             "thumos": [*thumos, "--stage", "finetune", "--epochs", 1, "--init", "none"],
@@ -793,7 +793,7 @@ def test_the_official_numbers_are_those_computed_by_hand(name, chain, charades, 
     assert found["networks"] == (3 if name == "e_both" else 1) and found["test_videos"] == 5
     with Image.open(folder / "timeline.png") as picture:
         picture.load()
-        assert picture.size[0] == 900 and len(set(picture.convert("RGB").getdata())) > 20
+        assert picture.size[0] == 900 and len(picture.convert("RGB").getcolors(10 ** 6)) > 20
 
 
 def test_what_is_written_of_the_scores_tells_near_ties_apart(chain):
@@ -923,13 +923,13 @@ def by_two(chain, kinetics, tune, tmp_path_factory):
     run(root / "fine", *tune, "--stream", "fine", "--init", last, n=2)
     run(root / "coarse", *tune, "--stream", "coarse", "--init", last, *features, n=2)
     run(root / "two", *tune, "--stream", "two", "--init", chain / "coarse/best.pt", "--init_fine",
-        chain / "fine/best.pt", "--lr", 0.001, n=2)
+        chain / "fine/best.pt", n=2)
     return root
 
 
 @pytest.mark.parametrize("name", ["detect", "fine", "coarse", "two"])
 def test_two_processes_train_as_one_does(name, chain, by_two):
-    assert same_run(chain / name, by_two / name) < 1e-4
+    assert same_run(chain / name, by_two / name) < 1e-5
     one, two = (torch.load(r / name / "last.pt", weights_only=True)["model"]
                 for r in (chain, by_two))
     assert one.keys() == two.keys()
@@ -1078,7 +1078,7 @@ def test_what_is_wrong_with_a_checkpoint_is_one_line(chain, score, tune, tmp_pat
     class Code:
         def __reduce__(self):
             return print, ("this must never be printed",)
-    bad, saved = {}, torch.load(chain / "fine" / "best.pt", weights_only=True)
+    saved = torch.load(chain / "fine" / "best.pt", weights_only=True)
     torch.save({"model": {"fc2.bias": Code()}}, tmp_path / "code.pt")
     (tmp_path / "text.pt").write_text("hello")
     torch.save({"model": {}}, tmp_path / "none.pt")
@@ -1294,8 +1294,8 @@ def test_more_clips_in_a_batch_than_videos_is_one_line(tune, tmp_path):
 def test_a_run_that_diverges_says_so_in_one_line(kinetics, tune, tmp_path):
     """BUG: the binary cross entropy of NaN raises (on CUDA the device asserts) before the guard."""
     for k, flags in enumerate((kinetics, [*tune, "--stream", "fine"])):
-        line = fault(*flags, "--init", "none", "--lr", 1e18, "--out", tmp_path / str(k))
-        assert re.match(r"step \d: loss is (nan|inf)", line), line
+        line = fault(*flags, "--init", "none", "--lr", 1e9, "--out", tmp_path / str(k))
+        assert re.match(r"step \d: \w+ is (nan|inf)", line), line
 
 
 def test_fine_steps_far_away_have_finite_weights_and_gradients():
@@ -1427,4 +1427,4 @@ def megabytes(rank):
 def test_pieces_bound_the_memory_of_long_videos(tmp_path):
     start, half, whole, at_once = running.processes(megabytes, 1, tmp_path)[0]
     assert whole - start < 1.5 * (half - start) + 20
-    assert at_once - start > 1.8 * (whole - start)
+    assert at_once - start > 1.4 * (whole - start)
