@@ -1,6 +1,7 @@
 """Stages of SSDet and Coarse-Fine: frames, annotations, what runs leave, restarts, wrong input."""
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -199,7 +200,7 @@ def test_whole_videos_are_read_as_the_release_reads_them(name, films):
 def test_videos_of_multithumos_keep_their_rate(tmp_path):
     path = film(tmp_path / "video_test_0000001.mp4", 131, 30)
     args = parsed("--stage", "finetune", "--dataset", "multithumos", "--tiny", "--crop", 32)
-    for duration in (4.5, 0.0):                               # of the JSON; the text files have none
+    for duration in (4.5, 0.0):                               # the text files tell none
         video = sc.Video(path.stem, str(path), duration, ACTIONS)
         item = sc.WholeVideos(args, [video], 3)[0]
         assert numbers_of(item["clip"])[0] == list(range(0, 130, 10))
@@ -674,8 +675,8 @@ def chain(kinetics, tune, score, multithumos, tmp_path_factory):
             "extract": [*tune[:-4], "--stage", "extract", "--init", root / "fine/best.pt",
                         *features],
             "coarse": [*tune, "--lr", 1e-4, "--stream", "coarse", "--init", last, *features],
-            "two": [*tune, "--lr", 1e-4, "--stream", "two", "--init", root / "coarse/best.pt", "--init_fine",
-                    root / "fine/best.pt"],
+            "two": [*tune, "--lr", 1e-4, "--stream", "two", "--init", root / "coarse/best.pt",
+                    "--init_fine", root / "fine/best.pt"],
             "x3d": [*tune, "--stream", "x3d", "--init", root / "classify/last.pt"],
             "slowfast": [*tune, "--stream", "slowfast", "--init", "none"],
             "thumos": [*thumos, "--stage", "finetune", "--epochs", 1, "--init", "none"],
@@ -684,7 +685,8 @@ def chain(kinetics, tune, score, multithumos, tmp_path_factory):
             "e_both": [*score, "--init", root / "coarse/best.pt", root / "fine/best.pt",
                        root / "slowfast/best.pt", *features],
             "e_two": [*score, "--init", root / "two/best.pt"],
-            "e_thumos": [*thumos, "--stage", "evaluate", "--init", root / "thumos/best.pt"]}.items():
+            "e_thumos": [*thumos, "--stage", "evaluate", "--init",
+                         root / "thumos/best.pt"]}.items():
         here(*flags, "--out", root / name)
     return root
 
@@ -875,8 +877,8 @@ def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(chain, score, 
                tmp_path / "x3d.pt")
     results = []
     for k, files in enumerate((("released.pt", "x3d.pt"), ("x3d.pt", "released.pt"))):
-        here(*score, "--limit", 3, "--stream", "fine", "--init", *(tmp_path / f for f in files), "--out",
-             tmp_path / str(k))
+        here(*score, "--limit", 3, "--stream", "fine", "--init", *(tmp_path / f for f in files),
+             "--out", tmp_path / str(k))
         results.append(metrics(tmp_path / str(k)))
     assert results[0] == results[1]
 
@@ -929,7 +931,7 @@ def by_two(chain, kinetics, tune, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["detect", "fine", "coarse", "two"])
 def test_two_processes_train_as_one_does(name, chain, by_two):
-    assert same_run(chain / name, by_two / name) < 1e-5
+    assert same_run(chain / name, by_two / name) < 1e-4
     one, two = (torch.load(r / name / "last.pt", weights_only=True)["model"]
                 for r in (chain, by_two))
     assert one.keys() == two.keys()
@@ -1414,18 +1416,20 @@ def test_a_video_in_pieces_has_logits_for_every_step(stream):
         [(0, 1000)], [(0, 1004)], [(0, 1000), (1000, 1005)], [(0, 1000), (1000, 2000)]]
 
 
-def megabytes(rank):
-    """Largest memory after videos of growing length, in pieces and at once."""
+def megabytes(steps, chunk, rank):
+    """By how much a video of so many steps enlarges a process."""
     import resource
     most = []
-    for steps, chunk in ((10, 1000), (1500, 1000), (3000, 1000), (3000, 5000)):
-        *_, found = pieces_of(steps, "fine", chunk)
-        assert found.logits.shape == (8, steps)
+    for n in (10, steps):
+        assert pieces_of(n, "fine", chunk)[-1].logits.shape == (8, n)
         most.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    return most
+    return most[1] - most[0]
 
 
 def test_pieces_bound_the_memory_of_long_videos(tmp_path):
-    start, half, whole, at_once = running.processes(megabytes, 1, tmp_path)[0]
-    assert whole - start < 1.5 * (half - start) + 20
-    assert at_once - start > 1.4 * (whole - start)
+    grown = []
+    for k, size in enumerate(((1500, 1000), (3000, 1000), (3000, 9000))):
+        (tmp_path / str(k)).mkdir()
+        grown += running.processes(functools.partial(megabytes, *size), 1, tmp_path / str(k))
+    half, whole, at_once = grown
+    assert whole < 1.5 * half + 20 and at_once > 1.4 * whole, grown
