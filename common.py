@@ -654,7 +654,8 @@ def find_weights(path: Path) -> dict[str, torch.Tensor]:
             break
     else:
         if isinstance(found, dict):
-            found |= {f"{k}.{name}": v for k, state in list(found.items())
+            found |= {f"{k}." + re.sub(r"^(module\.)+", "", str(name)): v
+                      for k, state in list(found.items())
                       if str(k).endswith("_state_dict") and isinstance(state, dict)
                       for name, v in state.items()}
     tensors = {re.sub(r"^(module\.)+", "", str(k)): v for k, v in found.items()
@@ -1589,7 +1590,7 @@ class SplitBatchNorm(nn.Module):
     holds splits / world_size of them, so the result does not depend on the number of processes.
     Statistics are kept for each part (`split_bn`, names as released) and used, once merged, for
     evaluation (`bn`): see `merge_splits`. In the release sample i is of part i mod splits.
-    x: (B, C, T, H, W)
+    x: (B, C, T, H, W), all parts of this process, or the one whose turn it is: `set_turn`.
     """
 
     def __init__(self, channels: int, splits: int = 1):
@@ -1597,6 +1598,7 @@ class SplitBatchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.bn = nn.BatchNorm3d(channels, affine=False)
+        self.turn = None
         self.set_splits(splits)
 
     def set_splits(self, splits: int) -> None:
@@ -1625,6 +1627,8 @@ class SplitBatchNorm(nn.Module):
         if not self.training:
             return norm(x, self.bn.running_mean, self.bn.running_var)
         means, variances = self.rows("running_mean"), self.rows("running_var")
+        if self.turn is not None:
+            means, variances = (v[self.turn:self.turn + 1] for v in (means, variances))
         if not len(means) or len(x) % len(means):
             raise UserError(f"batch norm in {self.splits} parts: {len(x)} samples and "
                             f"{world_size()} processes do not fit")
@@ -1642,6 +1646,12 @@ def set_splits(model: nn.Module, splits: int) -> None:
     for m in split_norms(model):
         if m.splits != splits:
             m.set_splits(splits)
+
+
+def set_turn(model: nn.Module, turn: int | None) -> None:
+    """Tell every SplitBatchNorm which of this process's parts comes next, None: all at once."""
+    for m in split_norms(model):
+        m.turn = turn
 
 
 @torch.no_grad()

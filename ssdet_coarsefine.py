@@ -33,6 +33,8 @@ The papers' texts were not at hand, only abstracts, figures and READMEs: files n
 of the official code. Where the sources and this file differ, grep NOTE in this file.
 """
 
+import contextlib
+import copy
 import csv
 import io
 import itertools
@@ -260,6 +262,8 @@ def check(p, args):
         "--milestones go with --schedule steps": bool(args.milestones)
             and args.schedule != "steps",
         f"--crop {args.crop}: must be at least 32": args.crop < 32,
+        f"--milestones {args.milestones}: must be at least 1":
+            any(m < 1 for m in args.milestones or []),
         f"--chunk {args.chunk}: must be at least 8": args.chunk < 8,
         f"--eval_fps {args.eval_fps}: must be above 0": not args.eval_fps > 0,
         "--init: one file, except with --stage evaluate": len(args.init) != 1
@@ -401,6 +405,8 @@ def class_names(args):
     names = [row.split()[-1] for _, row in read_lines(path)] if path else THUMOS
     for name in names:
         common.Fields(str(path), {"class": name}).name("class")
+    if not names:
+        raise UserError(f"{path}: holds no class")
     return names
 
 
@@ -446,7 +452,7 @@ def report(args, split, K, rows, path):
 
 def locate(root, names):
     """{name: path} of videos or folders of frames with these names in a folder, or two below."""
-    found, folders = {}, [root]
+    found, folders = {}, [root] * root.is_dir()
     for _ in range(3):
         below = []
         for folder in folders:
@@ -495,7 +501,7 @@ def kinetics_rows(path):
             rows.append((where, notes.get("label"), name, *segment))
     found = []
     for where, label, name, *times in rows:
-        if not isinstance(label, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", label):
+        if not isinstance(label, str) or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
             raise UserError(f"{where}: label: {label!r:.60} is no label")
         common.Fields(where, {"youtube_id": name}).name("youtube_id")
         found.append((label, name, *(int(seconds(where, str(t))) for t in times)))
@@ -546,7 +552,7 @@ class Film:
     """
 
     def __init__(self, path, pattern, rate=None):
-        self.path, self.rate, self.times = Path(path), rate, None
+        self.path, self.rate, self.times, self.fps = Path(path), rate, None, None
         self.pattern = pattern.replace("{id}", self.path.name)
         if self.path.is_dir():
             self.n = common.count_frames(self.path, self.pattern)
@@ -578,6 +584,11 @@ class Mixture(NamedTuple):
     label: torch.Tensor
     weight: torch.Tensor
     present: torch.Tensor
+
+    def chunk(self, n):
+        """n Mixtures of equal size, of successive clips."""
+        pieces = (self.x.chunk(n), *(v.chunk(n, 1) for v in self[1:]))
+        return [Mixture(*piece) for piece in zip(*pieces)]
 
     def mixed(self, x, partner, weights, present):
         """`x` instead, and the partners' labels beside the own ones: twice the mixtures."""
@@ -1043,8 +1054,8 @@ def gaussian(start, valid, steps, c=None, T=None, L=None, apart=4):
     start, valid = (v.to(torch.float32)[:, None] for v in (start, valid))
     mu = start + (c * T if c is not None else apart * torch.arange(L, device=start.device))
     tau = torch.arange(steps, device=start.device)[None, :, None]
-    G = torch.exp(-(tau - mu[:, None]) ** 2 / (2 * (valid[:, None] / 8) ** 2))    # (B, T', L)
-    return G / G.amax(1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
+    e = -(tau - mu[:, None]) ** 2 / (2 * (valid[:, None] / 8) ** 2)       # (B, T', L)
+    return (e - e.amax(1, keepdim=True)).exp()                # never 0 / 0, however far it is
 
 
 class FusionFilter(nn.Module):
@@ -1201,22 +1212,36 @@ class TwoStream(nn.Module):
 
 # ---- losses (official files: train_fine.py, train_coarse_fineFEAT.py, train_x3d_charades_loc.py)
 
-def over_all(total, count):
-    """total / count over the batch of all processes, with this process's share of the gradient."""
-    count = count.detach().double().clone()
-    dist.all_reduce(count)
-    return (total / count.to(total.dtype)).sum() * common.world_size()
+def totals(*counts):
+    """Counts of one process, each a number or a tensor, summed over all of them."""
+    device = next((c.device for c in counts if torch.is_tensor(c)), None)
+    counts = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in counts]
+    flat = torch.cat([c.flatten() for c in counts])
+    dist.all_reduce(flat)
+    parts = flat.split([c.numel() for c in counts])
+    return [p.view(c.shape) for p, c in zip(parts, counts)]
 
 
-def pretraining_loss(logits, mix):
+def share(total, count):
+    """total / count, where the count is of all processes and of all parts of a batch: such shares
+    are summed over the parts, and over the processes, whose gradients DDP averages.
+    """
+    return (total / count.to(total)).sum() * common.world_size()
+
+
+def pretraining_counts(mix):
+    """Of a batch: Σ_bt k_m, and the number of frames."""
+    return totals(mix.present.sum((1, 2)), mix.label[0].numel())
+
+
+def pretraining_loss(logits, mix, counts):
     """Σ_m [Σ_bt γ_m CE(z, y_m)] / Σ_bt k_m, a sum over mixtures; and the soft accuracy,
-    Σ_m Σ_bt γ_m [argmax z = y_m] / (B·T).      (B, C, T) -> two scalars
+    Σ_m Σ_bt γ_m [argmax z = y_m] / (B·T).      (B, C, T) -> two scalars, see `share`
     """
     logits = logits.float()
     ce = torch.stack([F.cross_entropy(logits, y, reduction="none") for y in mix.label])
-    loss = over_all((mix.weight * ce).sum((1, 2)), mix.present.sum((1, 2)))
     hits = (mix.weight * (logits.argmax(1) == mix.label)).sum()
-    return loss, over_all(hits, torch.tensor(mix.label[0].numel(), device=logits.device))
+    return share((mix.weight * ce).sum((1, 2)), counts[0]), share(hits, counts[1])
 
 
 def to_labels(logits, length, align_corners):
@@ -1227,22 +1252,22 @@ def to_labels(logits, length, align_corners):
     return F.interpolate(logits.float(), length, mode="linear", align_corners=align_corners)
 
 
-def detection_loss(logits, label, mask=None):
+def detection_counts(label, mask):
+    """Of a batch: clips x classes, and valid frames x classes."""
+    return totals(label[..., 0].numel(), mask.sum() * label.shape[1])
+
+
+def detection_loss(logits, label, mask, counts):
     """(cls + loc) / 2, cls, loc: cross entropy of a class's maximum over time, and of all frames.
 
-    logits, label: (B, K, N); mask: (B, N) of valid frames. Without a mask padding counts as
-    negative, as in the SSDet repository.
+    logits, label: (B, K, N); mask: (B, N) of the frames that count, padding does not; each a
+    scalar, see `share`. With a mask of ones padding is negative, as in the SSDet repository.
     """
-    logits, B, K = logits.float(), *label.shape[:2]
-    bce, clips = F.binary_cross_entropy, torch.tensor(B * K, device=label.device)
-    if mask is None:
-        bce = F.binary_cross_entropy_with_logits
-        top, frames = logits, torch.tensor(label.numel(), device=label.device)
-    else:
-        top = logits = logits.sigmoid() * mask[:, None]
-        frames = mask.sum() * K
-    cls = over_all(bce(top.amax(2), label.amax(2), reduction="sum"), clips)
-    loc = over_all(bce(logits, label, reduction="sum"), frames)
+    bce = partial(F.binary_cross_entropy_with_logits, reduction="none")
+    logits, valid = logits.float(), mask[:, None]
+    top = logits.masked_fill(valid == 0, -math.inf).amax(2)
+    cls = share(bce(top, label.amax(2)).sum(), counts[0])
+    loc = share((bce(logits, label) * valid).sum(), counts[1])
     return (cls + loc) / 2, cls, loc
 
 
@@ -1476,6 +1501,8 @@ class Untrimmed(Dataset):
         """(Video, Film, labels of all frames (K, n) uint8, seconds)"""
         video = self.videos[i]
         film = Film(video.path, self.pattern, self.rate)
+        if not (video.duration or film.rate or film.fps):
+            raise UserError(f"{film.path}: frames without a rate; the JSON tells the duration")
         length = video.duration or film.n / (film.rate or film.fps)
         y = torch.from_numpy(frame_labels(video.actions, film.n, length, self.classes))
         return video, film, y.to(torch.uint8), length
@@ -1630,7 +1657,7 @@ class CycleSampler(Sampler):
     """
 
     def __init__(self, n, shape, seed, start, steps):
-        largest = max(shape(k).batch for k in range(min(steps, 1000)))
+        largest = max(shape(k).batch for k in range(min(max(1, steps), 1000)))
         if n < largest:
             raise UserError(f"{n} training samples do not fill one batch of {largest}: lower "
                             "--batch_size")
@@ -1698,8 +1725,11 @@ def parameter_groups(args, model):
 def train(args, device, model, dataset, pack, forward, validate):
     """The loop of both training stages.
 
-    pack: items -> batch, or None; forward: (model, batch, step, shape) -> terms of the loss;
-    validate: model -> metrics, of which `mAP` or `top1` chooses the checkpoint.
+    A batch is computed in `groups` parts, one after the other, each with a batch norm of its own;
+    a process with several of them adds up their gradients. So results do not depend on how the
+    parts are dealt out. pack: items -> batch, or None; forward: (model, batch, step, shape, number
+    of parts) -> terms of the loss, part by part; validate: model -> metrics, of which `val_mAP` or
+    `val_top1` chooses the checkpoint.
     """
     names = "\n".join(dataset.files if hasattr(dataset, "files") else
                       [v.name for v in dataset.videos])
@@ -1734,11 +1764,21 @@ def train(args, device, model, dataset, pack, forward, validate):
         for group in optimizer.param_groups:
             group["lr"] = rates[group["which"]]
         common.set_splits(model, shape.groups)
-        common.seed_step(args.seed, step, common.rank())      # dropout repeats after a restart
-        terms = forward(ddp, to_device(batch, device), step, shape)
         optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        log.guard(step, loss=terms["loss"])
+        parts, total = shape.groups // common.world_size(), {}
+        parts = parts if args.batch_norm == "split" else 1
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(ddp.no_sync())                # until the last part
+            each = forward(ddp, to_device(batch, device), step, shape, parts)
+            for k in range(parts):
+                if k == parts - 1:
+                    stack.close()
+                common.set_turn(model, k)
+                common.seed_step(args.seed, step, common.rank() * parts + k)      # of dropout
+                terms = next(each)
+                terms["loss"].backward()
+                total = {key: total.get(key, 0) + v.detach() for key, v in terms.items()}
+        log.guard(step, loss=total["loss"])
         optimizer.step()
 
         validating = (step + 1) % (args.val_every * per_epoch) == 0 or step + 1 == steps
@@ -1755,7 +1795,7 @@ def train(args, device, model, dataset, pack, forward, validate):
                 common.save(args.out / "best.pt", step + 1, args, model=model)
             ddp.train()
             log.since += time.perf_counter() - began          # not part of the training speed
-        log(step, saving, **terms, lr=rates[-1], **measured)
+        log(step, saving, **total, lr=rates[-1], **measured)
         if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
                         best=best, samples=samples, val_losses=losses)
@@ -1768,10 +1808,10 @@ def train(args, device, model, dataset, pack, forward, validate):
 
 
 def settle(args, device, ddp, dataset, pack, shape):
-    """`common.settle` with a batch of the first sample, as large as split batch norm needs."""
-    item = dataset[0, shape.frames, shape.crop, 0]
-    items = [item] * max(1, shape.groups // common.world_size())
+    """`common.settle` with a batch of the first sample."""
+    items = [dataset[0, shape.frames, shape.crop, 0]]
     batch = pack(items) if pack else torch.utils.data.default_collate(items)
+    common.set_turn(ddp.module, 0)
     common.settle(ddp, *network_inputs(args, to_device(batch, device)))
 
 
@@ -1785,6 +1825,12 @@ def pictures(args, x, seen=None):
     if x.device.type == "cpu":                                # half the time of a training step
         x = x.contiguous(memory_format=torch.channels_last_3d)
     return x if seen is None else x * seen[:, None, :, None, None]
+
+
+def parts_of(batch, n):
+    """n batches of equal size, of successive clips."""
+    pieces = {k: v.chunk(n) for k, v in batch.items()}
+    return [{k: v[i] for k, v in pieces.items()} for i in range(n)]
 
 
 def network_inputs(args, batch):
@@ -1873,25 +1919,29 @@ def pretrain(args, device):
     checked = KineticsCrops(args, val_tree, val_files, val_labels)
     mine = common.rank(), common.world_size()
 
-    def forward(ddp, batch, step, shape):
-        x, label = pictures(args, batch["clip"]), batch["label"] + shift
+    def forward(ddp, batch, step, shape, parts):
         if not frames:
+            count, = totals(len(batch["label"]))
+            for part in parts_of(batch, parts):
+                with common.autocast(device, args.precision):
+                    logits = ddp(pictures(args, part["clip"]))[..., 0]
+                ce = F.cross_entropy(logits.float(), part["label"], reduction="sum")
+                hits = (logits.argmax(1) == part["label"]).sum()
+                yield {"loss": share(ce, count), "top1": share(hits.float(), count)}
+            return
+        rng, T = np.random.default_rng((args.seed, step, 7)), batch["clip"].shape[2]
+        order = np.arange(shape.batch).reshape(shape.groups, -1)
+        choices = draw_volume_choices(rng, T, order, args.augment.split(","), args.aug_prob,
+                                      args.cutmix)
+        label = (batch["label"] + shift)[:, None].repeat(1, T)
+        mix = augment(single(pictures(args, batch["clip"]), label), share_of(choices, *mine),
+                      extend=not released)
+        counts = pretraining_counts(mix)
+        for part in mix.chunk(parts):
             with common.autocast(device, args.precision):
-                logits = ddp(x)[..., 0].float()
-            count = torch.tensor(len(label), device=device)
-            hits = (logits.argmax(1) == label).float().sum()
-            return {"loss": over_all(F.cross_entropy(logits, label, reduction="sum"), count),
-                    "top1": over_all(hits, count)}
-        rng = np.random.default_rng((args.seed, step, 7))
-        parts = np.arange(shape.batch).reshape(shape.groups, -1)
-        choices = draw_volume_choices(rng, x.shape[2], parts, args.augment.split(","),
-                                      args.aug_prob, args.cutmix)
-        mix = augment(single(x, label[:, None].repeat(1, x.shape[2])),
-                      share_of(choices, *mine), extend=not released)
-        with common.autocast(device, args.precision):
-            logits = ddp(mix.x)                               # (B, K+1, T)
-        loss, hits = pretraining_loss(logits, mix)
-        return {"loss": loss, "top1": hits}
+                logits = ddp(part.x)                          # (B, K+1, T)
+            loss, hits = pretraining_loss(logits, part, counts)
+            yield {"loss": loss, "top1": hits}
 
     def validate(model):
         def network(items, batch):
@@ -1948,13 +1998,16 @@ def finetune(args, device):
     pack = partial(collate, steps=args.num_frames, frames=args.num_frames * args.stride,
                    feature_steps=args.feature_cap)
 
-    def forward(ddp, batch, step, shape):
-        with common.autocast(device, args.precision):
-            logits = ddp(*network_inputs(args, batch))
-        logits = to_labels(logits, batch["label"].shape[2], args.stream == "fine")
-        loss, cls, loc = detection_loss(logits, batch["label"].float(),
-                                        batch["mask"] if masked else None)
-        return {"loss": loss, "cls": cls, "loc": loc}
+    def forward(ddp, batch, step, shape, parts):
+        batch["counted"] = batch["mask"] if masked else torch.ones_like(batch["mask"])
+        counts = detection_counts(batch["label"], batch["counted"])
+        for part in parts_of(batch, parts):
+            with common.autocast(device, args.precision):
+                logits = ddp(*network_inputs(args, part))
+            label = part["label"].float()
+            logits = to_labels(logits, label.shape[2], args.stream == "fine")
+            loss, cls, loc = detection_loss(logits, label, part["counted"], counts)
+            yield {"loss": loss, "cls": cls, "loc": loc}
 
     def validate(model):
         found = detect(args, device, model, WholeVideos(args, tests, len(names)), "val")
@@ -2031,7 +2084,7 @@ def dense_map(args, videos, models, classes, block=8):
             found = [m[i] for m in models]
             logits = label_logits(found, slice(chosen.start, chosen.stop))
             actions = [(c - start, s, e) for c, s, e in video.actions if c in chosen]
-            first = found[0]
+            first = min(found, key=lambda f: f.length)
             y = torch.from_numpy(frame_labels(actions, first.n, first.seconds, len(chosen)))
             y = y[:, :logits.shape[1]]
             loc = F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
@@ -2146,6 +2199,9 @@ def claim(args, model):
              "crc32": f"{check:08x}"}
     path, fault = args.features / "about.json", [None]
     if common.rank() == 0:
+        for part in args.features.glob("*/*.tmp*"):           # of a process that was killed
+            if re.fullmatch(r"[\w-]+\.tmp\d+", part.name):
+                part.unlink()
         before = common.read_json(path) if path.exists() else about
         if before != about:
             fault = [f"{path}: its features are of {before}, not of {about}; choose another "
@@ -2171,13 +2227,14 @@ def evaluate(args, device):
         return finish(args, {"mAP_25": 100 * mean, "wAP_25": 100 * weighted})
     tests, models = with_files(args, tests, "test"), []
     for path in map(Path, args.init):
-        kind = known_kind(args, path)
+        own = copy.copy(args)                                 # flags of one are not the next one's
+        kind = known_kind(own, path)
         if kind.classes != len(names):
             raise UserError(f"{path}: tells {kind.classes} classes apart, {args.dataset} has "
                             f"{len(names)}")
-        model = build(args, device, kind).eval()
+        model = build(own, device, kind).eval()
         load(model, path, whole=True)
-        models.append(detect(args, device, model, WholeVideos(args, tests, len(names)), "evaluate"))
+        models.append(detect(own, device, model, WholeVideos(own, tests, len(names)), "evaluate"))
     metrics = dense_map(args, tests, models, len(names))
     columns = {"AP": np.array(metrics.pop("ap"))}
     if args.dataset == "charades":
@@ -2207,7 +2264,7 @@ def write_classes(args, videos, names, columns):
 
 def write_submission(args, videos, scores):
     """localization.txt of Charades' official form: `id frame score_0 ...`, frames 1 .. 25."""
-    lines = [f"{v.name} {j + 1} " + " ".join(f"{p:.6g}" for p in row)
+    lines = [f"{v.name} {j + 1} " + " ".join(f"{p:.9g}" for p in row)
              for v, block in zip(videos, scores) for j, row in enumerate(block)]
     common.write(args.out / "localization.txt", "\n".join(lines) + "\n")
 
@@ -2219,7 +2276,7 @@ def read_submission(args, videos, classes):
     place, rows = {v.name: i for i, v in enumerate(videos)}, []
     for n, line in read_lines(args.submission):
         where, parts = f"{args.submission}:{n}", line.split()
-        if len(parts) != classes + 2 or not parts[1].isdigit():
+        if len(parts) != classes + 2 or not re.fullmatch(r"[0-9]{1,9}", parts[1]):
             raise UserError(f"{where}: is not an id, a frame and {classes} scores")
         if parts[0] in place:
             row = [seconds(where, x) if x.lower() not in ("-inf", "inf") else float(x)

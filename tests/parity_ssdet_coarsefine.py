@@ -306,7 +306,7 @@ def coarse(case):
     drawn = values(case, told(case, r"values\(\"(\w+)\"", c["target"])[0], frames.shape)
     label = above(case, c["target"], drawn) * mask[:, None]
     with group():
-        loss, cls, loc = sc.detection_loss(frames, label, mask)
+        loss, cls, loc = sc.detection_loss(frames, label, mask, sc.detection_counts(label, mask))
         loss.backward()
     return {**found, "per_frame_logits": frames, "loss": loss, "cls_loss": cls, "loc_loss": loc,
             **gradients(model)}
@@ -413,7 +413,7 @@ def volume_combo(case):
     on = [name for name, u in zip(choices, case.config["switches"]) if u <= limit]
     mix = sc.augment(clips_of(case, x), {name: choices[name] for name in on})
     with group():
-        loss, accuracy = sc.pretraining_loss(logits, mix)
+        loss, accuracy = sc.pretraining_loss(logits, mix, sc.pretraining_counts(mix))
     return {**mixture(mix), "loss": loss, "soft_correct": accuracy * mix.label[0].numel()}
 
 
@@ -424,9 +424,10 @@ def detection_loss(case):
     (text,) = (v["built"] for v in case.case["inputs"].values() if "built" in v)
     mask = ones_but_last(case, text, len(logits))
     label = above(case, text, t) * mask[:, None]
+    counted = torch.ones_like(mask) if "no mask" in case.what else mask
     with group():
-        total, cls, loc = sc.detection_loss(logits.requires_grad_(), label,
-                                            None if "no mask" in case.what else mask)
+        total, cls, loc = sc.detection_loss(logits.requires_grad_(), label, counted,
+                                            sc.detection_counts(label, counted))
         total.backward()
     return {"total": total, "cls": cls, "loc": loc, "grad_logits": logits.grad}
 

@@ -327,11 +327,20 @@ def some_mixture(B, T, K, M, seed):
     return logits, sc.Mixture(torch.zeros(B, 3, T, 1, 1), label, weight * present, present)
 
 
+def pretraining_loss(logits, mix):
+    return sc.pretraining_loss(logits, mix, sc.pretraining_counts(mix))
+
+
+def detection_loss(logits, label, mask):
+    mask = torch.ones_like(label[:, 0]) if mask is None else mask
+    return sc.detection_loss(logits, label, mask, sc.detection_counts(label, mask))
+
+
 @pytest.mark.parametrize("B, T, K, M", [(3, 5, 4, 1), (2, 8, 7, 2), (4, 3, 3, 4)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_pretraining_loss_is_the_sum_of_the_equation(B, T, K, M, seed):
     logits, mix = some_mixture(B, T, K, M, seed)
-    loss, hits = sc.pretraining_loss(logits, mix)
+    loss, hits = pretraining_loss(logits, mix)
     want = right = 0.0
     for m in range(M):
         total = count = 0.0
@@ -359,7 +368,7 @@ def ragged(B, K, N, seed):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_detection_loss_is_that_of_the_loop(B, K, N, masked, seed):
     logits, label, mask = ragged(B, K, N, seed)
-    got = sc.detection_loss(logits, label, mask if masked else None)
+    got = detection_loss(logits, label, mask if masked else None)
     cls = loc = count = 0.0
     for b, k in itertools.product(range(B), range(K)):
         row = []
@@ -380,7 +389,7 @@ def test_padding_has_no_gradient_under_a_mask_and_has_one_without():
     logits, label, mask = ragged(4, 3, 8, 5)
     for m, there in ((mask, False), (None, True)):
         x = logits.clone().requires_grad_()
-        sc.detection_loss(x, label, m)[0].backward()
+        detection_loss(x, label, m)[0].backward()
         outside = x.grad.transpose(1, 2)[mask == 0]
         assert bool(outside.abs().min() > 0) == bool(outside.abs().max() > 0) == there
         assert x.grad.transpose(1, 2)[mask == 1].abs().min() > 0
@@ -393,26 +402,46 @@ def shared_losses(rank):
     at = slice(0, 4) if rank == 0 else slice(4, 6)
     x = logits[at].requires_grad_()
     mine = sc.Mixture(mix.x[at], *(v[:, at] for v in mix[1:]))
-    loss, found["hits"] = sc.pretraining_loss(x, mine)
+    loss, found["hits"] = pretraining_loss(x, mine)
     found["pretraining"], found["grad_pretraining"] = loss.detach(), *torch.autograd.grad(loss, x)
     logits, label, mask = ragged(6, 3, 7, 1)
     x = logits[at].requires_grad_()
     for name, m in (("masked", mask[at]), ("plain", None)):
-        loss = sc.detection_loss(x, label[at], m)[0]
+        loss = detection_loss(x, label[at], m)[0]
         found[name], found[f"grad_{name}"] = loss.detach(), *torch.autograd.grad(loss, x)
     return found
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(n):
+    logits, mix = some_mixture(6, 5, 4, 2, 3)
+    label, mask = ragged(6, 4, 5, 2)[1:]
+    for of_frames in (True, False):
+        found = []
+        for parts in (1, n):
+            x, pieces = logits.clone().requires_grad_(), []
+            counts = (sc.detection_counts(label, mask) if of_frames
+                      else sc.pretraining_counts(mix))
+            for part, z, y, m in zip(mix.chunk(parts), x.chunk(parts), label.chunk(parts),
+                                     mask.chunk(parts)):
+                pieces.append(sc.detection_loss(z, y, m, counts)[0] if of_frames
+                              else sc.pretraining_loss(z, part, counts)[0])
+            sum(pieces).backward()
+            found.append((sum(pieces).detach(), x.grad))
+        close(found[0][0], found[1][0], atol=1e-6)
+        close(found[0][1], found[1][1], atol=1e-7)
 
 
 def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path):
     a, b = running.processes(shared_losses, 2, tmp_path)
     logits, mix = some_mixture(6, 5, 4, 2, 0)
     x = logits.requires_grad_()
-    loss, hits = sc.pretraining_loss(x, mix)
+    loss, hits = pretraining_loss(x, mix)
     want = {"pretraining": loss, "hits": hits, "grad_pretraining": torch.autograd.grad(loss, x)[0]}
     logits, label, mask = ragged(6, 3, 7, 1)
     x = logits.requires_grad_()
     for name, m in (("masked", mask), ("plain", None)):
-        loss = sc.detection_loss(x, label, m)[0]
+        loss = detection_loss(x, label, m)[0]
         want |= {name: loss, f"grad_{name}": torch.autograd.grad(loss, x)[0]}
     for name, value in want.items():
         got = torch.cat([a[name], b[name]]) / 2 if "grad" in name else (a[name] + b[name]) / 2
