@@ -1632,7 +1632,7 @@ class SplitBatchNorm(nn.Module):
         if not len(means) or len(x) % len(means):
             raise UserError(f"batch norm in {self.splits} parts: {len(x)} samples and "
                             f"{world_size()} processes do not fit")
-        self.split_bn.num_batches_tracked += 1
+        self.split_bn.num_batches_tracked += not self.turn     # of a step, however many parts
         parts = [norm(*part) for part in zip(x.chunk(len(means)), means, variances)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
