@@ -210,7 +210,7 @@ def test_videos_of_multithumos_keep_their_rate(tmp_path):
 
 
 def test_a_folder_of_frames_without_a_duration_is_one_line(tmp_path):
-    """BUG: AttributeError, `Film` of a folder has no `fps`; the text files tell no durations."""
+    """AttributeError, `Film` of a folder has no `fps`; the text files tell no durations."""
     toy.as_frames(film(tmp_path / "x.mp4", 31, 30), tmp_path / "video_test_0000001",
                   "video_test_0000001-{:06d}.jpg")
     args = parsed("--stage", "finetune", "--dataset", "multithumos", "--tiny", "--crop", 32)
@@ -649,12 +649,12 @@ MINI = ("--tiny --crop 32 --num_frames 8 --batch_size 2 --workers 0 --log_every 
 
 @pytest.fixture(scope="module")
 def kinetics(kinetics400):
-    return [*MINI, "--lr", 0.005, "--data", kinetics400, "--iters", 4]
+    return [*MINI, "--lr", 0.05, "--data", kinetics400, "--iters", 4]
 
 
 @pytest.fixture(scope="module")
 def tune(charades):
-    return [*MINI, "--lr", 0.002, "--data", charades, "--stage", "finetune", "--epochs", 2]
+    return [*MINI, "--lr", 0.05, "--data", charades, "--stage", "finetune", "--epochs", 2]
 
 
 @pytest.fixture(scope="module")
@@ -674,8 +674,8 @@ def chain(kinetics, tune, score, multithumos, tmp_path_factory):
             "fine": [*tune, "--stream", "fine", "--init", last],
             "extract": [*tune[:-4], "--stage", "extract", "--init", root / "fine/best.pt",
                         *features],
-            "coarse": [*tune, "--lr", 1e-4, "--stream", "coarse", "--init", last, *features],
-            "two": [*tune, "--lr", 1e-4, "--stream", "two", "--init", root / "coarse/best.pt",
+            "coarse": [*tune, "--stream", "coarse", "--init", last, *features],
+            "two": [*tune, "--stream", "two", "--init", root / "coarse/best.pt",
                     "--init_fine", root / "fine/best.pt"],
             "x3d": [*tune, "--stream", "x3d", "--init", root / "classify/last.pt"],
             "slowfast": [*tune, "--stream", "slowfast", "--init", "none"],
@@ -798,7 +798,7 @@ def test_the_official_numbers_are_those_computed_by_hand(name, chain, charades, 
 
 
 def test_what_is_written_of_the_scores_tells_near_ties_apart(chain):
-    """BUG: six significant digits make ties of scores that differ; nine tell all of them."""
+    """Six significant digits make ties of scores that differ; nine tell all of them."""
     path = chain / "e_fine" / "localization.txt"
     args = types.SimpleNamespace(out=path.parent.parent / "ties")
     args.out.mkdir()
@@ -867,7 +867,7 @@ def test_the_dense_numbers_are_those_computed_by_hand(name, dataset, chain, char
 
 
 def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(chain, score, tmp_path):
-    """BUG: flags that one network was trained with stay for a next one whose file has none; and a
+    """Flags that one network was trained with stay for a next one whose file has none; and a
     network of every frame and one of whole strides differ in length.
     """
     state = torch.load(chain / "fine" / "best.pt", weights_only=True)["model"]
@@ -884,7 +884,7 @@ def test_an_ensemble_does_not_depend_on_the_order_of_its_networks(chain, score, 
 
 
 def test_networks_of_all_streams_are_one_ensemble(chain, score, tmp_path):
-    """BUG: x3d and two tell every frame, fine and coarse whole strides: logits do not stack."""
+    """X3d and two tell every frame, fine and coarse whole strides: logits do not stack."""
     files = [chain / n / "best.pt" for n in ("coarse", "two", "x3d", "fine")]
     here(*score, "--limit", 3, "--features", chain / "features", "--init", *files, "--out",
          tmp_path / "e")
@@ -905,17 +905,6 @@ def test_the_coarse_stream_runs_without_fine_features_and_with_other_pools(chain
 
 # ---- processes and restarts ----------------------------------------------------------------------
 
-def same_run(one, two):
-    """The largest difference of the numbers of two runs, which must be small."""
-    a, b = metrics(one), metrics(two)
-    assert set(a) == set(b)
-    most = max(abs(a[k] - b[k]) / max(1, abs(a[k])) for k in a if isinstance(a[k], (int, float)))
-    rows = list(zip(log(one), log(two), strict=True))
-    for x, y in rows:
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
-    return most
-
-
 @pytest.fixture(scope="module")
 def by_two(chain, kinetics, tune, tmp_path_factory):
     """The same runs by two processes."""
@@ -923,20 +912,17 @@ def by_two(chain, kinetics, tune, tmp_path_factory):
     features, last = ["--features", chain / "features"], chain / "detect" / "last.pt"
     run(root / "detect", *kinetics, "--aug_prob", 1, n=2)
     run(root / "fine", *tune, "--stream", "fine", "--init", last, n=2)
-    run(root / "coarse", *tune, "--lr", 1e-4, "--stream", "coarse", "--init", last, *features, n=2)
-    run(root / "two", *tune, "--lr", 1e-4, "--stream", "two", "--init", chain / "coarse/best.pt",
+    run(root / "coarse", *tune, "--stream", "coarse", "--init", last, *features, n=2)
+    run(root / "two", *tune, "--stream", "two", "--init", chain / "coarse/best.pt",
         "--init_fine", chain / "fine/best.pt", n=2)
     return root
 
 
 @pytest.mark.parametrize("name", ["detect", "fine", "coarse", "two"])
-def test_two_processes_train_as_one_does(name, chain, by_two):
-    assert same_run(chain / name, by_two / name) < 1e-4
-    one, two = (torch.load(r / name / "last.pt", weights_only=True)["model"]
-                for r in (chain, by_two))
-    assert one.keys() == two.keys()
-    for k, v in one.items():
-        assert torch.allclose(v.float(), two[k].float(), rtol=1e-3, atol=1e-4), k
+def test_two_processes_end_in_the_same_bytes_as_one(name, chain, by_two):
+    """Also Grid Pool, which turns a difference of rounding into another sample."""
+    for file in ("last.pt", "best.pt", "metrics.json"):
+        assert (chain / name / file).read_bytes() == (by_two / name / file).read_bytes(), file
 
 
 def test_evaluation_by_two_processes_ends_in_the_same_bytes(chain, score, multithumos, tmp_path):
@@ -951,7 +937,7 @@ def test_evaluation_by_two_processes_ends_in_the_same_bytes(chain, score, multit
 
 
 def test_extraction_goes_on_where_it_was_killed(chain, score, tmp_path):
-    """BUG: the half-written file of the killed process stays, `NAME.tmpPID`."""
+    """The half-written file of the killed process stays, `NAME.tmpPID`."""
     ours = tmp_path / "features"
     flags = [*score[:-2], "--stage", "extract", "--init", chain / "fine/best.pt", "--features",
              ours]
@@ -980,7 +966,7 @@ def test_a_killed_run_ends_in_the_same_bytes(name, chain, by_two, kinetics, tune
         "detect": (1, [*kinetics, "--aug_prob", 1]),
         "multigrid": (1, [*kinetics, "--task", "classify", "--multigrid", "x3d", "--iters", 8,
                           "--batch_size", 1, "--groups", 1]),
-        "coarse": (2, [*tune, "--lr", 1e-4, "--stream", "coarse", "--init",
+        "coarse": (2, [*tune, "--stream", "coarse", "--init",
                        chain / "detect/last.pt", "--features", chain / "features"])}[name]
     whole = chain / "detect" if name == "detect" else by_two / "coarse"
     if name == "multigrid":
@@ -1289,20 +1275,20 @@ def test_what_the_user_can_mend_is_one_line(chain, kinetics, tune, score, charad
 
 
 def test_more_clips_in_a_batch_than_videos_is_one_line(tune, tmp_path):
-    """BUG: max() of no steps, a ValueError."""
+    """Max() of no steps, a ValueError."""
     assert "--batch_size" in fault(*tune, "--stream", "fine", "--init", "none", "--batch_size", 8,
                                    "--out", tmp_path / "o")
 
 
 def test_a_run_that_diverges_says_so_in_one_line(kinetics, tune, tmp_path):
-    """BUG: the binary cross entropy of NaN raises (on CUDA the device asserts) before the guard."""
+    """The binary cross entropy of NaN raises (on CUDA the device asserts) before the guard."""
     for k, flags in enumerate((kinetics, [*tune, "--stream", "fine"])):
         line = fault(*flags, "--init", "none", "--lr", 1e9, "--out", tmp_path / str(k))
         assert re.match(r"step \d: \w+ is (nan|inf)", line), line
 
 
 def test_fine_steps_far_away_have_finite_weights_and_gradients():
-    """BUG: exp(-x²) underflows some 13 σ away, and its quotient by the largest has a gradient of
+    """Exp(-x²) underflows some 13 σ away, and its quotient by the largest has a gradient of
     NaN; clips of videos longer than two minutes end --stream two.
     """
     for far in (0, 9, 40, 90, 100, 104, 106, 150, 400):
@@ -1314,7 +1300,7 @@ def test_fine_steps_far_away_have_finite_weights_and_gradients():
 
 
 def test_test_videos_without_an_action_still_end_in_numbers(chain, charades, score, tmp_path):
-    """BUG: the mean over no class is NaN, which metrics.json refuses with a ValueError."""
+    """The mean over no class is NaN, which metrics.json refuses with a ValueError."""
     table = tmp_path / "notes" / "Charades_v1_test.csv"
     with open(charades / "Charades" / table.name, newline="") as f:
         rows = [(r["id"], "", r["length"]) for r in csv.DictReader(f)]
@@ -1328,7 +1314,7 @@ def test_test_videos_without_an_action_still_end_in_numbers(chain, charades, sco
 
 
 def test_a_submission_needs_no_videos(chain, charades, tmp_path):
-    """BUG: `locate` lists --data, which need not be there."""
+    """`locate` lists --data, which need not be there."""
     here(*MINI, "--stage", "evaluate", "--data", tmp_path / "no", "--annotations",
          charades / "Charades", "--submission", chain / "e_fine" / "localization.txt", "--out",
          tmp_path / "s")
