@@ -277,6 +277,11 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def exact(x: torch.Tensor):
+    """The context of what must not be rounded to bfloat16, for tensors where `x` is."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 # ---- data order and broken files -------------------------------------------------------------
 
 class StepSampler(Sampler):
@@ -975,11 +980,12 @@ def count_frames(path: Path, pattern: str = JPG) -> int:
         return number
 
 
-def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG) -> np.ndarray:
-    """Pictures by number, from 0 in the order they are shown: uint8 (T, H, W, 3) at full size.
+def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG,
+                short_side: int | None = None) -> np.ndarray:
+    """Pictures by number, from 0 in the order they are shown: uint8 (T, H, W, 3).
 
-    numbers: ascending. Of a video file, or of a folder as `count_frames` describes it. Raises
-    VideoError.
+    numbers: ascending; short_side: larger pictures are scaled down to it. Of a video file, or of a
+    folder as `count_frames` describes it. Raises VideoError.
     """
     if not path.is_dir():
         with _open(path) as c:
@@ -993,13 +999,17 @@ def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG) -> np.nd
             if not 0 <= numbers[0] <= numbers[-1] < len(ticks):
                 raise VideoError(f"{path}: has {len(ticks)} pictures, no number {numbers[-1]}")
             times = (ticks[numbers] - _origin(v)) * float(v.time_base)
-            return _read_group(c, v, path, [times], None)[0]
+            return _read_group(c, v, path, [times], short_side)[0]
     from PIL import Image, UnidentifiedImageError
     pictures = []
     for n in numbers:
         name = path / pattern.format(n + 1)
         try:
-            pictures.append(np.asarray(Image.open(name).convert("RGB")))
+            picture = Image.open(name).convert("RGB")
+            size = _scaled(picture, short_side)
+            if size != picture.size:
+                picture = picture.resize(size, Image.Resampling.BILINEAR)
+            pictures.append(np.asarray(picture))
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
             raise VideoError(f"{name}: cannot be read ({type(e).__name__})") from e
     if len({p.shape for p in pictures}) > 1:
@@ -1777,14 +1787,19 @@ class X3D(nn.Module):
         """Logits from conv5's map: (B, C, T, h, w) -> (B, classes, T or 1)"""
         x = x.mean((3, 4), keepdim=True) if self.per_frame else x.mean((2, 3, 4), keepdim=True)
         x = F.relu(self.fc1(x)).flatten(2)                    # (B, hidden, T)
-        x = F.dropout(x, self.dropout, self.training)
-        return self.fc2(x.transpose(1, 2)).transpose(1, 2)
+        return _classify(self.fc2, F.dropout(x, self.dropout, self.training))
 
     def forward(self, x):
         x = self.stem(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
         return self.head(self.last(x))
+
+
+def _classify(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """(B, C, T) -> (B, classes, T) in float32: scores that are ranked must not be rounded."""
+    with exact(x):
+        return linear(x.to(linear.weight).transpose(1, 2)).transpose(1, 2)
 
 
 def _rename(tensors: dict, rules: Sequence[tuple[str, str]]) -> dict:
@@ -1942,7 +1957,7 @@ class SlowFast(nn.Module):
         else:
             slow, fast = slow.mean((2, 3, 4))[..., None], fast.mean((2, 3, 4))[..., None]
         x = F.dropout(torch.cat([slow, fast], 1), self.dropout, self.training)
-        return self.head["projection"](x.transpose(1, 2)).transpose(1, 2)
+        return _classify(self.head["projection"], x)
 
 
 def slowfast_tensors(tensors: dict, own: dict) -> dict:

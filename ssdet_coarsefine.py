@@ -41,6 +41,7 @@ import itertools
 import math
 import os
 import re
+import sys
 import time
 import warnings
 import zlib
@@ -62,7 +63,9 @@ from common import UserError, VideoError
 BACKGROUND = 0                       # label of frozen frames; Kinetics' classes begin at 1
 LEVELS = ("layer1", "layer2", "layer3", "layer4", "conv5")    # maps of the fine stream
 GRID = 7                             # height and width of stored features
-SCALES = (7 / 8, 7 / 10)             # squares cut for training, of the short side: 224 of 256, 320
+SCALES = {"XS": (160 / 180, 160 / 225), "S": (160 / 180, 160 / 225), "L": (312 / 360, 312 / 450),
+          "XL": (312 / 360, 312 / 450)}                       # squares cut for training, of the
+OTHERS = (224 / 256, 224 / 320)      # short side; the first one alone for SSDet's single stream
 OFFICIAL = {"charades": (157, {"train": (7985, 49809), "test": (1863, 16691)}),
             "multithumos": (65, {"train": (200, 18482), "test": (213, 20208)})}
 RATE = {"charades": 24.0, "multithumos": None}                # frames per second; None: the file's
@@ -85,7 +88,7 @@ THUMOS = ("BaseballPitch BasketballDunk Billiards CleanAndJerk CliffDiving Crick
 FAIR = "https://dl.fbaipublicfiles.com/pyslowfast/x3d_models/x3d_{}.pyth"
 SLOWFAST = ("https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/"
             "SLOWFAST_8x8_R50.pyth")
-common.FREE_FLAGS |= {"features", "annotations", "chunk"}
+common.FREE_FLAGS |= {"features", "annotations", "chunk", "given"}
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -170,7 +173,8 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("optimization", "SGD, momentum 0.9; the official scripts' values")
     g.add_argument("--iters", type=int, help="steps of the pre-training")
-    g.add_argument("--epochs", type=int, help="of the fine-tuning: passes over the videos")
+    g.add_argument("--epochs", type=int, help="passes over the videos; of the pre-training instead "
+                   "of --iters")
     g.add_argument("--batch_size", type=int, help="clips per step over all GPUs")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--backbone_lr", type=float, default=1.0, metavar="FACTOR",
@@ -198,6 +202,8 @@ def parse_args(argv=None):
                    help="evaluate: score this file of Charades' official form, without a network")
     g.add_argument("--float16", action="store_true", help="extract: half the size on disk")
     args = common.parse(p, recipe, argv)
+    words = sys.argv[1:] if argv is None else map(str, argv)
+    args.given = " ".join(sorted({w[2:].split("=")[0] for w in words if w.startswith("--")}))
     check(p, args)
     return args
 
@@ -211,7 +217,7 @@ def recipe(chosen):
     which = chosen.task if stage == "pretrain" else stream
     data = chosen.data or Path("data") / dataset
     r |= {"dataset": dataset, "data": data, "features": data / "features", "stream": stream}
-    r |= RECIPES[which]
+    r |= {**RECIPES[which], **({"epochs": None} if stage == "pretrain" else {})}
     r |= {"crop": CROPS.get(chosen.version, 224)}
     r["norm_values"] = "kinetics" if stage == "pretrain" else "charades"
     if dataset == "multithumos":
@@ -220,6 +226,8 @@ def recipe(chosen):
         r["milestones"] = [round((chosen.iters or r["iters"]) * x) for x in (0.4, 0.65, 0.925)]
     if chosen.tiny:
         r |= {**TINY, **TINY_RECIPES[which]}
+    if chosen.compat == "released":
+        r |= {"cutmix": "sliding", "frames25": "legacy"}
     if chosen.schedule not in (None, "steps"):
         r["milestones"] = []
     if stage in ("extract", "evaluate"):
@@ -249,15 +257,23 @@ def check(p, args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if training and args.groups % world and args.groups < world:
         args.groups = world                                   # each GPU on its own, as released
+    of = {"pretrain": "task augment aug_prob cutmix multigrid backbone_lr iters",
+          "finetune": "init_fine val_every", "extract": "float16",
+          "evaluate": "submission frames25 eval_fps"}
+    idle = [(f, stage) for stage, flags in of.items() for f in flags.split()
+            if f in args.given.split() and stage != args.stage
+            and not (f in ("frames25", "eval_fps", "val_every") and training)]
     faults = {
+        "".join(f"--{f} goes with --stage {stage}" for f, stage in idle[:1]): bool(idle),
+        "--pool and --fusion go with --stream coarse and two": args.stage == "finetune"
+            and args.stream not in ("coarse", "two") and (args.pool, args.fusion) not in (
+                ("grid", "mixed"), ("grid", "none")),
         "--augment: none, or of freeze,mixup,cutmix, none twice":
             len(set(names)) < len(names) or not set(names) <= {"freeze", "mixup", "cutmix"},
         f"--aug_prob {args.aug_prob}: must be at most 1": not args.aug_prob <= 1,
         f"--dropout {args.dropout}: must be below 1": not args.dropout < 1,
         "--stage pretrain goes with --dataset kinetics400, the others do not":
             pretrain != (args.dataset == "kinetics400"),
-        "--multigrid goes with --stage pretrain": args.multigrid in ("x3d", "fair")
-            and not pretrain,
         "--schedule plateau goes with --stage finetune": args.schedule == "plateau" and pretrain,
         "--milestones go with --schedule steps": bool(args.milestones)
             and args.schedule != "steps",
@@ -275,8 +291,8 @@ def check(p, args):
             and bool(args.groups % world or args.batch_size % args.groups),
         "--stream two goes with --fusion mixed or own": (args.stream, args.fusion)
             == ("two", "none") and args.stage == "finetune",
-        "--submission goes with --stage evaluate --dataset charades": args.submission is not None
-            and (args.stage, args.dataset) != ("evaluate", "charades")}
+        "--submission goes with --dataset charades": args.submission is not None
+            and args.dataset != "charades"}
     for fault, there in faults.items():
         if there:
             p.error(fault)
@@ -451,11 +467,15 @@ def report(args, split, K, rows, path):
 
 
 def locate(root, names):
-    """{name: path} of videos or folders of frames with these names in a folder, or two below."""
+    """{name: path} of videos or folders of frames with these names in a folder, or two below.
+
+    Where some are found lie others' frames, millions of them: nobody looks further down there.
+    """
     found, folders = {}, [root] * root.is_dir()
     for _ in range(3):
         below = []
         for folder in folders:
+            before, inside = len(found), []
             with os.scandir(folder) as entries:
                 for entry in entries:
                     name = entry.name.partition(".")[0]
@@ -463,9 +483,10 @@ def locate(root, names):
                         if name in names:
                             found[name] = entry.path          # frames are better than a file
                         elif entry.name != "features":
-                            below.append(entry.path)
+                            inside.append(entry.path)
                     elif name in names and re.search(r"\.(mp4|avi|mkv|webm)$", entry.name):
                         found.setdefault(name, entry.path)
+            below += inside if len(found) == before else []
         folders = below
     return found
 
@@ -512,10 +533,10 @@ def read_kinetics(args, split):
     """(paths, labels from 0, names of the classes) of the clips of a split that have a file."""
     wanted = {"train": ["train"], "val": ["val", "validate", "validation"]}[split]
     root = args.annotations if args.annotations and args.annotations.is_dir() else args.data
-    path = next((f for w in wanted for pattern in (f"{w}.csv", f"*_{w}.csv", f"{w}.json",
-                                                   f"*_{w}.json")
-                 if (f := common.find(root, pattern))), None)
-    listing = common.find(root, "labels.txt") or common.find(root, "*labels.txt")
+    near = [root, root / "annotations"]                       # not among the clips
+    path = next((f for w in wanted for end in ("csv", "json") for pattern in ("", "*_")
+                 for d in near for f in sorted(d.glob(f"{pattern}{w}.{end}"))), None)
+    listing = next((f for d in near for f in sorted(d.glob("*labels.txt"))), None)
     tree = next((d for d in (args.data / w for w in wanted) if d.is_dir()), None)
     if tree is None or path is None:
         raise UserError(f"{args.data}: holds no folder {wanted[0]} of clips, or no {wanted[0]}.csv "
@@ -568,9 +589,11 @@ class Film:
         """uint8 (T, H, W, 3) of ascending numbers; files are scaled down to `short_side`."""
         unique, back = np.unique(numbers, return_inverse=True)
         if self.path.is_dir():
-            return common.read_frames(self.path, unique, self.pattern)[back]
-        times = self.times[unique] if self.times is not None else unique / self.rate
-        return common.read_clip(self.path, [times], short_side)[0][back]
+            x = common.read_frames(self.path, unique, self.pattern, short_side)
+        else:
+            times = self.times[unique] if self.times is not None else unique / self.rate
+            x, = common.read_clip(self.path, [times], short_side)
+        return x if len(unique) == len(numbers) else x[back]
 
 
 # ---- volume augmentations (Sec. 3 of SSDet, unverified; official file: x3d.py) ------------------
@@ -1001,8 +1024,9 @@ def sample(x, at):
     before = at.detach().floor()[..., None]
     part = at[..., None] - before                             # of the step after, (B, L, 1)
     weight = torch.where(step == before, 1 - part, torch.where(step == before + 1, part, 0.0))
-    y = torch.einsum("bcnp,bln->bclp", x.reshape(*x.shape[:3], -1), weight.to(x.dtype))
-    return y.reshape(*y.shape[:3], *x.shape[3:])
+    with common.exact(x):                                     # neighbours differ by little
+        y = torch.einsum("bcnp,bln->bclp", x.to(weight).reshape(*x.shape[:3], -1), weight)
+    return y.to(x.dtype).reshape(*y.shape[:3], *x.shape[3:])
 
 
 class GridPool(nn.Module):
@@ -1165,7 +1189,8 @@ class Coarse(common.X3D):
 
     def forward(self, x, features=None, valid=None, start=None):
         """Clips (B, 3, T, H, W), features {level: (B, C, T', 7, 7)}, which of their steps are
-        valid (B, T'), the clip's start behind theirs in steps (B,) -> logits (B, K, ~T)
+        valid (B, T'), the clip's start behind theirs in steps (B,) -> logits (B, K, 4(L-1)) with
+        Grid Pool, else (B, K, L)
         """
         x = self.layer1(self.stem(x))
         T = x.shape[2]
@@ -1214,7 +1239,7 @@ class TwoStream(nn.Module):
 
 def totals(*counts):
     """Counts of one process, each a number or a tensor, summed over all of them."""
-    device = next((c.device for c in counts if torch.is_tensor(c)), None)
+    device = "cuda" if dist.get_backend() == "nccl" else None
     counts = [torch.as_tensor(c, dtype=torch.float64, device=device) for c in counts]
     flat = torch.cat([c.flatten() for c in counts])
     dist.all_reduce(flat)
@@ -1222,7 +1247,7 @@ def totals(*counts):
     return [p.view(c.shape) for p, c in zip(parts, counts)]
 
 
-def share(total, count):
+def as_share(total, count):
     """total / count, where the count is of all processes and of all parts of a batch: such shares
     are summed over the parts, and over the processes, whose gradients DDP averages.
     """
@@ -1236,12 +1261,12 @@ def pretraining_counts(mix):
 
 def pretraining_loss(logits, mix, counts):
     """Σ_m [Σ_bt γ_m CE(z, y_m)] / Σ_bt k_m, a sum over mixtures; and the soft accuracy,
-    Σ_m Σ_bt γ_m [argmax z = y_m] / (B·T).      (B, C, T) -> two scalars, see `share`
+    Σ_m Σ_bt γ_m [argmax z = y_m] / (B·T).      (B, C, T) -> two scalars, see `as_share`
     """
     logits = logits.float()
     ce = torch.stack([F.cross_entropy(logits, y, reduction="none") for y in mix.label])
     hits = (mix.weight * (logits.argmax(1) == mix.label)).sum()
-    return share((mix.weight * ce).sum((1, 2)), counts[0]), share(hits, counts[1])
+    return as_share((mix.weight * ce).sum((1, 2)), counts[0]), as_share(hits, counts[1])
 
 
 def to_labels(logits, length, align_corners):
@@ -1261,13 +1286,13 @@ def detection_loss(logits, label, mask, counts):
     """(cls + loc) / 2, cls, loc: cross entropy of a class's maximum over time, and of all frames.
 
     logits, label: (B, K, N); mask: (B, N) of the frames that count, padding does not; each a
-    scalar, see `share`. With a mask of ones padding is negative, as in the SSDet repository.
+    scalar, see `as_share`. With a mask of ones padding is negative, as in the SSDet repository.
     """
     bce = partial(F.binary_cross_entropy_with_logits, reduction="none")
     logits, valid = logits.float(), mask[:, None]
     top = logits.masked_fill(valid == 0, -math.inf).amax(2)
-    cls = share(bce(top, label.amax(2)).sum(), counts[0])
-    loc = share((bce(logits, label) * valid).sum(), counts[1])
+    cls = as_share(bce(top, label.amax(2)).sum(), counts[0])
+    loc = as_share((bce(logits, label) * valid).sum(), counts[1])
     return (cls + loc) / 2, cls, loc
 
 
@@ -1366,17 +1391,22 @@ def two_names(tensors, own):
     return ours
 
 
-def load(model, path, whole=False):
+def load(model, path, whole=False, heads=True):
     """Fill a network from a checkpoint of ours, the release, SlowFast's zoo or pytorchvideo.
 
     The backbone must be in it, entirely; classifiers of other classes, and what Coarse-Fine adds
-    to X3D, may be missing, unless `whole`.
+    to X3D, may be missing, unless `whole`. Without `heads` no classifier is taken.
     """
     two = isinstance(model, TwoStream)
     prefixes = ("coarse.", "fine.") if two else ("",)
     may_lack = tuple(p + h for p in prefixes for h in (*HEADS, *GROWN)) + ("fine.fc1.",)
     needed = tuple(k for k in model.state_dict() if whole or not k.startswith(may_lack))
-    common.load_weights(model, path, [{"": ""}], needed, adapt=two_names if two else stream_names)
+    names = two_names if two else stream_names
+
+    def adapt(tensors, own):
+        return {k: v for k, v in names(tensors, own).items() if heads or not k.startswith(HEADS)}
+
+    common.load_weights(model, path, [{"": ""}], needed, adapt=adapt)
 
 
 class Kind(NamedTuple):
@@ -1400,7 +1430,7 @@ def kind_of(path):
         return Kind("slowfast", "M" if len(stem) == 64 else "tiny", len(head), "", "none")
     two = {k for k in tensors if k.startswith(("coarse.", "model_l_state_dict."))}
     names = {re.sub(r"^(coarse|model_l_state_dict)\.", "", k): v for k, v in tensors.items()
-             if not two or k in two}
+             if (not two or k in two) and v.dim()}
     names = common.x3d_tensors(names, {})
     blocks = tuple(len({k.split(".")[1] for k in names if k.startswith(f"layer{n}.")})
                    for n in range(1, 5))
@@ -1439,8 +1469,13 @@ class KineticsClips(Dataset):
         begin = int(rng.integers(0, last_begin(film.n, size) + 1))
         faster = int(rng.integers(1, self.args.num_frames // T + 1))
         numbers = kinetics_numbers(film.n, begin, size, stride, faster, T * stride)
-        return {"clip": training_cut(film, numbers, crop, *draw_square(rng, SCALES[:1])),
-                "label": int(self.labels[i]), "index": i}
+        square = draw_square(rng, scales_of(self.args)[:1])
+        return {"clip": training_cut(film, numbers, crop, *square), "label": int(self.labels[i]),
+                "index": i}
+
+
+def scales_of(args):
+    return SCALES.get(args.version, OTHERS)
 
 
 def draw_square(rng, scales):
@@ -1487,6 +1522,21 @@ def read_features(args, name):
     return found
 
 
+def check_features(args, videos):
+    """Refuse to begin where features are missing, or are of another stride."""
+    there = {level: set(os.listdir(args.features / level)) if (args.features / level).is_dir()
+             else set() for level in LEVELS}
+    lost = [f"{level}/{v.name}" for level in LEVELS for v in videos if v.name not in there[level]]
+    if lost:
+        raise UserError(f"{args.features / lost[0]}: no such file; --stage extract makes it "
+                        f"({len(lost)} of {len(LEVELS) * len(videos)} are missing)")
+    path = args.features / "about.json"
+    about = common.read_json(path) if path.exists() else {}
+    if isinstance(about, dict) and about.get("stride", args.stride) != args.stride:
+        raise UserError(f"{path}: its features are {about['stride']} frames apart, not "
+                        f"--stride {args.stride}")
+
+
 class Untrimmed(Dataset):
     """Videos with labels of every frame; what clips of them, or all of them, look like."""
 
@@ -1521,16 +1571,17 @@ class TrainingClips(Untrimmed):
         if args.stream == "x3d" and released:
             last = max(0, film.n - span - 2)
         start = int(rng.integers(first, last + 1))
-        square = draw_square(rng, SCALES[:1] if args.stream == "x3d" else SCALES)
+        scales = scales_of(args)
+        square = draw_square(rng, scales[:1] if args.stream == "x3d" else scales)
         item = {"start": 0}
         if args.stream == "two":                              # the same square in both streams
             latest = min(start, start_range(film.n, span, stride, released)[1])
             fine_start = int(rng.integers(0, latest + 1))
-            numbers, fine, meta = two_stream_clips(film.n, start, fine_start, span, span, stride,
-                                                   True)
+            _, fine, meta = two_stream_clips(film.n, start, fine_start, span, span, stride, True)
             item |= {"fine": training_cut(film, fine, crop, *square), "start": meta[0]}
         elif args.stream == "coarse" and args.fusion != "none":
-            item |= {"features": read_features(args, video.name), "start": start // stride}
+            item |= {"features": read_features(args, video.name),
+                     "start": (start + released) // stride}   # NOTE: the release counts from 1
         numbers = clip_numbers(film.n, start, span, stride)
         return {**item, "clip": training_cut(film, numbers, crop, *square),
                 "label": y[:, start:start + span], "index": i}
@@ -1679,7 +1730,7 @@ class CycleSampler(Sampler):
             at += shape.batch
 
 
-def falls(losses, patience=10, least=1e-4):
+def plateau_falls(losses, patience=10, least=1e-4):
     """How often the plateau rule has lowered the rate: each time after more than `patience`
     validations without a loss lower than the best so far.
     """
@@ -1704,11 +1755,11 @@ def learning_rates(args, step, steps, shape, per_epoch, losses):
             at = milestones if args.multigrid == "off" else []
             pair = ssdet_lr(step, args.lr * shape.lr, at, args.warmup, args.backbone_lr, released)
     else:
-        count = (falls(losses) if args.schedule == "plateau" else
+        count = (plateau_falls(losses) if args.schedule == "plateau" else
                  sum(step >= m * per_epoch for m in milestones))
         rise = min(1, (step + 1) / max(1, args.warmup))
         lr = args.lr * 0.1 ** count * rise
-        pair = lr * (10 if args.stream in ("coarse", "two") else 1), lr
+        pair = lr * (10 if args.stream == "coarse" else 1), lr
     if args.schedule == "cosine":
         pair = [lr * 0.5 * (1 + math.cos(math.pi * step / steps)) for lr in pair]
     return pair
@@ -1802,7 +1853,7 @@ def train(args, device, model, dataset, pack, forward, validate):
     common.barrier()
     if common.rank() == 0:
         common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
-                          ["loss", "top1", "val_loss", "val_mAP", "val_top1", "lr"])
+                          ["loss", "top1", "soft", "val_loss", "val_mAP", "val_top1", "lr"])
     model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
     return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
 
@@ -1890,15 +1941,21 @@ def fetched(args, name):
 
 
 def start_from(args, model):
-    """Fill a new network from --init, and --init_fine."""
+    """Fill a new network from --init, and --init_fine; its classifiers are new, but those of both
+    streams that go on together are kept.
+    """
     if (args.out / "last.pt").exists():
         return                                                # this run's own checkpoint follows
-    if isinstance(model, TwoStream):
-        for part, name in ((model.coarse, args.init[0]), (model.fine, args.init_fine)):
-            if name != "none":
-                load(part, Path(name))
-    elif args.init[0] != "none":
-        load(model, fetched(args, args.init[0]))
+    if not isinstance(model, TwoStream):
+        if args.init[0] != "none":
+            load(model, fetched(args, args.init[0]), heads=False)
+        return
+    both = args.init[0] not in ("none", "fair") and kind_of(Path(args.init[0])).stream == "two"
+    if both:
+        load(model, Path(args.init[0]))
+    for part, name in ((model.coarse, args.init[0]), (model.fine, args.init_fine)):
+        if not both and name not in (None, "none"):
+            load(part, fetched(args, name))
 
 
 # ---- stage pretrain (official files: train_x3d_kinetics_multigrid.py, kinetics_multigrid.py) ----
@@ -1906,6 +1963,9 @@ def start_from(args, model):
 def pretrain(args, device):
     """SSDet: detection from clip labels; or classification of the clips."""
     tree, files, labels, names = read_kinetics(args, "train")
+    if args.epochs:
+        before, args.iters = args.iters, max(1, args.epochs * len(files) // args.batch_size)
+        args.milestones = [round(m * args.iters / before) for m in args.milestones]
     val_tree, val_files, val_labels, val_names = read_kinetics(args, "val")
     if val_names != names:
         raise UserError(f"{args.data}: training and validation have different classes; labels.txt "
@@ -1927,7 +1987,7 @@ def pretrain(args, device):
                     logits = ddp(pictures(args, part["clip"]))[..., 0]
                 ce = F.cross_entropy(logits.float(), part["label"], reduction="sum")
                 hits = (logits.argmax(1) == part["label"]).sum()
-                yield {"loss": share(ce, count), "top1": share(hits.float(), count)}
+                yield {"loss": as_share(ce, count), "top1": as_share(hits.float(), count)}
             return
         rng, T = np.random.default_rng((args.seed, step, 7)), batch["clip"].shape[2]
         order = np.arange(shape.batch).reshape(shape.groups, -1)
@@ -1941,7 +2001,7 @@ def pretrain(args, device):
             with common.autocast(device, args.precision):
                 logits = ddp(part.x)                          # (B, K+1, T)
             loss, hits = pretraining_loss(logits, part, counts)
-            yield {"loss": loss, "top1": hits}
+            yield {"loss": loss, "soft": hits}                # accuracy by soft labels
 
     def validate(model):
         def network(items, batch):
@@ -1977,11 +2037,11 @@ def pretrain(args, device):
 
 def share_of(choices, rank, world):
     """This process's share of the choices for a whole batch, partners counted within it."""
-    def share(k, v):
+    def own(k, v):
         n = v.shape[-1] // world
         mine = v[..., rank * n:(rank + 1) * n]
         return mine - rank * n if k == "partner" else mine
-    return {name: {k: share(k, v) for k, v in c.items()} for name, c in choices.items()}
+    return {name: {k: own(k, v) for k, v in c.items()} for name, c in choices.items()}
 
 
 # ---- stage finetune (official files: train_fine.py, train_coarse_fineFEAT.py, branch weak) ------
@@ -1991,6 +2051,8 @@ def finetune(args, device):
     names = class_names(args)
     videos = with_files(args, read_videos(args, "train", names), "train")
     tests = with_files(args, read_videos(args, "test", names), "test")
+    if args.stream == "coarse" and args.fusion != "none":
+        check_features(args, [*videos, *tests])
     kind = Kind(args.stream, args.version, len(names), args.pool, args.fusion)
     model = build(args, device, kind)
     start_from(args, model)
@@ -2043,7 +2105,10 @@ def detect(args, device, model, dataset, what):
         for a, b in chunks(T, args.chunk):
             piece = {**moved, "clip": moved["clip"][:, :, a:b], "seen": None,
                      "start": moved["start"] + a}
-            pieces.append(model(*network_inputs(args, piece)).float())
+            logits = model(*network_inputs(args, piece)).float()
+            if b - a < T and args.compat == "fixed":          # Grid Pool's are of another length
+                logits = to_labels(logits, b - a, False)
+            pieces.append(logits)
             coarse = getattr(model, "coarse", model)
             if getattr(coarse, "sampled", None) is not None:
                 times.append((a + coarse.sampled[0] * (b - a - 1)) / max(1, T - 1))
@@ -2085,7 +2150,8 @@ def dense_map(args, videos, models, classes, block=8):
             logits = label_logits(found, slice(chosen.start, chosen.stop))
             actions = [(c - start, s, e) for c, s, e in video.actions if c in chosen]
             first = min(found, key=lambda f: f.length)
-            y = torch.from_numpy(frame_labels(actions, first.n, first.seconds, len(chosen)))
+            length = video.duration or first.seconds          # of the annotation: exact
+            y = torch.from_numpy(frame_labels(actions, first.n, length, len(chosen)))
             y = y[:, :logits.shape[1]]
             loc = F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
             cls = F.binary_cross_entropy_with_logits(logits.amax(1), y.amax(1), reduction="sum")
@@ -2134,8 +2200,9 @@ def known_kind(args, path):
     flags = saved.get("args", {}) if isinstance(saved, dict) else {}
     if isinstance(flags, dict) and flags.get("stream") in STREAMS:
         for name in ("stream", "stride", "num_frames", "crop", "norm_values", "pool",
-                     "feature_cap"):                          # as it was trained
-            setattr(args, name, flags.get(name, getattr(args, name)))
+                     "feature_cap", "compat"):                # as it was trained
+            if name not in args.given.split():
+                setattr(args, name, flags.get(name, getattr(args, name)))
     return kind._replace(stream=args.stream, pool=args.pool)
 
 
@@ -2157,10 +2224,17 @@ def extract(args, device):
               with_files(args, read_videos(args, split, names), split)]
     todo = [v for v in videos[common.rank()::common.world_size()]
             if not all((args.features / level / v.name).is_file() for level in LEVELS)]
-    loader = DataLoader(WholeVideos(args, todo, len(names)), batch_size=None,
+    loader = DataLoader(Tolerant(WholeVideos(args, todo, len(names))), batch_size=None,
                         num_workers=args.workers, generator=torch.Generator())
-    began = shown = time.perf_counter()
+    began, lost = time.perf_counter(), 0
+    shown, tests = began, {v.name for v in read_videos(args, "test", names)}
     for k, (video, item) in enumerate(zip(todo, loader), 1):
+        if isinstance(item, str):
+            if video.name in tests:
+                raise VideoError(item)
+            print(f"warning: {item}; it gets no features", file=sys.stderr, flush=True)
+            lost += 1
+            continue
         maps = extract_video(args, device, model, item["clip"][None])
         for level in LEVELS:
             common.write(args.features / level / video.name, partial(torch.save, maps[level]))
@@ -2168,11 +2242,24 @@ def extract(args, device):
             shown = time.perf_counter()
             common.say(f"extract {k}/{len(todo)} videos of this process, ETA "
                        f"{(shown - began) / k * (len(todo) - k):.0f} s")
-    common.barrier()
-    size = sum((args.features / level / v.name).stat().st_size for v in videos for level in LEVELS)
-    finish(args, {"videos": len(videos), "new": int(common.mean({"n": len(todo)})["n"]
-                                                    * common.world_size() + 0.5),
-                  "gigabytes": size / 1e9})
+    new, lost = totals(len(todo) - lost, lost)                # waits for all
+    finish(args, {"videos": len(videos), "new": int(new), "unreadable": int(lost)})
+
+
+class Tolerant(Dataset):
+    """A dataset whose unreadable items are the text of their fault."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            return self.dataset[i]
+        except VideoError as e:
+            return str(e)
 
 
 @torch.inference_mode()
@@ -2232,6 +2319,8 @@ def evaluate(args, device):
         if kind.classes != len(names):
             raise UserError(f"{path}: tells {kind.classes} classes apart, {args.dataset} has "
                             f"{len(names)}")
+        if own.stream == "coarse" and own.fusion != "none":
+            check_features(own, tests)
         model = build(own, device, kind).eval()
         load(model, path, whole=True)
         models.append(detect(own, device, model, WholeVideos(own, tests, len(names)), "evaluate"))
@@ -2278,16 +2367,20 @@ def read_submission(args, videos, classes):
         where, parts = f"{args.submission}:{n}", line.split()
         if len(parts) != classes + 2 or not re.fullmatch(r"[0-9]{1,9}", parts[1]):
             raise UserError(f"{where}: is not an id, a frame and {classes} scores")
-        if parts[0] in place:
-            row = [seconds(where, x) if x.lower() not in ("-inf", "inf") else float(x)
-                   for x in parts[2:]]
-            rows.append((place[parts[0]], int(parts[1]), row, where))
+        try:
+            row = [float(x) for x in parts[2:]]
+        except ValueError:
+            row = [math.nan]
+        if any(x != x for x in row):
+            raise UserError(f"{where}: a score is no number")
+        rows.append((parts[0], int(parts[1]), row, where))
     scores = np.full((len(videos), 25, classes), -math.inf)
-    first = min((frame for _, frame, *_ in rows), default=1)
-    for i, frame, row, where in rows:
-        if not 0 <= frame - min(first, 1) < 25:
+    first = min((frame for _, frame, *_ in rows), default=1) and 1        # or 0, where one is
+    for name, frame, row, where in rows:
+        if not 0 <= frame - first < 25:
             raise UserError(f"{where}: frame {frame} is none of 25")
-        scores[i, frame - min(first, 1)] = row
+        if name in place:
+            scores[place[name], frame - first] = row
     return list(scores)
 
 
@@ -2338,9 +2431,9 @@ def main(args):
         raise UserError(f"{args.data}: no such folder; --data is the folder of {args.dataset} as "
                         f"README lays it out (`make toy` writes a small one, data/toy/"
                         f"{args.dataset})")
-    for path in [*args.init, args.init_fine or "none"]:
-        if path not in ("none", "fair", "pytorchvideo") and not args.submission and not (
-                Path(path).is_file()):
+    begun = args.stage in ("pretrain", "finetune") and (args.out / "last.pt").exists()
+    for path in [] if begun or args.submission else [*args.init, args.init_fine or "none"]:
+        if path not in ("none", "fair", "pytorchvideo") and not Path(path).is_file():
             raise UserError(f"{path}: no such file; --init names weights to start from"
                             + ", or none" * (args.stage in ("pretrain", "finetune")))
     stage = {"pretrain": pretrain, "finetune": finetune, "extract": extract,

@@ -1251,8 +1251,8 @@ def test_the_plateau_rule_is_that_of_torch(seed):
     for k in range(90):
         rule.step(float(losses[k]))
         count = round(200 - math.log10(optimizer.param_groups[0]["lr"]))
-        assert sc.falls(losses[:k + 1].tolist()) == count
-    assert count > 0 and sc.falls([]) == 0
+        assert sc.plateau_falls(losses[:k + 1].tolist()) == count
+    assert count > 0 and sc.plateau_falls([]) == 0
 
 
 # ---- metrics -----------------------------------------------------------------------------------
