@@ -730,16 +730,13 @@ def test_features_are_of_every_video_and_every_sampled_frame(chain, charades):
     names = sc.class_names(args)
     videos = [v for s in ("train", "test") for v in sc.read_videos(args, s, names)]
     assert len(videos) == 11 == metrics(chain / "extract")["videos"]
-    size = 0
     for level, channels in zip(sc.LEVELS, common.X3D("tiny").widths):
         assert {p.name for p in (folder / level).iterdir()} == {v.name for v in videos}
         for v in videos:
             x = torch.load(folder / level / v.name, weights_only=True)
             n = round(common.probe(Path(v.path)).duration * 24)
             assert x.shape == (1, channels, n // 10, 7, 7) and torch.isfinite(x).all()
-            size += (folder / level / v.name).stat().st_size
-    assert metrics(chain / "extract")["gigabytes"] == pytest.approx(size / 1e9)
-    assert metrics(chain / "extract")["new"] == 11
+    assert metrics(chain / "extract") == {"videos": 11, "new": 11, "unreadable": 0}
 
 
 def localize_by_hand(path, table, classes):
@@ -1123,7 +1120,8 @@ def test_broken_features_are_replaced_in_training_and_named_in_the_test(chain, c
         path = tmp_path / "f" / "layer3" / second
         whole = path.read_bytes()
         spoil(path, case)
-        line = fault(*score, *init, "--limit", 1, "--out", tmp_path / "e", kind=VideoError)
+        line = fault(*score, *init, "--limit", 1, "--out", tmp_path / "e",
+                     kind=UserError if case == "lost" else VideoError)
         assert str(tmp_path / "f") in line and second in line, line
         path.write_bytes(whole)
     spoil(tmp_path / "f" / "layer3" / first, "nan")
@@ -1393,8 +1391,8 @@ def test_a_video_in_pieces_has_logits_for_every_step(stream):
             assert np.allclose(found.logits, torch.cat(want, 2)[0], atol=1e-4)
             maps = sc.extract_video(args, device, model, x)
             assert {m.shape[2] for m in maps.values()} == {steps}
-        else:                                                 # four for each begun four
-            assert found.logits.shape == (8, sum(4 * -(-(b - a) // 4) for a, b in pieces))
+        else:                       # four for each begun four, but a piece has as many as steps
+            assert found.logits.shape == (8, steps if len(pieces) > 1 else 4 * -(-steps // 4))
             assert (np.diff(found.sampled) >= -1e-6).all()
             assert 0 <= found.sampled.min() and found.sampled.max() <= 1 + 1e-6
         assert np.isfinite(found.logits).all()
