@@ -1872,10 +1872,13 @@ def to_device(batch, device):
 
 def pictures(args, x, seen=None):
     """Normalised clips, zeros where there is no frame.      uint8 (B, 3, T, S, S), (B, T)"""
-    x = normalise(x, args.norm_values)
-    if x.device.type == "cpu":                                # half the time of a training step
-        x = x.contiguous(memory_format=torch.channels_last_3d)
+    x = quick(normalise(x, args.norm_values))
     return x if seen is None else x * seen[:, None, :, None, None]
+
+
+def quick(x):
+    """A clip in the order of memory that halves the time of a training step on the CPU."""
+    return x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def parts_of(batch, n):
@@ -1999,7 +2002,7 @@ def pretrain(args, device):
         counts = pretraining_counts(mix)
         for part in mix.chunk(parts):
             with common.autocast(device, args.precision):
-                logits = ddp(part.x)                          # (B, K+1, T)
+                logits = ddp(quick(part.x))                   # (B, K+1, T)
             loss, hits = pretraining_loss(logits, part, counts)
             yield {"loss": loss, "soft": hits}                # accuracy by soft labels
 
