@@ -1377,14 +1377,14 @@ class TemporalConv(nn.Conv3d):
 
 
 class PointwiseConv(nn.Conv3d):
-    """Conv3d with kernel 1, on the CPU a matrix product over channels-last memory.
+    """Conv3d with kernel 1; on the CPU, of a tensor in channels-last memory, a matrix product.
 
     The same parameters and results; PyTorch's own leaves that order of memory for small batches,
     and the depthwise convolutions that follow then take twice as long.
     """
 
     def forward(self, x):                                     # (B, C, T, H, W)
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or x.is_contiguous():
             return super().forward(x)
         x = x[..., ::self.stride[1], ::self.stride[2]].permute(0, 2, 3, 4, 1)
         return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
