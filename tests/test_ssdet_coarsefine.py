@@ -1426,3 +1426,12 @@ def test_no_piece_is_longer_than_it_may_be(monkeypatch):
         seen.append(batch["clip"].shape[2]), plain_inputs(args, batch))[1])
     assert pieces_of(3000, "fine")[-1].logits.shape == (8, 3000)
     assert seen == [1000, 1000, 1000]
+
+
+def test_every_command_of_the_readme_is_understood():
+    text = (running.REPO / "README.md").read_text() + sc.__doc__
+    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) ssdet_coarsefine\.py([^\n`|#(]*)", text)
+    assert len(lines) >= 25
+    for line in (x for x in lines if "--help" not in x):
+        sc.parse_args(line.split(", then")[0].replace(" S ", " 0 ").replace("[", "").replace(
+            " ...]", "").split())
