@@ -692,7 +692,7 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[dict[str, str]
     found = max((matches(layout) for layout in layouts), key=len)
     if not found:
         raise UserError(f"{path}: none of its {len(tensors)} tensors fits this network "
-                        f"(its first is {next(iter(tensors))}, ours {next(iter(own))})")
+                        f"(its first is {next(iter(tensors), 'none')}, ours {next(iter(own))})")
     missing = [k for k in own if k.startswith(required) and k not in found]
     if missing:
         raise UserError(f"{path}: {len(missing)} of the network's tensors are missing, "
@@ -1318,7 +1318,7 @@ def draw_panel(draw, box: tuple[int, int, int, int], x: np.ndarray, lines: dict[
     left, top, right, bottom = box
     values = np.concatenate([y[np.isfinite(y)] for y in lines.values()])
     low, high = limits or ((values.min(), values.max()) if len(values) else (0.0, 1.0))
-    high = high if high > low else low + 1
+    high = high if high > low else low + max(1, abs(low) * 1e-3)
     x0, x1 = (float(x[0]), float(x[-1])) if len(x) and x[-1] > x[0] else (0.0, 1.0)
 
     def place(a, b):
@@ -1653,6 +1653,9 @@ class SplitBatchNorm(nn.Module):
         means, variances = self.rows("running_mean"), self.rows("running_var")
         if self.turn is not None:
             means, variances = (v[self.turn:self.turn + 1] for v in (means, variances))
+        if x.numel() == x.shape[1] * len(means):
+            raise UserError("batch norm has one value per channel: larger --crop or --num_frames, "
+                            "or fewer --groups")
         if not len(means) or len(x) % len(means):
             raise UserError(f"batch norm in {self.splits} parts: {len(x)} samples and "
                             f"{world_size()} processes do not fit")

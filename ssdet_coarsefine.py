@@ -246,7 +246,8 @@ def recipe(chosen):
         init, r["init_fine"] = f"{runs}_finetune_coarse/best.pt", f"{runs}_finetune_fine/best.pt"
     r["init"] = [init]
     kind = {"pretrain": "_classify" * (chosen.task == "classify"), "finetune": f"_{stream}",
-            "extract": "", "evaluate": f"_{chosen.stream or 'coarse'}"}[stage]
+            "extract": "", "evaluate": f"_{chosen.stream}" if chosen.stream else
+            "_submission" if chosen.submission else "" if chosen.init else "_coarse"}[stage]
     return {**r, "out": Path(f"{runs}_{stage}{kind}")}
 
 
@@ -278,10 +279,16 @@ def check(p, args):
         "--milestones go with --schedule steps": bool(args.milestones)
             and args.schedule != "steps",
         f"--crop {args.crop}: must be at least 32": args.crop < 32,
+        "--epochs and --iters exclude each other": {"epochs", "iters"} <= set(args.given.split()),
+        f"--multigrid: --num_frames {args.num_frames} must be at least 4":
+            pretrain and args.multigrid in ("x3d", "fair") and args.num_frames < 4,
+        f"--feature_cap {args.feature_cap}: must be at most 100000": args.feature_cap > 100_000,
+        f"--init {args.init[0]}: only trainings start from published networks": not training
+            and bool({"fair", "pytorchvideo"} & set(args.init)),
         f"--milestones {args.milestones}: must be at least 1":
             any(m < 1 for m in args.milestones or []),
         f"--chunk {args.chunk}: must be at least 8": args.chunk < 8,
-        f"--eval_fps {args.eval_fps}: must be above 0": not args.eval_fps > 0,
+        f"--eval_fps {args.eval_fps}: must be from 0.1 to 1000": not 0.1 <= args.eval_fps <= 1000,
         "--init: one file, except with --stage evaluate": len(args.init) != 1
             and args.stage != "evaluate",
         f"--stage {args.stage} needs a trained network, not --init none": "none" in args.init
@@ -417,7 +424,8 @@ def class_names(args):
             if row.split()[0] != f"c{c:03d}":
                 raise UserError(f"{path}:{n}: {row!r:.60} does not begin with c{c:03d}")
         return [row.partition(" ")[2] for _, row in rows]
-    path = common.find(root, "class_list.txt")
+    path = next(filter(None, (common.find(d, "class_list.txt")
+                              for d in (root, root.parent, args.data) if d.is_dir())), None)
     names = [row.split()[-1] for _, row in read_lines(path)] if path else THUMOS
     for name in names:
         common.Fields(str(path), {"class": name}).name("class")
@@ -433,6 +441,8 @@ def read_videos(args, split, names):
     K, base, folder = len(names), int(args.dataset == "multithumos"), None
     if given and not given.is_dir():
         path = given
+        if path.suffix == ".csv" and args.stage != "evaluate":
+            raise UserError(f"{path}: --annotations: a CSV is of one split; name its folder")
     elif args.dataset == "charades":
         path = (common.find(root, f"Charades_v1_{split}.csv") or common.find(root, "charades.json"))
     else:
@@ -445,8 +455,11 @@ def read_videos(args, split, names):
     elif folder is not None:
         rows = thumos_rows(folder.parent, split, names)
     else:
-        raise UserError(f"{root}: holds no annotations of {args.dataset} (Charades_v1_{split}.csv, "
-                        f"{args.dataset}.json, ...); --annotations names them")
+        name = {"charades": f"Charades_v1_{split}.csv"}.get(args.dataset, f"{names[0]}.txt")
+        raise UserError(f"{root}: holds no annotations of --dataset {args.dataset} ({name} or "
+                        f"{args.dataset}.json); --annotations names them")
+    if not rows:
+        raise UserError(f"{path or folder.parent}: holds no {split} video")
     report(args, split, K, rows, path or folder.parent)
     places = locate(args.data, rows)
     return [Video(name, places.get(name, ""), *rest) for name, rest in rows.items()][:args.limit]
@@ -533,6 +546,9 @@ def read_kinetics(args, split):
     """(paths, labels from 0, names of the classes) of the clips of a split that have a file."""
     wanted = {"train": ["train"], "val": ["val", "validate", "validation"]}[split]
     root = args.annotations if args.annotations and args.annotations.is_dir() else args.data
+    if args.annotations and not args.annotations.is_dir():
+        raise UserError(f"{args.annotations}: --annotations: the folder of {wanted[0]}.csv and the "
+                        "like")
     near = [root, root / "annotations"]                       # not among the clips
     path = next((f for w in wanted for end in ("csv", "json") for pattern in ("", "*_")
                  for d in near for f in sorted(d.glob(f"{pattern}{w}.{end}"))), None)
@@ -563,7 +579,8 @@ def read_kinetics(args, split):
     if not paths:
         raise UserError(f"{tree}: holds none of the clips of {path} (LABEL/ID_START_END.mp4, or "
                         "such folders of frames)")
-    return tree, np.array(paths)[:args.limit], np.array(labels)[:args.limit], names
+    few = np.linspace(0, len(paths) - 1, min(args.limit or len(paths), len(paths))).astype(int)
+    return tree, np.array(paths)[few], np.array(labels)[few], names       # of all classes
 
 
 class Film:
@@ -1421,6 +1438,7 @@ class Kind(NamedTuple):
 def kind_of(path):
     """The Kind of a checkpoint: stream x3d, slowfast, coarse or two."""
     tensors = common.find_weights(path)
+    tensors = {k: v for k, v in tensors.items() if v.dim()}
     if any(".pathway1_" in k or "multipathway" in k for k in tensors):
         head = next((v for k, v in tensors.items() if re.search(r"proj\w*\.bias$", k)), None)
         stem = next((v for k, v in tensors.items() if re.search(
@@ -1522,19 +1540,40 @@ def read_features(args, name):
     return found
 
 
-def check_features(args, videos):
-    """Refuse to begin where features are missing, or are of another stride."""
-    there = {level: set(os.listdir(args.features / level)) if (args.features / level).is_dir()
-             else set() for level in LEVELS}
-    lost = [f"{level}/{v.name}" for level in LEVELS for v in videos if v.name not in there[level]]
+def check_features(args, videos, widths):
+    """Refuse to begin where features are missing, or are not those that the network expects.
+
+    widths: channels of each level. Returns the videos that have features: all but those of which
+    extract says that they cannot be read.
+    """
+    folder, there = args.features, {}
+    for level in LEVELS:
+        there[level] = set(os.listdir(folder / level)) if (folder / level).is_dir() else set()
+    about = common.read_json(folder / "about.json") if (folder / "about.json").exists() else {}
+    about = about if isinstance(about, dict) else {}
+    unreadable = about.get("unreadable") or []
+    lost = [f"{level}/{v.name}" for level in LEVELS for v in videos
+            if v.name not in there[level] and v.name not in unreadable]
     if lost:
-        raise UserError(f"{args.features / lost[0]}: no such file; --stage extract makes it "
+        raise UserError(f"{folder / lost[0]}: no such file; --stage extract makes it "
                         f"({len(lost)} of {len(LEVELS) * len(videos)} are missing)")
-    path = args.features / "about.json"
-    about = common.read_json(path) if path.exists() else {}
-    if isinstance(about, dict) and about.get("stride", args.stride) != args.stride:
-        raise UserError(f"{path}: its features are {about['stride']} frames apart, not "
+    if about.get("stride", args.stride) != args.stride:
+        raise UserError(f"{folder}: its features are {about['stride']} frames apart, not "
                         f"--stride {args.stride}")
+    before, now = getattr(args, "features_of", None), about.get("crc32")
+    if before and now and before != now:
+        raise UserError(f"{folder}: its features are of the fine network {now}, this one was "
+                        f"trained on those of {before}; --features names them")
+    args.features_of = before or now
+    kept = [v for v in videos if v.name not in unreadable]
+    first = {}
+    with contextlib.suppress(VideoError):                     # a broken one is found when read
+        first = read_features(args, kept[0].name) if kept else {}
+    for (level, x), width in zip(first.items(), widths):
+        if len(x) != width:
+            raise UserError(f"{folder / level}: has {len(x)} channels, the network needs {width}; "
+                            "is it of another --version, or of --tiny?")
+    return kept
 
 
 class Untrimmed(Dataset):
@@ -1958,7 +1997,10 @@ def start_from(args, model):
         load(model, Path(args.init[0]))
     for part, name in ((model.coarse, args.init[0]), (model.fine, args.init_fine)):
         if not both and name not in (None, "none"):
-            load(part, fetched(args, name))
+            path = fetched(args, name)
+            if part is model.fine and kind_of(path).stream != "x3d":
+                raise UserError(f"{path}: --init_fine: is no network of the fine stream")
+            load(part, path)
 
 
 # ---- stage pretrain (official files: train_x3d_kinetics_multigrid.py, kinetics_multigrid.py) ----
@@ -1968,7 +2010,8 @@ def pretrain(args, device):
     tree, files, labels, names = read_kinetics(args, "train")
     if args.epochs:
         before, args.iters = args.iters, max(1, args.epochs * len(files) // args.batch_size)
-        args.milestones = [round(m * args.iters / before) for m in args.milestones]
+        if "milestones" not in args.given.split():
+            args.milestones = [round(m * args.iters / before) for m in args.milestones]
     val_tree, val_files, val_labels, val_names = read_kinetics(args, "val")
     if val_names != names:
         raise UserError(f"{args.data}: training and validation have different classes; labels.txt "
@@ -2017,6 +2060,8 @@ def pretrain(args, device):
             right = (told == label[:, None, None]).float().mean((1, 2))
             return [loss, (prob.argmax(1) == label).float(), right]
         loss, top1, right = common.predict(args, device, checked, network, "val", 4)
+        if not np.isfinite(loss).all():
+            raise UserError("the network's output is not finite: lower --lr, or train longer")
         measured = {"val_loss": float(loss.mean()), "val_top1": float(top1.mean())}
         return {**measured, "val_frames": float(right.mean())} if frames else measured
 
@@ -2054,10 +2099,11 @@ def finetune(args, device):
     names = class_names(args)
     videos = with_files(args, read_videos(args, "train", names), "train")
     tests = with_files(args, read_videos(args, "test", names), "test")
-    if args.stream == "coarse" and args.fusion != "none":
-        check_features(args, [*videos, *tests])
     kind = Kind(args.stream, args.version, len(names), args.pool, args.fusion)
     model = build(args, device, kind)
+    if args.stream == "coarse" and args.fusion != "none":
+        videos = check_features(args, videos, model.widths)
+        check_features(args, tests, model.widths)
     start_from(args, model)
     masked = args.stream != "x3d" or args.compat == "fixed"
     pack = partial(collate, steps=args.num_frames, frames=args.num_frames * args.stride,
@@ -2115,6 +2161,9 @@ def detect(args, device, model, dataset, what):
             coarse = getattr(model, "coarse", model)
             if getattr(coarse, "sampled", None) is not None:
                 times.append((a + coarse.sampled[0] * (b - a - 1)) / max(1, T - 1))
+        if not all(torch.isfinite(x).all() for x in pieces):
+            raise UserError("the network's output is not finite: lower --lr, or train longer; "
+                            "nothing was scored")
         return [torch.cat(pieces, 2), batch["about"],
                 torch.cat(times)[None] if times else torch.zeros(1, 0)]
     columns = common.predict(args, device, dataset, network, what, 1, collate)
@@ -2191,7 +2240,7 @@ def official_map(args, videos, models, classes):
 
 def known_kind(args, path):
     """The Kind of a trained network; --version and --stream follow it."""
-    kind = kind_of(Path(path))
+    kind, asked = kind_of(Path(path)), args.stream
     args.version, args.fusion = kind.version, kind.fusion
     if kind.stream != "x3d":
         args.stream = kind.stream
@@ -2202,10 +2251,14 @@ def known_kind(args, path):
     saved = common.load_file(Path(path))
     flags = saved.get("args", {}) if isinstance(saved, dict) else {}
     if isinstance(flags, dict) and flags.get("stream") in STREAMS:
-        for name in ("stream", "stride", "num_frames", "crop", "norm_values", "pool",
+        if "stream" in args.given.split() and flags["stream"] != asked and len(args.init) == 1:
+            raise UserError(f"{path}: was trained with --stream {flags['stream']}")
+        args.stream, args.features_of = flags["stream"], flags.get("features_of")
+        for name in ("stride", "num_frames", "crop", "norm_values", "pool",
                      "feature_cap", "compat"):                # as it was trained
-            if name not in args.given.split():
-                setattr(args, name, flags.get(name, getattr(args, name)))
+            value = flags.get(name)
+            if name not in args.given.split() and value and isinstance(value, (int, str)):
+                setattr(args, name, value)
     return kind._replace(stream=args.stream, pool=args.pool)
 
 
@@ -2229,14 +2282,14 @@ def extract(args, device):
             if not all((args.features / level / v.name).is_file() for level in LEVELS)]
     loader = DataLoader(Tolerant(WholeVideos(args, todo, len(names))), batch_size=None,
                         num_workers=args.workers, generator=torch.Generator())
-    began, lost = time.perf_counter(), 0
+    began, lost = time.perf_counter(), []
     shown, tests = began, {v.name for v in read_videos(args, "test", names)}
     for k, (video, item) in enumerate(zip(todo, loader), 1):
         if isinstance(item, str):
             if video.name in tests:
                 raise VideoError(item)
             print(f"warning: {item}; it gets no features", file=sys.stderr, flush=True)
-            lost += 1
+            lost.append(video.name)
             continue
         maps = extract_video(args, device, model, item["clip"][None])
         for level in LEVELS:
@@ -2245,8 +2298,13 @@ def extract(args, device):
             shown = time.perf_counter()
             common.say(f"extract {k}/{len(todo)} videos of this process, ETA "
                        f"{(shown - began) / k * (len(todo) - k):.0f} s")
-    new, lost = totals(len(todo) - lost, lost)                # waits for all
-    finish(args, {"videos": len(videos), "new": int(new), "unreadable": int(lost)})
+    new, every = totals(len(todo) - len(lost)), [None] * common.world_size()
+    dist.all_gather_object(every, lost)
+    lost = sorted(itertools.chain.from_iterable(every))
+    if common.rank() == 0:
+        about = common.read_json(args.features / "about.json")
+        common.write_json(args.features / "about.json", {**about, "unreadable": lost})
+    finish(args, {"videos": len(videos), "new": int(new[0]), "unreadable": len(lost)})
 
 
 class Tolerant(Dataset):
@@ -2286,16 +2344,21 @@ def claim(args, model):
     for x in model.state_dict().values():
         check = zlib.crc32(x.cpu().numpy().tobytes(), check)
     about = {"stride": args.stride, "crop": args.crop, "norm_values": args.norm_values,
-             "crc32": f"{check:08x}"}
+             "chunk": args.chunk, "float16": args.float16, "crc32": f"{check:08x}"}
     path, fault = args.features / "about.json", [None]
     if common.rank() == 0:
         for part in args.features.glob("*/*.tmp*"):           # of a process that was killed
             if re.fullmatch(r"[\w-]+\.tmp\d+", part.name):
                 part.unlink()
         before = common.read_json(path) if path.exists() else about
+        if isinstance(before, dict):
+            before.pop("unreadable", None)
         if before != about:
             fault = [f"{path}: its features are of {before}, not of {about}; choose another "
                      "--features"]
+        elif not path.exists() and any(args.features.glob("layer1/*")):
+            fault = [f"{args.features}: holds features of an unknown network (no about.json); "
+                     "delete them, or choose another --features"]
         elif not path.exists():
             common.write_json(path, about)
     dist.broadcast_object_list(fault)
@@ -2322,10 +2385,10 @@ def evaluate(args, device):
         if kind.classes != len(names):
             raise UserError(f"{path}: tells {kind.classes} classes apart, {args.dataset} has "
                             f"{len(names)}")
-        if own.stream == "coarse" and own.fusion != "none":
-            check_features(own, tests)
         model = build(own, device, kind).eval()
         load(model, path, whole=True)
+        if own.stream == "coarse" and own.fusion != "none":
+            check_features(own, tests, model.widths)
         models.append(detect(own, device, model, WholeVideos(own, tests, len(names)), "evaluate"))
     metrics = dense_map(args, tests, models, len(names))
     columns = {"AP": np.array(metrics.pop("ap"))}
@@ -2337,6 +2400,8 @@ def evaluate(args, device):
         if args.dataset == "charades":
             write_submission(args, tests, scores)
         draw_timeline(args, tests, models, names)
+    if args.dataset == "charades":
+        metrics["frames25"] = args.frames25
     rate = {"charades": "every frame", "multithumos": f"{args.eval_fps:g} per second"}
     finish(args, {**metrics, "test_videos": len(tests), "networks": len(models),
                   "dense_labels": rate[args.dataset]})
@@ -2377,6 +2442,14 @@ def read_submission(args, videos, classes):
         if any(x != x for x in row):
             raise UserError(f"{where}: a score is no number")
         rows.append((parts[0], int(parts[1]), row, where))
+    strange = sum(name not in place for name, *_ in rows)
+    if len(rows) == strange:
+        raise UserError(f"{args.submission}: holds no row of a test video")
+    given = {(name, frame) for name, frame, *_ in rows if name in place}
+    if strange or len(given) < 25 * len(videos):
+        common.say(f"warning: {args.submission}: {25 * len(videos) - len(given)} of "
+                   f"{25 * len(videos)} frames are missing and count as last; {strange} rows are "
+                   "of no test video")
     scores = np.full((len(videos), 25, classes), -math.inf)
     first = min((frame for _, frame, *_ in rows), default=1) and 1        # or 0, where one is
     for name, frame, row, where in rows:

@@ -1235,17 +1235,6 @@ def test_help_lists_every_flag_with_its_meaning(capsys):
         assert re.search(r"[a-z]{2,}", text), flag
 
 
-def test_every_command_of_the_documentation_is_understood():
-    text = (running.REPO / "README.md").read_text() + sc.__doc__
-    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) ssdet_coarsefine\.py([^`|#(]*?)(?:$|[`|#(]|"
-                       r"(?<!\\)\n)", text, re.M)
-    assert len(lines) >= 7
-    for line in lines:
-        line = re.sub(r"CHECKPOINT.*", "a.pt", line.split(", then")[0].replace("\\\n", " "))
-        if "--help" not in line:
-            sc.parse_args(line.split())
-
-
 # ---- faults of a run, and long videos ------------------------------------------------------------
 
 def test_what_the_user_can_mend_is_one_line(chain, kinetics, tune, score, charades, tmp_path):
