@@ -1424,3 +1424,37 @@ def test_every_command_of_the_readme_is_understood():
     for line in (x for x in lines if "--help" not in x):
         sc.parse_args(line.split(", then")[0].replace(" S ", " 0 ").replace("[", "").replace(
             " ...]", "").split())
+
+
+def test_what_would_change_a_score_without_a_word_is_refused(chain, charades, tune, score,
+                                                             tmp_path):
+    coarse = ["--init", chain / "coarse/best.pt"]
+    other = tmp_path / "other"
+    here(*score[:-2], "--stage", "extract", "--init", chain / "x3d/best.pt", "--features", other,
+         "--out", tmp_path / "x")
+    line = fault(*score, *coarse, "--features", other, "--out", tmp_path / "e")
+    assert str(other) in line and "fine network" in line
+    (other / "about.json").unlink()
+    line = fault(*score[:-2], "--stage", "extract", "--init", chain / "fine/best.pt", "--features",
+                 other, "--out", tmp_path / "x")
+    assert "unknown network" in line
+    line = fault(*score[:-2], "--stage", "extract", "--init", chain / "fine/best.pt", "--features",
+                 chain / "features", "--chunk", 8, "--out", tmp_path / "x")
+    assert "about.json" in line
+    saved = torch.load(chain / "fine/best.pt", weights_only=True)
+    saved["model"]["bn1.bn.running_var"] *= -1
+    torch.save(saved, tmp_path / "nan.pt")
+    line = fault(*score, "--init", tmp_path / "nan.pt", "--out", tmp_path / "e")
+    assert "not finite" in line
+    (tmp_path / "foreign.txt").write_text("ZZZZZ 1 " + " ".join(["0.5"] * 8) + "\n")
+    line = fault(*score, "--submission", tmp_path / "foreign.txt", "--out", tmp_path / "s")
+    assert "no row of a test video" in line
+    table = common.find(charades, "Charades_v1_test.csv")
+    line = fault(*tune, "--init", "none", "--annotations", table, "--out", tmp_path / "t")
+    assert str(table) in line
+    line = fault(*score, "--init", chain / "fine/best.pt", "--stream", "slowfast", "--out",
+                 tmp_path / "e")
+    assert "--stream fine" in line
+    line = fault(*tune, "--stream", "two", "--init", chain / "coarse/best.pt", "--init_fine",
+                 chain / "coarse/best.pt", "--out", tmp_path / "t")
+    assert "--init_fine" in line
