@@ -63,9 +63,10 @@ from common import UserError, VideoError
 BACKGROUND = 0                       # label of frozen frames; Kinetics' classes begin at 1
 LEVELS = ("layer1", "layer2", "layer3", "layer4", "conv5")    # maps of the fine stream
 GRID = 7                             # height and width of stored features
+# Squares cut for training, of the short side; SSDet's single stream has the first alone.
 SCALES = {"XS": (160 / 180, 160 / 225), "S": (160 / 180, 160 / 225), "L": (312 / 360, 312 / 450),
-          "XL": (312 / 360, 312 / 450)}                       # squares cut for training, of the
-OTHERS = (224 / 256, 224 / 320)      # short side; the first one alone for SSDet's single stream
+          "XL": (312 / 360, 312 / 450)}
+OTHERS = (224 / 256, 224 / 320)
 OFFICIAL = {"charades": (157, {"train": (7985, 49809), "test": (1863, 16691)}),
             "multithumos": (65, {"train": (200, 18482), "test": (213, 20208)})}
 RATE = {"charades": 24.0, "multithumos": None}                # frames per second; None: the file's
@@ -678,9 +679,10 @@ def cross_fade(T, start, end, whole=1):
     """Weights of two clips that are seen from `start` to `end`: (2, B, T), and masks of presence.
 
     Over the n frames that both share, the later clip's weight grows by 1/(n+1) a frame; of two of
-    which one lies inside the other, the outer one falls to 0 and comes back. whole: the sum of
-    both weights there. NOTE: that course is
-    half a frame off the middle, as released; the figure in the official README has (2k-1)/(2n+1).
+    which one lies inside the other, the outer one's falls to 0 and comes back, half a frame off the
+    middle as released. whole: the sum of both weights.
+    NOTE: the figure in the official README has (2k-1)/(2n+1) at the k-th shared frame, the code
+    k/(n+1).
     """
     t = torch.arange(T, device=start.device)
     present = (t >= start[..., None]) & (t < end[..., None])  # (2, B, T)
@@ -1012,7 +1014,10 @@ def fair_rates(schedule, gamma=0.1):
 
 
 def fair_norm(batch, gpus, base=8):
-    """(kind of batch norm, splits or processes) by samples per GPU: 8 share their statistics."""
+    """(kind of batch norm, splits or processes) by samples per GPU: 8 share their statistics.
+
+    Of the authors' schedule; our runs take their parts from --groups.
+    """
     parts = batch / gpus / base
     if parts > 1:
         return "sub_batchnorm", int(parts)
@@ -2239,7 +2244,7 @@ def official_map(args, videos, models, classes):
 # ---- stage extract (official file: extract_fineFEAT.py) -----------------------------------------
 
 def known_kind(args, path):
-    """The Kind of a trained network; --version and --stream follow it."""
+    """The Kind of a trained network; `args` becomes as it was trained, but for flags given."""
     kind, asked = kind_of(Path(path)), args.stream
     args.version, args.fusion = kind.version, kind.fusion
     if kind.stream != "x3d":
