@@ -497,6 +497,33 @@ def write_json(path: Path, value: Any) -> None:
     write(path, json.dumps(value, indent=1, default=str, allow_nan=False) + "\n")
 
 
+def claim(folder: Path, net: nn.Module, about: dict, strange: str = "") -> None:
+    """Keep what different networks make out of one folder: its about.json tells which one did.
+
+    about: what else decides its files. strange: a pattern of files that must not be there without
+    an about.json. UserError, on every process, if the folder belongs to others.
+    """
+    import zlib
+    check = 0
+    for x in net.state_dict().values():
+        check = zlib.crc32(x.cpu().numpy().tobytes(), check)
+    about, path, fault = {**about, "crc32": f"{check:08x}"}, folder / "about.json", [None]
+    if rank() == 0:
+        before = read_json(path) if path.exists() else about
+        known = {k: before.get(k) for k in about} if isinstance(before, dict) else before
+        if known != about:
+            fault = [f"{path}: its features are of {known}, not of {about}; choose another "
+                     "--features"]
+        elif not path.exists() and strange and any(folder.glob(strange)):
+            fault = [f"{folder}: holds features of an unknown network (no about.json); delete "
+                     "them, or choose another --features"]
+        elif not path.exists():
+            write_json(path, about)
+    dist.broadcast_object_list(fault)
+    if fault[0]:
+        raise UserError(fault[0])
+
+
 # Flags that change neither the network nor its training: free to differ when a run goes on.
 # Scripts add their own.
 FREE_FLAGS = {"out", "data", "workers", "save_every", "log_every"}

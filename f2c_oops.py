@@ -1359,26 +1359,6 @@ def calibrate(net, norm, paths, clips, side, spread=0.1):
     net.scale.copy_(spread / z.std(0).clamp(min=1e-6))
 
 
-def claim_folder(args, net, weights, side):
-    """about.json of the features' folder: features of different networks never mix there."""
-    check = 0
-    for x in net.state_dict().values():
-        check = zlib.crc32(x.numpy().tobytes(), check)
-    about = {"backbone": args.backbone, "weights": weights, "side": side, "tiny": args.tiny,
-             "crc32": f"{check:08x}"}
-    path, fault = args.features / "about.json", [None]
-    if common.rank() == 0:
-        before = common.read_json(path) if path.exists() else about
-        if before != about:
-            fault = [f"{path}: its features are of {before}, not of {about}; choose another "
-                     "--features"]
-        elif not path.exists():
-            common.write_json(path, about)
-    dist.broadcast_object_list(fault)
-    if fault[0]:
-        raise UserError(fault[0])
-
-
 def save_features(args, path, fps, parts):
     """One video's .npz: arr_0 (T, D), fps, and times (T,), or spans (T, 2) of clips."""
     seen, x = (np.concatenate(p) for p in zip(*parts))
@@ -1440,7 +1420,8 @@ def extract(args, device):
     net, norm, weights = backbone(args)
     clips = args.backbone in OF_CLIPS
     side = 32 if args.tiny else 112 if clips else 224
-    claim_folder(args, net, weights, side)
+    common.claim(args.features, net, {"backbone": args.backbone, "weights": weights, "side": side,
+                                      "tiny": args.tiny})
     if args.tiny:
         calibrate(net, norm, [str(f) for f in files["train"][:16]], clips, side)
     net = net.to(device)

@@ -2280,7 +2280,13 @@ def extract(args, device):
     args.stream = "fine"
     model = build(args, device, kind).eval()
     load(model, path, whole=True)
-    claim(args, model)
+    if common.rank() == 0:
+        for part in args.features.glob("*/*.tmp*"):           # of a process that was killed
+            if re.fullmatch(r"[\w-]+\.tmp\d+", part.name):
+                part.unlink()
+    common.claim(args.features, model, {
+        "stride": args.stride, "crop": args.crop, "norm_values": args.norm_values,
+        "chunk": args.chunk, "float16": args.float16}, "layer1/*")
     videos = [v for split in ("train", "test") for v in
               with_files(args, read_videos(args, split, names), split)]
     todo = [v for v in videos[common.rank()::common.world_size()]
@@ -2341,34 +2347,6 @@ def extract_video(args, device, model, clip):
     if not all(torch.isfinite(x).all() for x in maps.values()):
         raise UserError("a network's features are not finite; nothing was written")
     return maps
-
-
-def claim(args, model):
-    """about.json of the features' folder: features of different networks never mix there."""
-    check = 0
-    for x in model.state_dict().values():
-        check = zlib.crc32(x.cpu().numpy().tobytes(), check)
-    about = {"stride": args.stride, "crop": args.crop, "norm_values": args.norm_values,
-             "chunk": args.chunk, "float16": args.float16, "crc32": f"{check:08x}"}
-    path, fault = args.features / "about.json", [None]
-    if common.rank() == 0:
-        for part in args.features.glob("*/*.tmp*"):           # of a process that was killed
-            if re.fullmatch(r"[\w-]+\.tmp\d+", part.name):
-                part.unlink()
-        before = common.read_json(path) if path.exists() else about
-        if isinstance(before, dict):
-            before.pop("unreadable", None)
-        if before != about:
-            fault = [f"{path}: its features are of {before}, not of {about}; choose another "
-                     "--features"]
-        elif not path.exists() and any(args.features.glob("layer1/*")):
-            fault = [f"{args.features}: holds features of an unknown network (no about.json); "
-                     "delete them, or choose another --features"]
-        elif not path.exists():
-            common.write_json(path, about)
-    dist.broadcast_object_list(fault)
-    if fault[0]:
-        raise UserError(fault[0])
 
 
 # ---- stage evaluate (official files: Charades_v1_localize.m, eval_coarse_fineFEAT_ensemble.py) --
