@@ -65,16 +65,17 @@ def paired(*jobs: Callable[[], Any], repeats: int = REPEATS, least: float = 0.03
            warm: int = 1) -> list[list[float]]:
     """Seconds per call: one list per repeat with one figure per job; the jobs take turns.
 
-    Every figure is the mean of as many calls as last `least` seconds; `warm` calls of each job
-    come first and do not count. The order of the jobs changes from repeat to repeat.
+    Every figure is the mean of as many calls as last `least` seconds (0: of one call); `warm` calls
+    of each job come first and do not count. The order of the jobs changes from repeat to repeat.
     """
-    calls = []
-    for job in jobs:
+    calls = [1] * len(jobs)
+    for k, job in enumerate(jobs):
         for _ in range(warm):
             job()
-        began = now()
-        job()
-        calls.append(max(1, int(least / max(now() - began, 1e-7))))
+        if least:
+            began = now()
+            job()
+            calls[k] = max(1, int(least / max(now() - began, 1e-7)))
     table = []
     for r in range(repeats):
         row = [0.0] * len(jobs)
