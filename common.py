@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -1171,20 +1172,24 @@ def _packets(c, v, low, high, counted):
 
 
 def _decode(v, path, packets, wanted, short_side, counted):
-    """{tick: picture} for the `wanted` ticks; B-frames that nobody wants are not reconstructed.
+    """{tick: picture} for the `wanted` ticks, as `_pictures` finds them, scaled."""
+    got, size = {}, None
+    for tick, frame in _pictures(v, path, packets, wanted, counted):
+        size = size or _scaled(frame, short_side)
+        got[tick] = _to_rgb(frame, *size)
+    return got
+
+
+def _pictures(v, path, packets, wanted, counted):
+    """(tick, frame) for each of the ascending `wanted` ticks; B-frames that nobody wants are not
+    reconstructed.
 
     counted: None, or the ticks of the pictures in their order, where time stamps are of no use.
     A picture lost to damage is replaced by the one before it, before the first picture by that
-    one, at most a second away.
+    one, at most a second away. VideoError, at the end, if there is none.
     """
-    cc, got, need, size = v.codec_context, {}, list(wanted), None
-    wanted_set, number, before, second = set(wanted), -1, None, 1 / v.time_base
-
-    def take(tick, frame):
-        nonlocal size
-        size = size or _scaled(frame, short_side)
-        got[tick] = _to_rgb(frame, *size)
-
+    cc, need, wanted_set = v.codec_context, deque(wanted), set(wanted)
+    number, before, second = -1, None, 1 / v.time_base
     for k, p in enumerate(itertools.chain(packets, [None])):
         plain = counted is not None or p is None or p.pts in wanted_set
         cc.skip_frame = "DEFAULT" if plain else "NONREF"
@@ -1199,17 +1204,16 @@ def _decode(v, path, packets, wanted, short_side, counted):
             if now is None:
                 continue
             while need and need[0] < now and abs(need[0] - (before or (now,))[0]) <= second:
-                take(need.pop(0), before[1] if before else f)
+                yield need.popleft(), before[1] if before else f
             if need and need[0] == now:
-                take(need.pop(0), f)
+                yield need.popleft(), f
             before = (now, f)
         if not need:
             break
     while need and before and 0 <= need[0] - before[0] <= second:
-        take(need.pop(0), before[1])
+        yield need.popleft(), before[1]
     if need:
         raise VideoError(f"{path}: {len(need)} of {len(wanted)} wanted pictures are damaged")
-    return got
 
 
 def _scaled(frame, short_side) -> tuple[int, int]:
