@@ -2326,14 +2326,16 @@ def open_target(args: argparse.Namespace) -> list[tuple[str, int]]:
         data = (args.src / name).read_bytes()
         if not (args.dst / name).exists() or (args.dst / name).read_bytes() != data:
             write(args.dst / name, data)
-    say(f"prepare: {len(videos)} videos of {gigabytes(size for _, size in videos)} in {args.src}, "
+    say(f"prepare: {len(videos)} videos of {amount(size for _, size in videos)} in {args.src}, "
         f"{sum((args.dst / name).exists() for name, _ in videos)} of them done before; "
         f"{len(notes)} annotation files")
     return videos
 
 
-def gigabytes(sizes: Iterable[int]) -> str:
-    return f"{sum(sizes) / 1e9:.3g} GB"
+def amount(sizes: Iterable[int]) -> str:
+    """Sum of bytes, as people read it."""
+    n = sum(sizes)
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def deal(sizes: Sequence[int], n: int) -> list[list[int]]:
@@ -2360,8 +2362,8 @@ def progress(sizes: Sequence[int], every: float = 10) -> Callable[[int, float], 
         if now - shown > every:
             shown, done = now, before[n] + share * (before[n + 1] - before[n])
             left = (now - began) * (total - done) / max(1, done)
-            say(f"prepare {n}/{len(sizes)} files of this process, {gigabytes([done])} of "
-                f"{gigabytes([total])}, {done / 1e6 / (now - began):.2f} MB/s, "
+            say(f"prepare {n}/{len(sizes)} files of this process, {amount([done])} of "
+                f"{amount([total])}, {done / 1e6 / (now - began):.2f} MB/s, "
                 f"ETA {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
     return report
 
@@ -2430,8 +2432,8 @@ def summary(args: argparse.Namespace, videos: Sequence[tuple[str, int]]) -> None
     """One line on what DST holds and on what that gains, from up to eight of its files."""
     done = [(name, size) for name, size in videos if (args.dst / name).exists()]
     line = (f"done: {len(done)} of {len(videos)} videos in {args.dst}, "
-            f"{gigabytes(size for _, size in done)} became "
-            f"{gigabytes((args.dst / name).stat().st_size for name, _ in done)}")
+            f"{amount(size for _, size in done)} became "
+            f"{amount((args.dst / name).stat().st_size for name, _ in done)}")
     if done:
         some = [done[k][0] for k in np.unique(np.linspace(0, len(done) - 1, 8).astype(int))]
         side = min(128, args.short_side)
