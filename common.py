@@ -8,6 +8,7 @@
     video and sound  read_clip, read_frames, read_audio  exact to the frame and to the sample
     pictures         draw_curve, draw_panel, font      Pillow alone
     backbones        R2Plus1D, X3D, SlowFast, ...      plain nn.Modules, no dataset, no method
+    a command        prepare                           videos re-encoded for training
 
 Times are seconds in float, counted from the first picture of a file. Video in memory is uint8
 (T, H, W, 3) as read and (B, C, T, H, W) in a network; sound is float32 (channels, samples).
@@ -16,6 +17,7 @@ Times are seconds in float, counted from the first picture of a file. Video in m
 import argparse
 import contextlib
 import csv
+import errno
 import inspect
 import io
 import itertools
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -64,11 +67,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if silent else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
+class OneLine(argparse.ArgumentParser):
+    """argparse whose errors are one line, printed by one process only (exit status 2)."""
+
+    def error(self, message: str):
+        line = f"error: {message} ({self.prog} --help lists the flags)\n"
+        self.exit(2, line if int(os.environ.get("RANK", 0)) == 0 else None)
+
+
+class Parser(OneLine):
     """argparse with the flags that mean the same in every script: the groups `data` and `run`.
 
-    The first stage and the first dataset are the defaults. A wrong flag is one line, printed by
-    one process only (exit status 2).
+    The first stage and the first dataset are the defaults.
     """
 
     def __init__(self, description: str, stages: Sequence[str], datasets: Sequence[str]):
@@ -98,10 +108,6 @@ class Parser(argparse.ArgumentParser):
                        help="steps between checkpoints; one more ends each epoch")
         g.add_argument("--log_every", type=int, default=20, metavar="N",
                        help="steps between log lines")
-
-    def error(self, message: str):
-        line = f"error: {message} ({self.prog} --help lists the flags)\n"
-        self.exit(2, line if int(os.environ.get("RANK", 0)) == 0 else None)
 
 
 def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
@@ -978,11 +984,9 @@ def clock(path: Path) -> tuple[np.ndarray, float]:
     """(seconds of every picture since the first, pictures per second), without decoding them."""
     with _open(path) as c:
         v = _video_stream(c, path)
-        counted = c.format.name == "avi"
-        ticks = sorted(p.pts if p.pts is not None else p.dts for p in c.demux(v)
+        counted = c.format.name == "avi"                      # pictures may have been left out
+        ticks = sorted(p.dts if counted or p.pts is None else p.pts for p in c.demux(v)
                        if p.size and not p.is_discard and (p.pts, p.dts) != (None, None))
-        if counted:
-            return np.arange(len(ticks)) / float(_rate(v)), float(_rate(v))
         return (np.array(ticks) - _origin(v)) * float(v.time_base), float(_rate(v))
 
 
@@ -1171,20 +1175,24 @@ def _packets(c, v, low, high, counted):
 
 
 def _decode(v, path, packets, wanted, short_side, counted):
-    """{tick: picture} for the `wanted` ticks; B-frames that nobody wants are not reconstructed.
+    """{tick: picture} for the `wanted` ticks, as `_pictures` finds them, scaled."""
+    got, size = {}, None
+    for tick, frame in _pictures(v, path, packets, wanted, counted):
+        size = size or _scaled(frame, short_side)
+        got[tick] = _to_rgb(frame, *size)
+    return got
+
+
+def _pictures(v, path, packets, wanted, counted):
+    """(tick, frame) for each of the ascending `wanted` ticks; B-frames that nobody wants are not
+    reconstructed.
 
     counted: None, or the ticks of the pictures in their order, where time stamps are of no use.
     A picture lost to damage is replaced by the one before it, before the first picture by that
-    one, at most a second away.
+    one, at most a second away. VideoError, at the end, if there is none.
     """
-    cc, got, need, size = v.codec_context, {}, list(wanted), None
-    wanted_set, number, before, second = set(wanted), -1, None, 1 / v.time_base
-
-    def take(tick, frame):
-        nonlocal size
-        size = size or _scaled(frame, short_side)
-        got[tick] = _to_rgb(frame, *size)
-
+    cc, need, wanted_set = v.codec_context, deque(wanted), set(wanted)
+    number, before, second = -1, None, 1 / v.time_base
     for k, p in enumerate(itertools.chain(packets, [None])):
         plain = counted is not None or p is None or p.pts in wanted_set
         cc.skip_frame = "DEFAULT" if plain else "NONREF"
@@ -1199,17 +1207,16 @@ def _decode(v, path, packets, wanted, short_side, counted):
             if now is None:
                 continue
             while need and need[0] < now and abs(need[0] - (before or (now,))[0]) <= second:
-                take(need.pop(0), before[1] if before else f)
+                yield need.popleft(), before[1] if before else f
             if need and need[0] == now:
-                take(need.pop(0), f)
+                yield need.popleft(), f
             before = (now, f)
         if not need:
             break
     while need and before and 0 <= need[0] - before[0] <= second:
-        take(need.pop(0), before[1])
+        yield need.popleft(), before[1]
     if need:
         raise VideoError(f"{path}: {len(need)} of {len(wanted)} wanted pictures are damaged")
-    return got
 
 
 def _scaled(frame, short_side) -> tuple[int, int]:
@@ -2019,3 +2026,447 @@ def slowfast_tensors(tensors: dict, own: dict) -> dict:
         (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn."),
         (r"^blocks\.6\.proj\.", "head.projection.")]
     return fit_norms(_rename(tensors, rules), own)
+
+
+# ---- prepare: videos re-encoded for training -------------------------------------------------
+
+PREPARE = """Re-encode a folder of videos, so that training clips are cheaper to read.
+
+    python common.py prepare SRC DST                     then train with --data DST
+    torchrun --nproc_per_node 8 common.py prepare SRC DST --short_side 256
+
+H.264 with a key frame every 32 pictures, B-frames that need not be decoded and no deblocking or
+CABAC, the short side scaled down to --short_side. Every picture keeps its time, and the sound is
+copied as it is, at the same times. DST holds the videos under the same names (what they hold is
+told by their content: an .avi may hold an MP4) and the annotations (.csv, .json, .txt); folders
+of pictures, features (about.json) and runs (args.json) stay behind, and so do hidden files.
+Files that exist are kept, so this can be killed, repeated and spread over machines. A file that
+cannot be decoded to its end is named and left out, the others go on (exit status 1).
+"""
+VIDEOS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts",
+          ".webm", ".wmv"}
+ANNOTATIONS = {".csv", ".json", ".txt"}
+X264 = {"preset": "veryfast", "tune": "fastdecode",
+        "x264-params": "keyint=32:min-keyint=32:scenecut=0:bframes=2:b-pyramid=none"}
+
+
+class Timetable(NamedTuple):
+    """When the pictures of a file are shown: ascending ticks of so many seconds each."""
+    ticks: list[int]
+    second: Fraction
+
+
+def timetable(path: Path) -> Timetable:
+    """Of all pictures, without decoding them. VideoError, also for a file that breaks off."""
+    with _open(path) as c:
+        v = _video_stream(c, path)
+        stamps = (p.dts if c.format.name == "avi" else p.pts for p in c.demux(v)
+                  if p.size and not p.is_discard)
+        ticks = sorted(t for t in stamps if t is not None)
+        if not ticks:
+            raise VideoError(f"{path}: has no pictures")
+        last = float((ticks[-1] - _origin(v)) * v.time_base)
+        _check_end(c, v, path, last, _promise(c, v) - 1.5 / float(_rate(v)))
+        return Timetable(ticks, v.time_base)
+
+
+def first_picture(path: Path, ticks: Sequence[int]) -> av.VideoFrame:
+    """What is on show at the first of a file's ticks, as decoded. VideoError."""
+    with _open(path) as c:
+        v = _video_stream(c, path)
+        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
+        counted = ticks if c.format.name == "avi" else None
+        packets = (p for p in c.demux(v) if p.size)
+        return next(_pictures(v, path, packets, ticks[:1], counted))[1]
+
+
+def _even(frame, short_side) -> tuple[int, int]:
+    """Width and height after scaling down, before turning, as even numbers."""
+    w, h = _scaled(frame, short_side)
+    if (w, h) == (frame.width, frame.height):
+        return max(2, w // 2 * 2), max(2, h // 2 * 2)
+    return max(2, 2 * round(w / 2)), max(2, 2 * round(h / 2))
+
+
+def _upright(frame, w: int, h: int) -> av.VideoFrame:
+    """A frame as 8-bit yuv420p of an even size, then turned as players show it.
+
+    Scaled as in `_to_rgb`; colour matrix and range stay what they were, RGB becomes BT.601.
+    """
+    rgb, full = frame.format.is_rgb, int(frame.color_range) == 2
+    tags = {"src_color_range": 2 if full or rgb else 1, "dst_color_range": 2 if full else 1}
+    small = _scale.reformat(frame, w, h, "yuv420p", interpolation="BILINEAR", threads=1,
+                            dst_colorspace="ITU601" if rgb else None, **tags)
+    turns = (frame.rotation // 90) % 4
+    if turns:
+        planes = np.split(small.to_ndarray().ravel(), [w * h, w * h * 5 // 4])
+        planes = [np.rot90(x.reshape(h // k, w // k), turns)
+                  for x, k in zip(planes, (1, 2, 2))]
+        flat = np.concatenate([x.ravel() for x in planes])
+        w, h = planes[0].shape[::-1]
+        small = av.VideoFrame.from_ndarray(flat.reshape(h * 3 // 2, w), "yuv420p")
+    return small
+
+
+def _sound_of(c):
+    """The sound that `read_audio` reads, None where there is none of a known codec."""
+    a = c.streams.audio[0] if c.streams.audio else None
+    return a if a and a.codec_context and a.rate else None
+
+
+def _container(c, a) -> str:
+    """What to write: MP4; QuickTime or Matroska where MP4 cannot hold the sound as it is.
+
+    A file whose time stamps are milliseconds (Matroska, WebM, FLV, ASF) becomes Matroska, whose
+    are, too: anything finer would give its sound small gaps.
+    """
+    v = c.streams.video[0]
+    coarse = v.time_base >= Fraction(1, 1000) and c.format.name != "avi"
+    pcm = a is not None and a.codec.name.startswith("pcm")
+    for name in () if coarse and "mov" not in c.format.name else ("mp4", "mov")[pcm:]:
+        if a is None:
+            return name
+        with contextlib.suppress(av.FFmpegError, ValueError):
+            with av.open(io.BytesIO(), "w", format=name) as test:
+                test.add_stream_from_template(a)
+                test.start_encoding()
+                return name
+    return "matroska"
+
+
+def _encoder(out, v, first, w, h, rate, crf, threads):
+    """The H.264 stream of an output container, for frames like `first`, scaled to (w, h)."""
+    e = out.add_stream("libx264", rate=rate, options={**X264, "crf": f"{crf:g}"})
+    cc, turned = e.codec_context, (first.rotation // 90) % 2
+    e.width, e.height, e.pix_fmt = (h, w, "yuv420p") if turned else (w, h, "yuv420p")
+    cc.time_base, cc.thread_count = v.time_base, threads
+    full = int(first.color_range) == 2
+    cc.color_range = 2 if full else int(first.color_range)
+    if not first.format.is_rgb:
+        cc.colorspace = int(first.colorspace)
+        cc.color_primaries, cc.color_trc = int(first.color_primaries), int(first.color_trc)
+    return e
+
+
+def _sound_packet(p, a, copy, origin) -> av.Packet:
+    """A packet of the source's sound, timed from the first picture, for the stream `copy`."""
+    t = p.pts if p.pts is not None else p.dts
+    if t is None:
+        raise ValueError("its sound has packets without a time")
+    p.pts = p.dts = round((t * a.time_base - origin) * a.rate)
+    p.duration = round((p.duration or 0) * a.time_base * a.rate)
+    p.time_base, p.stream = Fraction(1, a.rate), copy
+    return p
+
+
+@contextlib.contextmanager
+def _writing(path, form, v, a):
+    """An open container to write; a full disk becomes a UserError.
+
+    The ticks of an MP4's header divide those of both its streams, so that neither is shifted.
+    """
+    options, ticks = {}, v.time_base.denominator
+    if form != "matroska":
+        while ticks < 10000:                                  # as the muxer does
+            ticks *= 2
+        both = math.lcm(ticks, a.rate if a else 1)
+        options = {"movflags": "faststart",
+                   "movie_timescale": str(both if both < 2 ** 31 else ticks)}
+    try:
+        with av.open(f"file:{path}", "w", format=form, container_options=options) as out:
+            yield out
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            name = re.sub(r"\.tmp\d+$", "", str(path))
+            raise UserError(f"{name}: could not be written ({e.strerror})") from e
+        raise
+
+
+def _compare(source, target, table, sound):
+    """VideoError unless a re-encoded file has the times of its source.
+
+    sound: (seconds since the first picture, bytes) of each packet of sound. What is heard before
+    the first picture may be gone.
+    """
+    try:
+        made = timetable(target)
+    except VideoError as e:
+        raise VideoError(f"{source}: its copy cannot be read ({e})") from e
+    old, new = ([float((t - x.ticks[0]) * x.second) for t in x.ticks] for x in (table, made))
+    slack = float(max(table.second, made.second))
+    if len(new) != len(old) or np.abs(np.subtract(new, old)).max() > slack:
+        raise VideoError(f"{source}: its {len(old)} pictures came out as {len(new)}, or with other "
+                         "times")
+    if not sound:
+        return
+    with _open(target) as c:
+        a, origin = c.streams.audio[0], float(made.ticks[0] * made.second)
+        got = [(float(p.pts * a.time_base) - origin, p.size) for p in c.demux(a) if p.size]
+        slack = 1.5 * float(max(a.time_base, Fraction(1, a.rate)))
+        if a.codec.name.startswith("pcm"):                    # may be cut into other packets
+            same = sum(n for _, n in got) == sum(n for _, n in sound)
+            sound, got = sound[:1], got[:1]
+        else:
+            lost = len(sound) - len(got)
+            same = 0 <= lost < len(sound) and (not lost or got[0][0] <= 0)
+            sound = sound[lost:]
+        if not same or any(abs(x - y) > slack for (x, _), (y, _) in zip(sound, got)):
+            raise VideoError(f"{source}: its sound came out with other times")
+
+
+def reencode(source: Path, target: str | Path, short_side: int, crf: float, threads: int = 1,
+             report: Callable[[float], None] = lambda share: None) -> None:
+    """Write `source` anew as `PREPARE` says; `report` is told how much of it is done.
+
+    target: overwritten; of any name. VideoError if the source cannot be decoded to its end, or if
+    the result would have other times; UserError if the target cannot be written.
+    """
+    ticks, second = timetable(source)
+    first = first_picture(source, ticks)
+    w, h = _even(first, short_side)
+    sound = []                            # (seconds, bytes) of its packets
+    with _open(source) as c:
+        v, a = _video_stream(c, source), _sound_of(c)
+        counted = c.format.name == "avi"
+        v.codec_context.thread_type = "NONE" if counted else "AUTO"
+        v.codec_context.thread_count = threads
+        form, origin = _container(c, a), ticks[0] * second
+        with _writing(target, form, v, a) as out:
+            e = _encoder(out, v, first, w, h, _rate(v), crf, threads)
+            copy = out.add_stream_from_template(a) if a else None
+
+            def pictures():
+                for p in c.demux(*filter(None, (v, a))):
+                    if p.size and p.stream.index == v.index:
+                        yield p
+                    elif p.size:
+                        p = _sound_packet(p, a, copy, origin)
+                        sound.append((float(p.pts * p.time_base), p.size))
+                        out.mux(p)
+
+            packets = pictures()
+            shown = _pictures(v, source, packets, ticks, ticks if counted else None)
+            for k, (tick, frame) in enumerate(shown):
+                frame = _upright(frame, w, h)
+                frame.pts, frame.time_base, frame.pict_type = tick - ticks[0], second, 0
+                out.mux(e.encode(frame))
+                report(k / len(ticks))
+            out.mux(e.encode(None))
+            for _ in packets:                                 # sound after the last picture
+                pass
+    _compare(source, target, Timetable(ticks, second), sound)
+
+
+def list_sources(root: Path) -> list[tuple[str, int]]:
+    """(path relative to `root`, bytes) of the videos and annotations below a folder, sorted.
+
+    Links are followed, but not into a folder that holds them. UserError for a folder of pieces
+    that are still being cut.
+    """
+    found, folders = [], [(root, {root.resolve()})]
+    while folders:
+        folder, above = folders.pop()
+        names = sorted(os.listdir(folder))
+        if ".cutting" in names:
+            raise UserError(f"{folder}: is still being cut; prepare it when that is done")
+        if folder != root and {"about.json", "args.json"} & set(names):
+            continue
+        for name in names:
+            path, ending = folder / name, Path(name).suffix.lower()
+            if name.startswith(".") or path == root / "prepare.json":
+                continue
+            if path.is_dir():
+                if path.resolve() not in above:
+                    folders.append((path, above | {path.resolve()}))
+            elif ending in VIDEOS | ANNOTATIONS:
+                size = path.stat().st_size if path.exists() else 0        # a link may be broken
+                found.append((str(path.relative_to(root)), size))
+    return sorted(found)
+
+
+def keep_settings(args: argparse.Namespace) -> None:
+    """Check SRC and DST against one another and against what DST was made with. UserError."""
+    src, dst, path = args.src.resolve(), args.dst.resolve(), args.dst / "prepare.json"
+    if not args.src.is_dir():
+        raise UserError(f"{args.src}: no such folder")
+    if src == dst or src in dst.parents or dst in src.parents:
+        raise UserError(f"{args.dst}: SRC and DST must be two folders, neither inside the other")
+    if args.dst.exists() and not args.dst.is_dir():
+        raise UserError(f"{args.dst}: must be a folder, this is a file")
+    settings, before = {"short_side": args.short_side, "crf": args.crf}, None
+    if path.exists():
+        before = read_json(path)
+        for name, value in settings.items():
+            known = before.get(name) if isinstance(before, dict) else None
+            if known != value:
+                raise UserError(f"{path}: was made with --{name} {known}, now it is {value}; use "
+                                "the same flags to continue, or another DST")
+    elif args.dst.exists() and any(not f.startswith("prepare.json") for f in os.listdir(args.dst)):
+        raise UserError(f"{args.dst}: is not empty and holds no prepare.json; choose another DST")
+    else:
+        write_json(path, {**settings, "source": args.src, "versions": versions()})
+
+
+def open_target(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Make DST with its folders and annotations, and without what a killed run has left there;
+    returns the videos of SRC as `list_sources` does. UserError.
+    """
+    keep_settings(args)
+    files = list_sources(args.src)
+    notes = [name for name, _ in files if Path(name).suffix.lower() in ANNOTATIONS]
+    videos = [(name, size) for name, size in files if name not in set(notes)]
+    if not videos:
+        raise UserError(f"{args.src}: holds no videos ({', '.join(sorted(VIDEOS))})")
+    for folder in sorted({args.dst / Path(name).parent for name, _ in files} | {args.dst}):
+        folder.mkdir(parents=True, exist_ok=True)
+        for f in folder.iterdir():
+            if re.fullmatch(r".+\.\w+\.tmp\d+", f.name) and f.is_file():
+                f.unlink()
+    for name in notes:
+        data = (args.src / name).read_bytes()
+        if not (args.dst / name).exists() or (args.dst / name).read_bytes() != data:
+            write(args.dst / name, data)
+    say(f"prepare: {len(videos)} videos of {amount(size for _, size in videos)} in {args.src}, "
+        f"{sum((args.dst / name).exists() for name, _ in videos)} of them done before; "
+        f"{len(notes)} annotation files")
+    return videos
+
+
+def amount(sizes: Iterable[int]) -> str:
+    """Sum of bytes, as people read it."""
+    n = sum(sizes)
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def deal(sizes: Sequence[int], n: int) -> list[list[int]]:
+    """Indices for each of n processes: the largest first, always to the one with the least."""
+    shares, loads = [[] for _ in range(n)], [0] * n
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        k = loads.index(min(loads))
+        shares[k].append(i)
+        loads[k] += sizes[i] + 1
+    return shares
+
+
+def progress(sizes: Sequence[int], every: float = 10) -> Callable[[int, float], None]:
+    """A function to tell that file n is done by so much; now and then it prints a line.
+
+    sizes: bytes of this process's files, in the order in which they are worked off.
+    """
+    before, total = np.cumsum([0, *sizes]), max(1, sum(sizes))
+    began = shown = time.perf_counter()
+
+    def report(n, share):
+        nonlocal shown
+        now = time.perf_counter()
+        if now - shown > every:
+            shown, done = now, before[n] + share * (before[n + 1] - before[n])
+            left = (now - began) * (total - done) / max(1, done)
+            say(f"prepare {n}/{len(sizes)} files of this process, {amount([done])} of "
+                f"{amount([total])}, {done / 1e6 / (now - began):.2f} MB/s, "
+                f"ETA {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f}")
+    return report
+
+
+def gain(pairs: Sequence[tuple[Path, Path]], side: int) -> tuple[float, float, float]:
+    """Of clips of 16 pictures, one second of the middle: (CPU seconds to read from the first file
+    of each pair, from the second, PSNR in dB between the two), each the mean over the pairs.
+    """
+    rows = []
+    for pair in pairs:
+        spent, clips = [], []
+        times = max(0.0, probe(pair[0]).duration / 2 - 0.5) + np.arange(16) / 16
+        for path in pair:
+            read_clip(path, [times], side)                    # once to warm up
+            begin = time.process_time()
+            clips.append(read_clip(path, [times], side)[0].astype(float))
+            spent.append(time.process_time() - begin)
+        h, w = np.min([x.shape[1:3] for x in clips], 0)       # even sizes: a row or column less
+        error = np.mean((clips[0][:, :h, :w] - clips[1][:, :h, :w]) ** 2)
+        rows.append((*spent, 10 * math.log10(255 ** 2 / max(error, 1e-3))))
+    return tuple(np.mean(rows, 0).tolist())
+
+
+def prepare_file(args, name, threads, report):
+    """`reencode` a file of SRC into the same name of DST, at once or not at all."""
+    write(args.dst / name, lambda f: reencode(args.src / name, f.name, args.short_side, args.crf,
+                                              threads, report))
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """What `PREPARE` says, the videos dealt out among the processes."""
+    init_distributed(gpu=False)
+    agreed = [None, None]
+    if rank() == 0:
+        try:
+            agreed[1] = open_target(args)
+        except UserError as e:
+            agreed[0] = str(e)
+    dist.broadcast_object_list(agreed)
+    if agreed[0]:
+        raise UserError(agreed[0])
+    videos, faults = agreed[1], {}
+    todo = [(n, size) for n, size in videos if not (args.dst / n).exists()]
+    barrier()                                                 # all have looked before one writes
+    mine = deal([size for _, size in todo], world_size())[rank()]
+    report = progress([todo[i][1] for i in mine])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    for n, i in enumerate(mine):
+        try:
+            prepare_file(args, todo[i][0], threads, partial(report, n))
+            faults[i] = ""
+        except VideoError as e:
+            faults[i] = str(e)
+            print(f"warning: {e}; not prepared", file=sys.stderr, flush=True)
+    faults = [f for f in gather(faults, expect=len(todo)).values() if f]
+    if rank() == 0:
+        summary(args, videos)
+    barrier()
+    if faults:
+        raise UserError(f"{len(faults)} of {len(videos)} videos were not prepared: "
+                        f"{'; '.join(faults[:3])}{'; ...' * (len(faults) > 3)}")
+
+
+def summary(args: argparse.Namespace, videos: Sequence[tuple[str, int]]) -> None:
+    """One line on what DST holds and on what that gains, from up to eight of its files."""
+    done = [(name, size) for name, size in videos if (args.dst / name).exists()]
+    line = (f"done: {len(done)} of {len(videos)} videos in {args.dst}, "
+            f"{amount(size for _, size in done)} became "
+            f"{amount((args.dst / name).stat().st_size for name, _ in done)}")
+    if done:
+        some = [done[k][0] for k in np.unique(np.linspace(0, len(done) - 1, 8).astype(int))]
+        side = min(128, args.short_side)
+        old, new, psnr = gain([(args.src / name, args.dst / name) for name in some], side)
+        line += (f"; 16 pictures at {side} cost {1000 * old:.1f} ms of CPU before, "
+                 f"{1000 * new:.1f} ms now (mean of {len(some)} files, PSNR {psnr:.1f} dB)")
+    say(line)
+
+
+def parse_command(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of this file: one command, `prepare`."""
+    for f in (sys.stdout, sys.stderr):
+        if hasattr(f, "reconfigure"):
+            f.reconfigure(errors="replace")
+    parser = OneLine(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND",
+                                dest="command")
+    p = commands.add_parser("prepare", description=PREPARE, formatter_class=HelpFormatter,
+                            allow_abbrev=False, help="re-encode a folder of videos for training")
+    p.add_argument("src", type=Path, metavar="SRC", help="folder of videos; it is only read")
+    p.add_argument("dst", type=Path, metavar="DST", help="new folder, or one to be continued")
+    p.add_argument("--short_side", type=int, default=256, metavar="N", help="pixels, even; larger "
+                   "videos are scaled down to it, smaller ones stay; 256 holds the scripts' crops "
+                   "of 224, README lists the stages that read more")
+    p.add_argument("--crf", type=float, default=20, metavar="Q", help="x264's quality: less is "
+                   "better and larger, 6 less about twice as large; 20: ours, README has its PSNR")
+    args = parser.parse_args(argv)
+    if args.short_side < 16 or args.short_side % 2:
+        p.error(f"--short_side {args.short_side}: must be an even number, at least 16")
+    if not 1 <= args.crf <= 51:
+        p.error(f"--crf {args.crf:g}: must be from 1 to 51")
+    return args
+
+
+if __name__ == "__main__":
+    launch(prepare, parse_command())
