@@ -2140,9 +2140,8 @@ def _encoder(out, v, first, w, h, rate, crf, threads):
     cc, turned = e.codec_context, (first.rotation // 90) % 2
     e.width, e.height, e.pix_fmt = (h, w, "yuv420p") if turned else (w, h, "yuv420p")
     cc.time_base, cc.thread_count = v.time_base, threads
-    full = int(first.color_range) == 2
-    cc.color_range = 2 if full else int(first.color_range)
-    if not first.format.is_rgb:
+    cc.color_range = int(first.color_range)
+    if not first.format.is_rgb and int(first.colorspace):     # 0 would be RGB
         cc.colorspace = int(first.colorspace)
         cc.color_primaries, cc.color_trc = int(first.color_primaries), int(first.color_trc)
     return e
