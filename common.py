@@ -2217,8 +2217,10 @@ def reencode(source: Path, target: str | Path, short_side: int, crf: float, thre
              report: Callable[[float], None] = lambda share: None) -> None:
     """Write `source` anew as `PREPARE` says; `report` is told how much of it is done.
 
-    target: overwritten; of any name. VideoError if the source cannot be decoded to its end, or if
-    the result would have other times; UserError if the target cannot be written.
+    target: overwritten; of any name. threads: of the encoder; the decoder has one, since with more
+    it would conceal damage differently from `read_clip`. What that shows in place of a lost picture
+    is written here. VideoError if the source cannot be decoded to its end, or if the result would
+    have other times; UserError if the target cannot be written.
     """
     ticks, second = timetable(source)
     first = first_picture(source, ticks)
@@ -2227,8 +2229,7 @@ def reencode(source: Path, target: str | Path, short_side: int, crf: float, thre
     with _open(source) as c:
         v, a = _video_stream(c, source), _sound_of(c)
         counted = c.format.name == "avi"
-        v.codec_context.thread_type = "NONE" if counted else "AUTO"
-        v.codec_context.thread_count = threads
+        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
         form, origin = _container(c, a), ticks[0] * second
         with _writing(target, form, v, a) as out:
             e = _encoder(out, v, first, w, h, _rate(v), crf, threads)
