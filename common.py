@@ -2140,9 +2140,8 @@ def _encoder(out, v, first, w, h, rate, crf, threads):
     cc, turned = e.codec_context, (first.rotation // 90) % 2
     e.width, e.height, e.pix_fmt = (h, w, "yuv420p") if turned else (w, h, "yuv420p")
     cc.time_base, cc.thread_count = v.time_base, threads
-    full = int(first.color_range) == 2
-    cc.color_range = 2 if full else int(first.color_range)
-    if not first.format.is_rgb:
+    cc.color_range = int(first.color_range)
+    if not first.format.is_rgb and int(first.colorspace):     # 0 would be RGB
         cc.colorspace = int(first.colorspace)
         cc.color_primaries, cc.color_trc = int(first.color_primaries), int(first.color_trc)
     return e
@@ -2218,8 +2217,10 @@ def reencode(source: Path, target: str | Path, short_side: int, crf: float, thre
              report: Callable[[float], None] = lambda share: None) -> None:
     """Write `source` anew as `PREPARE` says; `report` is told how much of it is done.
 
-    target: overwritten; of any name. VideoError if the source cannot be decoded to its end, or if
-    the result would have other times; UserError if the target cannot be written.
+    target: overwritten; of any name. threads: of the encoder; the decoder has one, since with more
+    it would conceal damage differently from `read_clip`. What that shows in place of a lost picture
+    is written here. VideoError if the source cannot be decoded to its end, or if the result would
+    have other times; UserError if the target cannot be written.
     """
     ticks, second = timetable(source)
     first = first_picture(source, ticks)
@@ -2228,8 +2229,7 @@ def reencode(source: Path, target: str | Path, short_side: int, crf: float, thre
     with _open(source) as c:
         v, a = _video_stream(c, source), _sound_of(c)
         counted = c.format.name == "avi"
-        v.codec_context.thread_type = "NONE" if counted else "AUTO"
-        v.codec_context.thread_count = threads
+        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
         form, origin = _container(c, a), ticks[0] * second
         with _writing(target, form, v, a) as out:
             e = _encoder(out, v, first, w, h, _rate(v), crf, threads)
