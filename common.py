@@ -4,7 +4,7 @@
     processes        init_distributed, gather, settle  the same code on one process or on many
     annotations      read_table, read_json, Fields     a fault names the file, the line or the key
     evaluation       predict                           every item once, by all processes
-    data             Packed, StepSampler, SkipBroken   long lists that workers share
+    data             Packed, StepSampler, SkipBroken     long lists that workers share
     runs             Log, save, resume, load_weights, write
     video and sound  read_clip, read_frames, read_audio  exact to the frame and to the sample
     pictures         draw_curve, draw_panel, font      Pillow alone
@@ -19,6 +19,7 @@ import array
 import collections.abc
 import contextlib
 import csv
+import gc
 import inspect
 import io
 import itertools
@@ -310,6 +311,20 @@ def _shared(data: torch.Tensor, dtype: np.dtype, shape: tuple[int, ...]) -> np.n
 ForkingPickler.register(np.ndarray, _share)
 
 
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    """While a long list is made, also as a decorator: Python's garbage collector would go through
+    all of it whenever it has grown by a quarter, which takes longer than to make it.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
 class Packed(collections.abc.Sequence):
     """A read-only list of any objects, pickled in one array and made anew when asked for.
 
@@ -402,6 +417,7 @@ def find(root: Path, name: str) -> Path | None:
     return next((f for depth in ("", "*/", "*/*/") for f in sorted(root.glob(depth + name))), None)
 
 
+@no_collector()
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
     try:
@@ -431,6 +447,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
         raise UserError(f"{path}:{reader.line_num}: not in CSV form ({e})") from e
 
 
+@no_collector()
 def read_json(path: Path) -> Any:
     """The value of a JSON file; UserError names file and line."""
     try:

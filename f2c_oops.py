@@ -467,12 +467,14 @@ def read_rows(video, rows):
     return x
 
 
+@common.no_collector()
 def stamps(folder):
     """{file: [bytes, time]} of a folder's files, which tell whether they have changed."""
     with os.scandir(folder) if folder.is_dir() else contextlib.nullcontext([]) as entries:
         return {e.name: [e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file()}
 
 
+@common.no_collector()
 def read_index(folder, here):
     """{file: [bytes, time, T, D, dtype, offset]} of feature files that hold vectors of pictures
     and are as they were. Files that are packed, so without an offset, are not in it.
@@ -518,10 +520,11 @@ def look_at_all(args, part, folder, chosen, notes):
             return str(e)
 
     mine, found = range(common.rank(), len(chosen), common.world_size()), {}
-    for i in mine:
-        file = file_of(chosen[i])
-        found[i] = file in index and Video(chosen[i], f"{folder}/{file}", *index[file][2:], 0.0,
-                                           None, None, None)
+    with common.no_collector():
+        for i in mine:
+            file = file_of(chosen[i])
+            found[i] = file in index and Video(chosen[i], f"{folder}/{file}", *index[file][2:],
+                                               0.0, None, None, None)
     rest = [i for i in mine if not found[i]]
     with ThreadPoolExecutor(16) as pool:                      # on a network disk each file waits
         found |= zip(rest, pool.map(examine, (chosen[i] for i in rest)))

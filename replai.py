@@ -317,6 +317,7 @@ def cut_times(duration):
     return [(float(a), float(b)) for a, b in zip(starts, ends) if a == 0 or b - a >= 1.2]
 
 
+@common.no_collector()
 def read_records(args):
     """{file: record} of the cache, without records of other settings and half-written lines."""
     records = {}
@@ -378,6 +379,7 @@ class SegmentIndex:
     The moments of segment i are peaks[offset[i]:offset[i+1]], already admissible for --delta.
     """
 
+    @common.no_collector()
     def __init__(self, args, records):
         rows = [(n, *s) for n, r in enumerate(records) for s in r.get("segments", ())]
         rows = rows[:args.limit]

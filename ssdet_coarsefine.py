@@ -349,19 +349,20 @@ def class_of(where, value, classes, base=0):
     return value - base
 
 
+@common.no_collector()
 def charades_rows(path, classes):
     """{id: (duration, actions)} of an official Charades CSV."""
     found = {}
     for row in common.read_table(path, ["id", "actions", "length"]):
         where = f"{path}:{row['_line']}"
-        name, actions = common.Fields(where, row).name("id"), []
+        name, actions, here = common.Fields(where, row).name("id"), [], f"{where}: actions"
         for action in filter(None, row["actions"].split(";")):
             parts = re.fullmatch(r"c(\d{3}) (\S+) (\S+)", action.strip())
             if not parts:
                 raise UserError(f"{where}: actions: {action!r:.60} is not of the form cNNN start "
                                 "end")
-            actions.append((class_of(f"{where}: actions", int(parts[1]), classes),
-                            *(seconds(f"{where}: actions", x) for x in parts.groups()[1:])))
+            actions.append((class_of(here, int(parts[1]), classes), seconds(here, parts[2]),
+                            seconds(here, parts[3])))
         length = seconds(f"{where}: length", row["length"])
         if length <= 0:
             raise UserError(f"{where}: length: {length} is no duration")
