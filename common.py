@@ -4,7 +4,8 @@
     processes        init_distributed, gather, settle  the same code on one process or on many
     annotations      read_table, read_json, Fields     a fault names the file, the line or the key
     evaluation       predict                           every item once, by all processes
-    runs             StepSampler, SkipBroken, Log, save, resume, load_weights, write
+    data             Packed, StepSampler, SkipBroken     long lists that workers share
+    runs             Log, save, resume, load_weights, write
     video and sound  read_clip, read_frames, read_audio  exact to the frame and to the sample
     pictures         draw_curve, draw_panel, font      Pillow alone
     backbones        R2Plus1D, X3D, SlowFast, ...      plain nn.Modules, no dataset, no method
@@ -15,24 +16,30 @@ Times are seconds in float, counted from the first picture of a file. Video in m
 """
 
 import argparse
+import array
+import collections.abc
 import contextlib
 import csv
 import errno
+import gc
 import inspect
 import io
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections import deque
 from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -288,7 +295,71 @@ def exact(x: torch.Tensor):
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
-# ---- data order and broken files -------------------------------------------------------------
+# ---- long lists, data order and broken files -------------------------------------------------
+
+_sent: dict[int, torch.Tensor] = {}                          # by id of an array that is alive
+
+
+def _share(x: np.ndarray) -> tuple:
+    """How workers that are not forked get a large array: they share one copy, as of a tensor."""
+    if x.nbytes < 2 ** 16 or x.dtype.hasobject:
+        return x.__reduce__()
+    if id(x) not in _sent:
+        _sent[id(x)] = torch.tensor(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        weakref.finalize(x, _sent.pop, id(x))
+    return _shared, (_sent[id(x)], x.dtype, x.shape)
+
+
+def _shared(data: torch.Tensor, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    return data.numpy().view(dtype).reshape(shape)
+
+
+ForkingPickler.register(np.ndarray, _share)
+
+
+@contextlib.contextmanager
+def no_collector() -> Iterator[None]:
+    """While a long list is made, also as a decorator: Python's garbage collector would go through
+    all of it whenever it has grown by a quarter, which takes longer than to make it.
+    """
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+class Packed(collections.abc.Sequence):
+    """A read-only list of any objects, pickled in one array and made anew when asked for.
+
+    Workers share its memory. Of a list each gets a copy, also where they are forked: to read an
+    object writes its count of references, and a page that is written is copied. Nothing is
+    unpickled here that came from a file.
+    """
+
+    def __init__(self, items: Iterable):
+        data, ends = bytearray(), array.array("q", [0])
+        for item in items:
+            data += pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+            ends.append(len(data))
+        self.data, self.ends = np.frombuffer(data, np.uint8), np.frombuffer(ends, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int | slice) -> Any:
+        i = range(len(self))[i]
+        if isinstance(i, range):
+            return [self[k] for k in i]
+        first, last = self.ends[i:i + 2]
+        return pickle.loads(self.data[first:last])
+
+    def __iter__(self) -> Iterator:
+        data = memoryview(self.data)
+        return (pickle.loads(data[a:b]) for a, b in itertools.pairwise(self.ends.tolist()))
+
 
 class StepSampler(Sampler):
     """Batches of (epoch, index) keys for the steps start .. steps-1 of this process.
@@ -352,6 +423,7 @@ def find(root: Path, name: str) -> Path | None:
     return next((f for depth in ("", "*/", "*/*/") for f in sorted(root.glob(depth + name))), None)
 
 
+@no_collector()
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
     try:
@@ -365,22 +437,23 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
     if "\0" in text:
         line = text[:text.index("\0")].count("\n") + 1
         raise UserError(f"{path}:{line}: holds a NUL byte")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        lacking = [c for c in columns if c not in (reader.fieldnames or [])]
+        names, rows = next(reader, []), []
+        lacking = [c for c in columns if c not in names]
         if lacking:
             raise UserError(f"{path}:1: column {lacking[0]} is missing")
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
+        for row in filter(None, reader):                      # not the empty lines
+            if len(row) != len(names):
                 raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
-                                f"the {len(reader.fieldnames)} columns")
-            rows.append({**row, "_line": reader.line_num})
+                                f"the {len(names)} columns")
+            rows.append({**dict(zip(names, row)), "_line": reader.line_num})
         return rows
     except csv.Error as e:
-        raise UserError(f"{path}:{reader.reader.line_num}: not in CSV form ({e})") from e
+        raise UserError(f"{path}:{reader.line_num}: not in CSV form ({e})") from e
 
 
+@no_collector()
 def read_json(path: Path) -> Any:
     """The value of a JSON file; UserError names file and line."""
     try:

@@ -32,6 +32,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -200,17 +201,21 @@ def read_rows(path, pattern, form):
         raise UserError(f"{path}: no such file; it comes with the official split lists") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
+    fullmatch = re.compile(pattern).fullmatch
     for line, row in enumerate(text.splitlines(), 1):
-        match = re.fullmatch(pattern, row.strip())
+        match = fullmatch(row.strip())
         if match:
             yield line, match
         elif row.strip():
             raise UserError(f"{path}:{line}: {row.strip()!r:.80} is not `{form}`")
 
 
+UNFIT = re.compile(r"[/\\\x00-\x1f]").search               # in the name of a file
+
+
 def checked(path, line, name):
     """NAME, if it can be the name of a file and nothing else."""
-    if name in ("", ".", "..") or len(name) > 200 or re.search(r"[/\\\x00-\x1f]", name):
+    if name in ("", ".", "..") or len(name) > 200 or UNFIT(name):
         raise UserError(f"{path}:{line}: {name!r:.80} is no file name")
     return name
 
@@ -226,6 +231,7 @@ def read_classes(path):
     return classes
 
 
+@lru_cache(1)                            # training and validation videos are of one list
 def read_ucf101(folder, part, split):
     """([<Class>/<video>], [label], {class: label}) of trainlist0K.txt or testlist0K.txt.
 
@@ -311,7 +317,7 @@ def read_list(args, part, split):
     if not names:
         raise UserError(f"{root}: the {part} list of split {split} is empty")
     if len(set(names)) < len(names):
-        twice = next(n for n in names if names.count(n) > 1)
+        twice = next(n for n, k in Counter(names).items() if k > 1)
         raise UserError(f"{root}: {twice} stands twice in the {part} list of split {split}")
     by_label = {n: c for c, n in classes.items()}
     classes = [by_label.get(n, "") for n in range(max(by_label) + 1)]
@@ -325,14 +331,15 @@ def hold_out(dataset, names):
     the names before _<class>_, in an arbitrary fixed order until a tenth of the videos is held out.
     """
     if dataset == "ucf101":
-        groups = [re.search(r"_g(\d+)_c\d+$", n) for n in names]
+        groups = map(re.compile(r"_g(\d+)_c\d+$").search, names)
         return np.array([bool(g) and int(g[1]) in HELD_OUT for g in groups])
-    sources = np.array([v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)])
-    mask = np.zeros(len(names), bool)
-    for source in sorted(set(sources), key=lambda s: (crc32(s.encode()), s)):
-        if mask.sum() * 10 < len(names):
-            mask |= sources == source
-    return mask
+    sources = [v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)]
+    count, held, n = Counter(sources), set(), 0
+    for source in sorted(count, key=lambda s: (crc32(s.encode()), s)):
+        if n * 10 < len(names):
+            held.add(source)
+            n += count[source]
+    return np.array([s in held for s in sources])
 
 
 def locate(args, names):
@@ -381,8 +388,8 @@ def read_videos(args, part):
         raise UserError(f"{folder}/{first}{ending}: no such file; of {len(which)} videos to "
                         f"evaluate {(~here).sum()} are absent")
     which = which[here]
-    paths = [str(folder / (names[i] + ending)) for i in which]
-    lengths = (np.array([frames[i] for i in which], np.int32) if frames and not ending
+    paths = [f"{folder}/{names[i]}{ending}" for i in which]
+    lengths = (np.array(frames, np.int32)[which] if frames and not ending
                else measure(args, paths, part))
     videos = Videos(np.array([os.fsencode(p) for p in paths]), np.array(labels)[which], lengths)
     broken, short = lengths == 0, (lengths > 0) & (lengths <= clip_span(args))
@@ -427,6 +434,7 @@ def measure(args, paths, part):
     lengths = plan[0]
     missing = [i for i, n in enumerate(lengths) if n is None]
     began, faults = time.perf_counter(), []
+    written = began
     for first in range(0, len(missing), 1024):
         block = missing[first:first + 1024]
         mine = range(common.rank(), len(block), common.world_size())
@@ -437,8 +445,9 @@ def measure(args, paths, part):
             lengths[block[k]] = n
             faults += [fault] if fault else []
         known |= {keys[i]: lengths[i] for i in block if lengths[i]}
-        if common.rank() == 0:
+        if common.rank() == 0 and (time.perf_counter() - written > 60 or block[-1] == missing[-1]):
             common.write_json(cache, known)
+            written = time.perf_counter()
         left = (time.perf_counter() - began) / (first + len(block)) * (
             len(missing) - first - len(block))
         if len(missing) > len(block):

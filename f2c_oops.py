@@ -37,6 +37,7 @@ import contextlib
 import copy
 import csv
 import io
+import json
 import math
 import os
 import re
@@ -466,6 +467,73 @@ def read_rows(video, rows):
     return x
 
 
+@common.no_collector()
+def stamps(folder):
+    """{file: [bytes, time]} of a folder's files, which tell whether they have changed."""
+    with os.scandir(folder) if folder.is_dir() else contextlib.nullcontext([]) as entries:
+        return {e.name: [e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file()}
+
+
+@common.no_collector()
+def read_index(folder, here):
+    """{file: [bytes, time, T, D, dtype, offset]} of feature files that hold vectors of pictures
+    and are as they were. Files that are packed, so without an offset, are not in it.
+    """
+    try:
+        index = json.loads((folder / "index.json").read_bytes())
+        form = [int, int, str, int]
+        return {f: row for f, row in index.items() if here.get(f) == row[:2]
+                and [type(x) for x in row[2:]] == form and min(row[2], row[3]) > 0 <= row[5]
+                and row[4] in ("<f2", "<f4", "<f8")}          # no objects: these run code
+    except (OSError, ValueError, AttributeError, TypeError):  # not there, or not ours: made anew
+        return {}
+
+
+def write_index(folder, index, here, videos):
+    """Bring index.json up to date, where the folder can be written."""
+    new = {file: [*here[file], v.frames, v.dim, v.dtype, v.offset] for v in videos
+           if v.spans is None and v.offset is not None
+           and (file := v.path.rpartition("/")[2]) not in index}
+    if new:
+        with contextlib.suppress(UserError):
+            common.write(folder / "index.json", json.dumps({**index, **new}))
+
+
+def look_at_all(args, part, folder, chosen, notes):
+    """[Video, or what is wrong] of the videos of these names, shared among the processes.
+
+    Without annotations, what `look` finds is kept in index.json beside the files, so that a file
+    is opened again only when it has changed: there may be a million.
+    """
+    here = stamps(folder)
+    index = read_index(folder, here) if notes is None else {}
+
+    def file_of(name):
+        return next((f for f in (f"{name}.npz", f"{name}.mp4.npz") if f in here), "")
+
+    def examine(name):
+        file = file_of(name)
+        try:
+            return look(folder / file, video_file(args, part, name), name, (notes or {}).get(
+                name)) if file else f"{folder / name}.npz: no such file"
+        except VideoError as e:
+            return str(e)
+
+    mine, found = range(common.rank(), len(chosen), common.world_size()), {}
+    with common.no_collector():
+        for i in mine:
+            file = file_of(chosen[i])
+            found[i] = file in index and Video(chosen[i], f"{folder}/{file}", *index[file][2:],
+                                               0.0, None, None, None)
+    rest = [i for i in mine if not found[i]]
+    with ThreadPoolExecutor(16) as pool:                      # on a network disk each file waits
+        found |= zip(rest, pool.map(examine, (chosen[i] for i in rest)))
+    found = list(common.gather(found, expect=len(chosen)).values())
+    if notes is None and common.rank() == 0:
+        write_index(folder, index, here, [x for x in found if isinstance(x, Video)])
+    return found
+
+
 def scan(args, part, notes=None):
     """The videos of a part that have features, as [Video]; with annotations only labelled ones.
 
@@ -475,23 +543,9 @@ def scan(args, part, notes=None):
     chosen = names_of(args, part, notes is not None)
     chosen = (chosen if notes is None else with_labels(args, part, chosen, notes))[:args.limit]
     folder = args.features / part if (args.features / part).is_dir() else args.features
-    here = set(os.listdir(folder)) if folder.is_dir() else set()
-
-    def examine(i):
-        name = chosen[i]
-        file = next((f for f in (f"{name}.npz", f"{name}.mp4.npz") if f in here), None)
-        if file is None or not (folder / file).is_file():
-            return f"{folder / name}.npz: no such file"
-        try:
-            return look(folder / file, video_file(args, part, name), name, (notes or {}).get(name))
-        except VideoError as e:
-            return str(e)
-
-    mine = range(common.rank(), len(chosen), common.world_size())
-    with ThreadPoolExecutor(16) as pool:                      # on a network disk each file waits
-        found = common.gather(dict(zip(mine, pool.map(examine, mine))), expect=len(chosen))
-    videos = [x for x in found.values() if isinstance(x, Video)]
-    faults = [x for x in found.values() if not isinstance(x, Video)]
+    found = look_at_all(args, part, folder, chosen, notes)
+    videos = [x for x in found if isinstance(x, Video)]
+    faults = [x for x in found if not isinstance(x, Video)]
     if not videos:
         raise UserError(f"{folder}: holds no features of the {part} videos; --stage features makes "
                         f"them ({faults[0]})")
@@ -524,12 +578,13 @@ def with_labels(args, part, chosen, notes):
 
 def same_kind(videos):
     """Refuse features of different networks."""
-    kinds = [(f"of {'pictures' if v.spans is None else 'clips'}, {v.dim} numbers", v.path)
-             for v in videos]
-    for kind, path in kinds:
-        if kind != kinds[0][0]:
-            raise UserError(f"{path}: its features are {kind}, those of {kinds[0][1]} "
-                            f"{kinds[0][0]}")
+    kinds = {}
+    for v in videos:
+        kinds.setdefault((f"of {'pictures' if v.spans is None else 'clips'}", v.dim), v.path)
+    (first, *others) = kinds.items()
+    for (what, dim), path in others:
+        raise UserError(f"{path}: its features are {what}, {dim} numbers, those of {first[1]} "
+                        f"{first[0][0]}, {first[0][1]} numbers")
 
 
 def cut(video, step):
@@ -1456,7 +1511,8 @@ class ClipPretext(Dataset):
     """F2C: the transformed clips of each video, up to six of them."""
 
     def __init__(self, videos, args):
-        self.videos, self.args, self.names = videos, args, args.transforms.split(",")
+        self.videos, self.args = common.Packed(videos), args
+        self.names = args.transforms.split(",")
 
     def __len__(self):
         return len(self.videos)
@@ -1497,7 +1553,7 @@ class LabelledClips(Dataset):
     """Clip level: single clips of all videos. table: (M, 3) of video, clip and label."""
 
     def __init__(self, videos, table, step):
-        self.videos, self.table, self.step = videos, table, step
+        self.videos, self.table, self.step = common.Packed(videos), table, step
 
     def __len__(self):
         return len(self.table)
@@ -1514,7 +1570,8 @@ class LabelledVideos(Dataset):
     """
 
     def __init__(self, videos, args, step, phases=1):
-        self.videos, self.args, self.step, self.phases = videos, args, step, phases
+        self.videos, self.args = common.Packed(videos), args
+        self.step, self.phases = step, phases
 
     def __len__(self):
         return len(self.videos)
@@ -1712,14 +1769,15 @@ def pretext_videos(args, part):
 def pretrain(args, device, known):
     """F2C or F2C2V: tell the transformations apart, on labelled and unlabelled videos alike."""
     video = args.stage == "f2c2v"
-    videos, val = pretext_videos(args, "train"), pretext_videos(args, "val")
-    same_kind([*videos, *val])
-    dataset, checked = ((VideoPretext if video else ClipPretext)(v, args) for v in (videos, val))
+    dataset, checked = ((VideoPretext if video else ClipPretext)(pretext_videos(args, part), args)
+                        for part in ("train", "val"))
+    same_kind([dataset.videos[0], checked.videos[0]])
+    dim = checked.videos[0].dim
     collate, names = collate_videos if video else collate_clips, args.transforms.split(",")
     torch.manual_seed(args.seed)                              # the same weights on every process
-    model = build(args, val[0].dim, len(names), "video" if video else "clip").to(device)
+    model = build(args, dim, len(names), "video" if video else "clip").to(device)
     if not (args.out / "last.pt").exists():
-        initialise(args, model, known, val[0].dim)
+        initialise(args, model, known, dim)
 
     def losses(logits, batch):
         total, n = cross_entropy(logits, batch["label"])

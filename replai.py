@@ -241,16 +241,16 @@ def list_media(args, pieces=True):
     if pieces and (args.data / "segments" / ".cutting").exists():
         raise UserError(f"{args.data}/segments: not all videos are cut yet; let "
                         "`--stage segments` finish")
-    files = mp4_files(args.data, "segments/*") if pieces else []
+    files = mp4_files(args.data, "segments") if pieces else []
     if args.dataset == "ego4d":
-        whole = mp4_files(args.data, "*") or mp4_files(args.data, "clips/*")
-        uncut = {f.stem for f in whole} - {f.stem.rsplit("_", 2)[0] for f in files}
+        whole = mp4_files(args.data, "") or mp4_files(args.data, "clips")
+        uncut = {stem(f) for f in whole} - {stem(f).rsplit("_", 2)[0] for f in files}
         if files and uncut:
             common.say(f"{len(uncut)} of {len(whole)} videos have no piece in segments/: not used")
         files = files or whole
     else:                                                     # EPIC: only videos of its train split
         train = set(read_actions(args.data, "train").video)
-        named = {f: "_".join(f.stem.split("_")[:2])
+        named = {f: "_".join(stem(f).split("_")[:2])
                  for f in files or epic_videos(args.data).values()}
         files = [f for f in named if named[f] in train]
         absent = train - set(named.values())
@@ -263,9 +263,23 @@ def list_media(args, pieces=True):
 
 
 def mp4_files(root, *patterns):
-    """Sorted paths, relative to `root`, of the .mp4 and .MP4 files that the patterns name."""
-    return sorted({f.relative_to(root) for p in patterns for f in root.glob(p)
-                   if f.suffix.lower() == ".mp4" and f.is_file()})
+    """Sorted paths, relative to `root`, of the .mp4 and .MP4 files in folders of these patterns.
+
+    As text, and without asking for each file: they may be a million.
+    """
+    found = set()
+    for pattern in patterns:
+        for folder in filter(Path.is_dir, root.glob(pattern) if pattern else [root]):
+            before = "" if folder == root else f"{folder.relative_to(root)}/"
+            with os.scandir(folder) as entries:
+                found |= {before + e.name for e in entries if e.name[1:][-4:].lower() == ".mp4"
+                          and e.is_file()}
+    return sorted(found, key=lambda f: f.split("/"))          # as paths are
+
+
+def stem(file):
+    """The name of a file, without its folder and ending."""
+    return file[file.rfind("/") + 1:].rpartition(".")[0]
 
 
 class ScanFiles(Dataset):
@@ -279,7 +293,7 @@ class ScanFiles(Dataset):
 
     def __getitem__(self, i):
         path = self.root / self.files[i]
-        record = {"file": str(self.files[i]), "bytes": path.stat().st_size,
+        record = {"file": self.files[i], "bytes": path.stat().st_size,
                   "prominence": self.prominence, "segments": []}
         try:
             media = common.probe(path)
@@ -303,6 +317,7 @@ def cut_times(duration):
     return [(float(a), float(b)) for a, b in zip(starts, ends) if a == 0 or b - a >= 1.2]
 
 
+@common.no_collector()
 def read_records(args):
     """{file: record} of the cache, without records of other settings and half-written lines."""
     records = {}
@@ -323,7 +338,7 @@ def scan(args):
     Returns the records in the order of `list_media`.
     """
     files, records = list_media(args)[:args.limit], read_records(args)
-    keys = [(str(f), (args.data / f).stat().st_size, args.prominence) for f in files]
+    keys = [(f, os.stat(f"{args.data}/{f}").st_size, args.prominence) for f in files]
     missing = [f for f, key in zip(files, keys) if "segments" not in records.get(key, {})]
     plan = [f"{socket.gethostname()}-{os.getpid()}", missing]
     if common.world_size() > 1:           # one list for all: other jobs may be filling the cache
@@ -364,6 +379,7 @@ class SegmentIndex:
     The moments of segment i are peaks[offset[i]:offset[i+1]], already admissible for --delta.
     """
 
+    @common.no_collector()
     def __init__(self, args, records):
         rows = [(n, *s) for n, r in enumerate(records) for s in r.get("segments", ())]
         rows = rows[:args.limit]
@@ -372,12 +388,13 @@ class SegmentIndex:
         self.start = np.array([r[1] for r in rows], np.float64)
         self.stop = np.array([r[2] for r in rows], np.float64)
         self.sound = np.array([r[3] is not None for r in rows], bool)
-        peaks = [np.array(r[3] or [], np.float64) for r in rows]
-        kept = [r[1] + p[admissible(p, r[2] - r[1], args.delta_non_overlap)]
-                for r, p in zip(rows, peaks)]
-        self.offset = np.cumsum([0] + [len(k) for k in kept])
-        self.peaks = np.concatenate(kept + [np.zeros(0)])
-        self.count = np.diff(self.offset)
+        count = [len(r[3] or ()) for r in rows]
+        peaks = np.fromiter(itertools.chain.from_iterable(r[3] or () for r in rows), np.float64)
+        of = np.repeat(np.arange(len(rows)), count)           # (peaks,) their segments
+        kept = admissible(peaks, (self.stop - self.start)[of], args.delta_non_overlap)
+        self.peaks = (self.start[of] + peaks)[kept]
+        self.count = np.bincount(of[kept], minlength=len(rows))
+        self.offset = np.concatenate([[0], np.cumsum(self.count)])
         roomy = self.stop - self.start >= 2 * (args.delta_non_overlap + CLIP_SECONDS)
         self.has_moment = self.count > 0 if args.moi == "peaks" else self.sound & roomy
         self.usable = np.flatnonzero(self.has_moment)
@@ -614,7 +631,7 @@ def read_subsets(root):
 
 def epic_videos(root):
     """{video id: path relative to root}, in any of the folder trees that downloads come in."""
-    return {f.stem: f for f in mp4_files(root, "videos/*", "videos/*/*", "P*/videos/*", "P*/*")}
+    return {stem(f): f for f in mp4_files(root, "videos", "videos/*", "P*/videos", "P*")}
 
 
 def locate(root, actions, split, limit):
@@ -622,7 +639,7 @@ def locate(root, actions, split, limit):
 
     A cut file of `action_segments/` is preferred to the whole video. Absent rows are counted.
     """
-    cut = {f.stem: f for f in mp4_files(root, "action_segments/*")}
+    cut = {stem(f): f for f in mp4_files(root, "action_segments")}
     whole = epic_videos(root)
     rows, paths, spans = [], [], []
     for i in range(len(actions.id)):
@@ -756,8 +773,8 @@ def ego4d_files(root, *folders):
     """{uid: path relative to root} of the first of these folders that holds it; "" is root."""
     found = {}
     for folder in folders:
-        for f in mp4_files(root, f"{folder}/*" if folder else "*"):
-            found.setdefault(f.stem, f)
+        for f in mp4_files(root, folder):
+            found.setdefault(stem(f), f)
     return found
 
 
@@ -2039,7 +2056,7 @@ def segments(args, device, fps=16, short_side=240, rate=44100):
         try:
             media = common.probe(args.data / name)
             for start, stop in cut_times(media.duration):
-                piece = folder / (f"{name.stem}_{int(start):06d}_{math.ceil(stop):06d}"
+                piece = folder / (f"{stem(name)}_{int(start):06d}_{math.ceil(stop):06d}"
                                   f"{'.MP4' if args.dataset == 'epic' else '.mp4'}")
                 if piece.exists():
                     kept += 1

@@ -349,19 +349,20 @@ def class_of(where, value, classes, base=0):
     return value - base
 
 
+@common.no_collector()
 def charades_rows(path, classes):
     """{id: (duration, actions)} of an official Charades CSV."""
     found = {}
     for row in common.read_table(path, ["id", "actions", "length"]):
         where = f"{path}:{row['_line']}"
-        name, actions = common.Fields(where, row).name("id"), []
+        name, actions, here = common.Fields(where, row).name("id"), [], f"{where}: actions"
         for action in filter(None, row["actions"].split(";")):
             parts = re.fullmatch(r"c(\d{3}) (\S+) (\S+)", action.strip())
             if not parts:
                 raise UserError(f"{where}: actions: {action!r:.60} is not of the form cNNN start "
                                 "end")
-            actions.append((class_of(f"{where}: actions", int(parts[1]), classes),
-                            *(seconds(f"{where}: actions", x) for x in parts.groups()[1:])))
+            actions.append((class_of(here, int(parts[1]), classes), seconds(here, parts[2]),
+                            seconds(here, parts[3])))
         length = seconds(f"{where}: length", row["length"])
         if length <= 0:
             raise UserError(f"{where}: length: {length} is no duration")
@@ -522,9 +523,9 @@ def with_files(args, videos, split):
 def kinetics_rows(path):
     """[(label, youtube id, start, end)] of a CSV, or of a JSON, of Kinetics."""
     if path.suffix == ".csv":
-        rows = [(f"{path}:{r['_line']}", r["label"], r["youtube_id"], r["time_start"],
+        rows = ((f"{path}:{r['_line']}", r["label"], r["youtube_id"], r["time_start"],
                  r["time_end"]) for r in common.read_table(
-                     path, ["label", "youtube_id", "time_start", "time_end"])]
+                     path, ["label", "youtube_id", "time_start", "time_end"]))
     else:
         table, rows = common.read_json(path), []
         for name, entry in table.items() if isinstance(table, dict) else [("", None)]:
@@ -534,10 +535,12 @@ def kinetics_rows(path):
             if not isinstance(segment, list) or len(segment) != 2:
                 raise UserError(f"{where}.annotations.segment: is not [start, end]")
             rows.append((where, notes.get("label"), name, *segment))
-    found = []
+    found, known = [], set()
     for where, label, name, *times in rows:
-        if not isinstance(label, str) or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
+        if not isinstance(label, str) or label not in known and not re.fullmatch(
+                r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
             raise UserError(f"{where}: label: {label!r:.60} is no label")
+        known.add(label)
         common.Fields(where, {"youtube_id": name}).name("youtube_id")
         found.append((label, name, *(int(seconds(where, str(t))) for t in times)))
     return found
@@ -1479,15 +1482,22 @@ class KineticsClips(Dataset):
     """
 
     def __init__(self, args, tree, files, labels):
-        self.args, self.tree, self.files, self.labels = args, tree, files, labels
+        self.args, self.tree, self.labels = args, tree, labels
+        self.files = np.array([os.fsencode(f) for f in files])
 
     def __len__(self):
         return len(self.files)
 
+    def names(self):
+        return b"\n".join(self.files.tolist())
+
+    def film(self, i):
+        return Film(self.tree / os.fsdecode(self.files[i]), PICTURES["kinetics400"])
+
     def __getitem__(self, key):
         epoch, T, crop, i = key
         rng = np.random.default_rng((self.args.seed, epoch, i))
-        film = Film(self.tree / self.files[i], PICTURES["kinetics400"])
+        film = self.film(i)
         size, stride = self.args.num_frames * self.args.stride, self.args.stride
         begin = int(rng.integers(0, last_begin(film.n, size) + 1))
         faster = int(rng.integers(1, self.args.num_frames // T + 1))
@@ -1516,7 +1526,7 @@ class KineticsCrops(KineticsClips):
     """Three clips of each file, one behind the other, from the middle of the picture."""
 
     def __getitem__(self, i):
-        film, args = Film(self.tree / self.files[i], PICTURES["kinetics400"]), self.args
+        film, args = self.film(i), self.args
         numbers = kinetics_crops(film.n, args.num_frames * args.stride, args.stride)
         x = film.read(np.sort(numbers.flatten()), args.crop)
         x = x[np.searchsorted(np.sort(numbers.flatten()), numbers.flatten())]
@@ -1585,11 +1595,14 @@ class Untrimmed(Dataset):
     """Videos with labels of every frame; what clips of them, or all of them, look like."""
 
     def __init__(self, args, videos, classes):
-        self.args, self.videos, self.classes = args, videos, classes
+        self.args, self.videos, self.classes = args, common.Packed(videos), classes
         self.pattern, self.rate = PICTURES[args.dataset], RATE[args.dataset]
 
     def __len__(self):
         return len(self.videos)
+
+    def names(self):
+        return "\n".join(v.name for v in self.videos).encode()
 
     def open(self, i):
         """(Video, Film, labels of all frames (K, n) uint8, seconds)"""
@@ -1826,9 +1839,7 @@ def train(args, device, model, dataset, pack, forward, validate):
     of parts) -> terms of the loss, part by part; validate: model -> metrics, of which `val_mAP` or
     `val_top1` chooses the checkpoint.
     """
-    names = "\n".join(dataset.files if hasattr(dataset, "files") else
-                      [v.name for v in dataset.videos])
-    samples = f"{len(dataset)} (list {zlib.crc32(names.encode()):08x})"
+    samples = f"{len(dataset)} (list {zlib.crc32(dataset.names()):08x})"
     dataset = common.SkipBroken(dataset, args.seed)
     if args.batch_norm == "sync" and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
