@@ -1203,6 +1203,8 @@ def train(args, device, model, data, losses, validate, history, classes):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if probe:
         freeze_trunk(model)
+    if args.method == "cpctrans":
+        model.to(memory_format=torch.channels_last)           # 0.8 to 0.9 of the time on a CPU
     if args.compile:
         model.compile()
     ddp = DDP(model, gradient_as_bucket_view=True)
