@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import av
+import bench_lists
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -359,3 +360,20 @@ def spawn(function, *arguments):
             for p in both:
                 p.kill()
             raise RuntimeError(f"{function.__name__} failed")
+
+
+# ---- long lists --------------------------------------------------------------------------------
+
+def list_rows(folder, repeats):
+    """From a thousand clips to a million: seconds until the first batch's keys, and the private
+    memory of the second loading process.
+    """
+    for script, rows in itertools.groupby(bench_lists.rows(), key=lambda row: row["script"]):
+        few, *some, many = rows
+        longer = many["clips"] / few["clips"]
+        note = ", ".join(f"{r['clips']}: {r['startup_s']:.2g} s" for r in (few, *some))
+        yield Row("scale", f"{script}.py, a million clips: start-up", "", many["startup_s"], None,
+                  "s", target=10, note=f"once their files are known; {note}")
+        yield Row("scale", f"{script}.py, a million clips: a worker's own memory",
+                  f"with {few['clips']} clips", many["worker_mb"][1], few["worker_mb"][1], "MB",
+                  target=50, note=f"of a list {longer:.0f} times as long")

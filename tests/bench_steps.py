@@ -335,10 +335,10 @@ def fusion_memory(kind: str) -> float:
 
 
 def memory_row(what, against, ours, reference, target=None, note=""):
-    return ROW(what, against, ours, reference, "MB", ours / reference, target=target, note=note)
+    return Row("memory", what, against, ours, reference, "MB", ours / reference, target=target, note=note)
 
 
-def memory_rows():
+def memory_rows(folder, repeats):
     ours, padded = (fresh(f2c_memory, p) for p in (False, True))
     yield memory_row("f2c_oops f2c, first step of 48 clips", "padded, all projections", ours,
                      padded, 1.0)
