@@ -2301,7 +2301,6 @@ def reencode(source: Path, target: str | Path, short_side: int, crf: float, thre
     sound = []                            # (seconds, bytes) of its packets
     with _open(source) as c:
         v, a = _video_stream(c, source), _sound_of(c)
-        counted = c.format.name == "avi"
         v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
         form, origin = _container(c, a), ticks[0] * second
         with _writing(target, form, v, a) as out:
@@ -2318,15 +2317,14 @@ def reencode(source: Path, target: str | Path, short_side: int, crf: float, thre
                         out.mux(p)
 
             packets = pictures()
-            shown = _pictures(v, source, packets, ticks, ticks if counted else None)
-            for k, (tick, frame) in enumerate(shown):
+            counted = ticks if c.format.name == "avi" else None
+            for k, (tick, frame) in enumerate(_pictures(v, source, packets, ticks, counted)):
                 frame = _upright(frame, w, h)
                 frame.pts, frame.time_base, frame.pict_type = tick - ticks[0], second, 0
                 out.mux(e.encode(frame))
                 report(k / len(ticks))
             out.mux(e.encode(None))
-            for _ in packets:                                 # sound after the last picture
-                pass
+            deque(packets, 0)                                 # sound after the last picture
     _compare(source, target, Timetable(ticks, second), sound)
 
 
@@ -2384,12 +2382,12 @@ def open_target(args: argparse.Namespace) -> list[tuple[str, int]]:
     """Make DST with its folders and annotations, and without what a killed run has left there;
     returns the videos of SRC as `list_sources` does. UserError.
     """
-    keep_settings(args)
-    files = list_sources(args.src)
+    files = list_sources(args.src) if args.src.is_dir() else []
     notes = [name for name, _ in files if Path(name).suffix.lower() in ANNOTATIONS]
     videos = [(name, size) for name, size in files if name not in set(notes)]
-    if not videos:
+    if not videos and args.src.is_dir():
         raise UserError(f"{args.src}: holds no videos ({', '.join(sorted(VIDEOS))})")
+    keep_settings(args)
     for folder in sorted({args.dst / Path(name).parent for name, _ in files} | {args.dst}):
         folder.mkdir(parents=True, exist_ok=True)
         for f in folder.iterdir():
