@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"                           # before PyTorch i
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
+import bench_cuda
 import bench_media
 import bench_runs
 import bench_steps
@@ -33,10 +34,11 @@ PARTS = {
     "audio": [bench_media.audio_rows],
     "augment": [bench_media.augment_rows],
     "data": [bench_runs.data_rows, bench_runs.wait_rows],
-    "step": [bench_steps.step_rows],
+    "step": [bench_steps.step_rows, bench_steps.backbone_rows, bench_steps.attention_rows,
+             bench_steps.choice_rows, bench_cuda.gpu_rows],
     "memory": [bench_media.open_rows, bench_steps.memory_rows],
-    "scale": [bench_steps.growth_rows, bench_runs.rank_rows, bench_runs.equality_rows,
-              bench_runs.list_rows],
+    "scale": [bench_steps.frame_rows, bench_steps.batch_rows, bench_runs.rank_rows,
+              bench_runs.equality_rows, bench_runs.list_rows],
 }
 COLUMNS = ("what", "against", "ours", "reference", "ratio", "target", "met", "note")
 
