@@ -274,7 +274,7 @@ def mp4_files(root, *patterns):
             with os.scandir(folder) as entries:
                 found |= {before + e.name for e in entries if e.name[1:][-4:].lower() == ".mp4"
                           and e.is_file()}
-    return sorted(found, key=lambda f: f.split("/"))          # as paths are
+    return sorted(found, key=lambda f: f.replace("/", "\0"))  # as paths are
 
 
 def stem(file):
@@ -338,7 +338,8 @@ def scan(args):
     Returns the records in the order of `list_media`.
     """
     files, records = list_media(args)[:args.limit], read_records(args)
-    keys = [(f, os.stat(f"{args.data}/{f}").st_size, args.prominence) for f in files]
+    with common.no_collector():
+        keys = [(f, os.stat(f"{args.data}/{f}").st_size, args.prominence) for f in files]
     missing = [f for f, key in zip(files, keys) if "segments" not in records.get(key, {})]
     plan = [f"{socket.gethostname()}-{os.getpid()}", missing]
     if common.world_size() > 1:           # one list for all: other jobs may be filling the cache
