@@ -7,7 +7,9 @@ On the CPU sizes are such that a step takes a second or two; on CUDA batches are
 """
 
 import argparse
+import contextlib
 import copy
+import io
 import itertools
 import sys
 from functools import partial
@@ -371,7 +373,11 @@ def video_job(n: int) -> Callable:
     model = ssdet.build(args, DEVICE, ssdet.Kind("x3d", "tiny", 157, "", "none")).eval()
     clip = torch.randint(256, (3, n, 64, 64), dtype=torch.uint8)
     item = {"clip": clip, "label": torch.zeros(1, n), "start": 0, "about": (n, n, 1.0)}
-    return lambda: ssdet.detect(args, DEVICE, model, [item], "bench")
+
+    def job():
+        with contextlib.redirect_stdout(io.StringIO()):       # what it says on its way
+            return ssdet.detect(args, DEVICE, model, [item], "bench")
+    return job
 
 
 def peak(make: Callable, n: int) -> float:
