@@ -23,9 +23,17 @@ import ssdet_coarsefine as ssdet
 
 def plain(model):
     """A copy of a network, or of its parts, in which every part that has a plain form has it."""
-    model = copy.deepcopy(model)
+    model = in_order(model)
     for part in model.modules():
         part.__class__ = PLAIN.get(type(part), type(part))    # the parameters are its own
+    return model
+
+
+def in_order(model):
+    """A copy with its weights in the usual order of memory."""
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data = p.data.contiguous()
     return model
 
 

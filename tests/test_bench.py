@@ -27,7 +27,7 @@ def doubled(x):
 @pytest.mark.parametrize("stage", bench_steps.STAGES, ids=lambda s: s.name.replace(" ", "-"))
 def test_a_plain_step_has_our_loss_and_our_gradient(stage, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)          # of the losses
-    common.init_distributed()
+    common.init_distributed(gpu=False)
     case = bench_steps.made(stage, True, 2)
     ours = quiet(case.model)
     if stage.name.startswith("replai"):
