@@ -53,13 +53,13 @@ def cells(row):
             number(row.ratio), "" if row.target is None else f"≤ {row.target:g}", met, row.note)
 
 
-def measured(parts, folder, repeats):
+def measured(parts, args):
     """The rows of the parts, printed as they come."""
-    rows = []
+    rows, folder = [], args.out.resolve()
     for part in parts:
         print(f"\n| {part}: " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|",
               flush=True)
-        for row in itertools.chain(*(f(folder, repeats) for f in PARTS[part])):
+        for row in itertools.chain(*(f(folder, args.repeats) for f in PARTS[part])):
             rows.append(row)
             print("| " + " | ".join(cells(row)) + " |", flush=True)
     return rows
@@ -74,6 +74,8 @@ def main():
                    help=f"pairs per comparison, at least {measure.REPEATS} ({measure.REPEATS})")
     p.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR",
                    help="for bench.json and the videos (runs/bench)")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile among the choices, some ten minutes more")
     args = p.parse_args()
     parts = args.only.split(",")
     if unknown := set(parts) - set(PARTS):
@@ -85,7 +87,10 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     print(measure.machine())
     began = time.time()
-    rows = measured(parts, args.out.resolve(), args.repeats)
+    if args.compile:
+        PARTS["step"].append(bench_steps.compile_rows)
+    common.init_distributed()
+    rows = measured(parts, args)
     minutes = (time.time() - began) / 60
     missed = [row for row in rows if row.met is False]
     common.write_json(args.out / "bench.json", {

@@ -1,8 +1,8 @@
 """Rows of `make bench` that need a GPU: clips per second, memory, and how much of the GPU is used.
 
 Two limits are measured first: large bf16 matrix products, and copies of tensors that fit no cache.
-A step's floating-point operations and the bytes that its operators read and write, each counted once
-per operator as eager mode does, then tell how near it comes to either.
+A step's floating-point operations, and the bytes that its operators read and write in eager mode,
+then tell how near it comes to either.
 """
 
 import statistics

@@ -1,12 +1,9 @@
-"""The part `step` of `make bench`: training steps against plain ones, choices, memory, growth.
-
-    python tests/bench_steps.py [--compile]       this part alone, minutes on one core
+"""Training steps of `make bench`: against plain ones, and by choices, memory and growth.
 
 "Plain" is tests/plain.py: the same parameters, the same loss and gradient (tests/test_bench.py).
 On the CPU sizes are such that a step takes a second or two; on CUDA batches are the papers'.
 """
 
-import argparse
 import contextlib
 import copy
 import io
@@ -198,7 +195,7 @@ def made(stage: Stage, tiny: bool, batch: int = 0) -> Case:
 
 # ---- steps -------------------------------------------------------------------------------------
 
-def step_rows(repeats):
+def step_rows(folder, repeats):
     """Every stage's step against the plain one, at the paper's size and at --tiny."""
     for stage in STAGES:
         for tiny in (False, True):
@@ -217,7 +214,7 @@ def squared(net, *x):
     return net(*x).float().square().mean()
 
 
-def backbone_rows(repeats):
+def backbone_rows(folder, repeats):
     """R(2+1)D-18, AVID's and torchvision's, with temporal convolutions as 2-D ones and without."""
     from torchvision.models.video import r2plus1d_18
     x = (torch.randn(16 if CUDA else 1, 3, 8, 112, 112),)
@@ -230,16 +227,15 @@ def backbone_rows(repeats):
     jobs = [step(Case(m, x, squared, squared, sgd))
             for m in (avid, plain.plain(avid), quick, torchvision)]
     table = paired(*jobs, repeats=repeats)
-    yield compare("step", "R(2+1)D-18 (AVID's), 8 x 112 x 112", table, "the same with nn.Conv3d",
-                  target=0.85, note="its 3-D stem and the small maps behind its pooling gain less "
-                  "than torchvision's network")
-    yield compare("step", "R(2+1)D-18 (AVID's), 8 x 112 x 112", table, "torchvision's r2plus1d_18",
-                  k=3, target=0.85, note="another network: AVID's stem has a pooling")
-    yield compare("step", "torchvision's r2plus1d_18 with TemporalConv", table, "as it stands",
-                  k=3, target=0.85, ours=2, note="the same state dict")
+    yield compare("step", "torchvision's r2plus1d_18 with TemporalConv, 8 x 112 x 112", table,
+                  "as it stands", k=3, target=0.85, ours=2, note="the same state dict")
+    yield compare("step", "AVID's R(2+1)D-18, 8 x 112 x 112", table, "the same with nn.Conv3d",
+                  note="a 3-D stem and small maps: less to gain")
+    yield compare("step", "AVID's R(2+1)D-18, 8 x 112 x 112", table, "torchvision's r2plus1d_18",
+                  k=3, note="another network: its stem has a pooling")
 
 
-def attention_rows(repeats):
+def attention_rows(folder, repeats):
     """Window attention, forward and backward, against softmax over all pairs of tokens."""
     for n, target in ((512, 0.8), (1024, 0.5)):
         q, k, v = (torch.randn(2, 12, n, 64, device=DEVICE, requires_grad=True) for _ in range(3))
@@ -259,18 +255,23 @@ def attention_rows(repeats):
 
 # ---- choices -----------------------------------------------------------------------------------
 
-def choice_rows(repeats, compiled=False):
+def compile_rows(folder, repeats):
+    """--compile on, against off; to compile takes a minute or two for each of eight networks."""
+    yield from choice_rows(folder, repeats, compiled)
+
+
+def choice_rows(folder, repeats, choices=None):
     """Each choice on, against the same off, in the scripts' default stages."""
     for stage, tiny in itertools.product(DEFAULTS, (False, True)):
         case = made(stage, tiny)
-        names, jobs = zip(*choices(case, compiled))
+        names, jobs = zip(*(choices or all_choices)(case))
         table = paired(step(case), *jobs, repeats=repeats)
         for k, name in enumerate(names, 1):
             yield compare("step", f"{stage.name}{', --tiny' * tiny}: {name}", table, "as trained",
                           k=0, ours=k)
 
 
-def choices(case, compiled):
+def all_choices(case):
     """(name, step) of what may be chosen; the steps of the scripts have none of it."""
     yield "fused optimizer", step(case, fused=True)
     yield "foreach optimizer", step(case, foreach=True)
@@ -283,10 +284,12 @@ def choices(case, compiled):
         yield "clips in contiguous memory", step(case, loss=contiguous(case.loss))
     if CUDA:
         yield "fp32", step(case, precision="fp32")
-    if compiled:
-        model = copy.deepcopy(case.model).to(DEVICE).train()
-        model.compile()
-        yield "torch.compile", step(case, model)
+
+
+def compiled(case):
+    model = copy.deepcopy(case.model).to(DEVICE).train()
+    model.compile()
+    yield "torch.compile", step(case, model)
 
 
 def channels_last(model):
@@ -339,7 +342,8 @@ def fusion_memory(kind: str) -> float:
 
 
 def memory_row(what, against, ours, reference, target=None, note=""):
-    return Row("memory", what, against, ours, reference, "MB", ours / reference, target=target, note=note)
+    return Row("memory", what, against, ours, reference, "MB", ours / reference, target=target,
+               note=note)
 
 
 def memory_rows(folder, repeats):
@@ -385,7 +389,7 @@ def peak(make: Callable, n: int) -> float:
     return growth(make(n))
 
 
-def frame_rows(repeats):
+def frame_rows(folder, repeats):
     """Milliseconds and MB per frame of long videos."""
     pieces = "a piece of 1000 frames costs more per frame than 64; from there on it is level"
     for make, what, note in ((encoder_job, "f2c_oops encoder", ""),
@@ -393,49 +397,20 @@ def frame_rows(repeats):
         table = paired(*map(make, FRAMES), repeats=repeats)
         table = [[t / n for t, n in zip(row, FRAMES)] for row in table]
         for k, n in enumerate(FRAMES[1:], 1):
-            yield compare("step", f"{what}, {n} frames, per frame", table, "64 frames", k=0,
+            yield compare("scale", f"{what}, {n} frames, per frame", table, "64 frames", k=0,
                           ours=k, target=1.1 if n == FRAMES[-1] else None, note=note)
-        yield compare("step", f"{what}, 4096 frames, per frame", table, "1024 frames", k=2, ours=3,
+        yield compare("scale", f"{what}, 4096 frames, per frame", table, "1024 frames", k=2, ours=3,
                       target=1.1)
         few, many = (fresh(peak, make, n) for n in FRAMES[2:])
-        yield ROW(f"{what}, memory of 4096 frames", "1024 frames", many, few, "MB", many / few,
-                  note="in proportion to the frames: 4")
+        yield Row("scale", f"{what}, memory of 4096 frames", "1024 frames", many, few, "MB",
+                  many / few, note="in proportion to the frames: 4")
 
 
-def batch_rows(repeats):
+def batch_rows(folder, repeats):
     """Time per sample of the scripts' default stages at --tiny, against the batch."""
     for stage in DEFAULTS:
         sizes = (2, 4, 8, 16)
         table = paired(*(step(made(stage, True, B)) for B in sizes), repeats=repeats)
         table = [[t / B for t, B in zip(row, sizes)] for row in table]
-        yield compare("step", f"{stage.name}, --tiny, batch 16, per sample", table, "batch 2",
+        yield compare("scale", f"{stage.name}, --tiny, batch 16, per sample", table, "batch 2",
                       k=0, ours=3, target=1.1)
-
-
-def rows(repeats=5, compile=False):
-    """Every row of this part."""
-    common.init_distributed()
-    torch.set_num_threads(1)
-    yield from step_rows(repeats)
-    yield from backbone_rows(repeats)
-    yield from attention_rows(repeats)
-    yield from choice_rows(repeats, compile)
-    yield from memory_rows()
-    yield from frame_rows(repeats)
-    yield from batch_rows(repeats)
-
-
-def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--compile", action="store_true", help="torch.compile, too (minutes more)")
-    p.add_argument("--repeats", type=int, default=5)
-    args = p.parse_args()
-    for r in rows(args.repeats, args.compile):
-        ratio = f"{r.ratio:.2f} ({r.low or r.ratio:.2f}-{r.high or r.ratio:.2f})"
-        goal = "" if r.target is None else f" {'ok' if r.met else 'MISSED'}, at most {r.target}"
-        print(f"{r.what:58} {r.ours:9.2f} {r.unit} against {r.against:38} {r.reference:9.2f}: "
-              f"{ratio}{goal} {r.note}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
