@@ -22,8 +22,8 @@ test: install  ## every test, within 15 minutes on two cores
 demo: install  ## not there yet: all four papers on toy data, within ten minutes
 	@echo "make demo: not there yet; README has the commands on toy data"; exit 1
 
-bench: install  ## not there yet: speed beside the alternatives
-	@echo "make bench: not there yet"; exit 1
+bench: install  ## speed and memory beside the alternatives, twenty minutes on two cores (ARGS=--help)
+	.venv/bin/python tests/bench.py $(ARGS)
 
 claims: install  ## not there yet: each paper's main comparison at toy size, 3 seeds
 	@echo "make claims: not there yet; README has the figures so far"; exit 1
