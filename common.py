@@ -1022,28 +1022,33 @@ def stream(path: Path, size: Callable[[int, int], tuple[int, int]] | None = None
            chunk: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Every picture of a file in order, in bounded memory: (times (n,), uint8 (n, H, W, 3)).
 
-    At most `chunk` pictures at once; times in seconds since the first picture. size: from a
-    picture's (width, height) to those wanted. VideoError for what cannot be decoded, and for a
-    file whose pictures end more than 0.5 s before its header says.
+    At most `chunk` pictures at once; times in seconds since the first picture, those of `clock`.
+    size: from a picture's (width, height) to those wanted. VideoError for what cannot be decoded,
+    and for a file whose pictures end more than 0.5 s before its header says.
     """
     with _open(path) as c:
-        v, times, pictures, n, last = _video_stream(c, path), [], [], 0, 0.0
-        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
-        for p in c.demux(v):
+        v, times, pictures, number, last = _video_stream(c, path), [], [], -1, 0.0
+        cc, starts = v.codec_context, clock(path)[0] if c.format.name == "avi" else None
+        cc.thread_type, cc.thread_count = "NONE", 1
+        for k, p in enumerate(c.demux(v)):
             frames = []
             with contextlib.suppress(av.InvalidDataError, av.EOFError):   # as the ffmpeg program
                 frames = p.decode()
             for f in frames:
-                by_stamp = c.format.name != "avi" and f.pts is not None
-                last = float((f.pts - _origin(v)) * v.time_base if by_stamp else n / _rate(v))
-                n += 1
+                if starts is not None:                        # counted, as in `_pictures`
+                    number = max(number + 1, k - cc.has_b_frames if cc.name == "mpeg4" else 0)
+                    last = float(starts[min(number, len(starts) - 1)])
+                else:
+                    number += 1
+                    last = float(number / _rate(v) if f.pts is None
+                                 else (f.pts - _origin(v)) * v.time_base)
                 times.append(last)
                 pictures.append(_to_rgb(f, *(size or _same)(f.width, f.height)))
                 if len(pictures) == chunk:
                     yield np.array(times), np.stack(pictures)
                     times, pictures = [], []
         _check_end(c, v, path, last, _promise(c, v) - 1.5 / float(_rate(v)))
-    if not n:
+    if number < 0:
         raise VideoError(f"{path}: no picture can be decoded")
     if pictures:
         yield np.array(times), np.stack(pictures)
