@@ -29,6 +29,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import subprocess
 import sys
@@ -2118,14 +2119,19 @@ CABAC, the short side scaled down to --short_side. Every picture keeps its time,
 copied as it is, at the same times. DST holds the videos under the same names (what they hold is
 told by their content: an .avi may hold an MP4) and the annotations (.csv, .json, .txt); folders
 of pictures, features (about.json) and runs (args.json) stay behind, and so do hidden files.
-Files that exist are kept, so this can be killed, repeated and spread over machines. A file that
-cannot be decoded to its end is named and left out, the others go on (exit status 1).
+Files that exist are kept, so this can be killed, repeated and started on several machines at once
+(SRC has the same path there). Each process encodes on one thread: start as many as there are
+cores, the files do not depend on it. One that cannot be decoded to its end is named and left out,
+the others go on (exit status 1).
 """
 VIDEOS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts",
           ".webm", ".wmv"}
 ANNOTATIONS = {".csv", ".json", ".txt"}
 X264 = {"preset": "veryfast", "tune": "fastdecode",
         "x264-params": "keyint=32:min-keyint=32:scenecut=0:bframes=2:b-pyramid=none"}
+if platform.machine() in ("x86_64", "AMD64"):
+    # Its AVX-512 code reads memory that nobody wrote: no two files alike. As fast without.
+    X264["x264-params"] += ":asm=SSE4.2"
 
 
 class Timetable(NamedTuple):
@@ -2212,12 +2218,17 @@ def _container(c, a) -> str:
     return "matroska"
 
 
-def _encoder(out, v, first, w, h, rate, crf, threads):
-    """The H.264 stream of an output container, for frames like `first`, scaled to (w, h)."""
+def _encoder(out, v, first, w, h, rate, crf):
+    """The H.264 stream of an output container, for frames like `first`, scaled to (w, h).
+
+    One thread: x264's bytes depend on their number.
+    """
     e = out.add_stream("libx264", rate=rate, options={**X264, "crf": f"{crf:g}"})
     cc, turned = e.codec_context, (first.rotation // 90) % 2
     e.width, e.height, e.pix_fmt = (h, w, "yuv420p") if turned else (w, h, "yuv420p")
-    cc.time_base, cc.thread_count = v.time_base, threads
+    cc.time_base, cc.thread_count = v.time_base, 1
+    if v.sample_aspect_ratio:                                 # only players heed it
+        cc.sample_aspect_ratio = v.sample_aspect_ratio ** (-1 if turned else 1)
     cc.color_range = int(first.color_range)
     if not first.format.is_rgb and int(first.colorspace):     # 0 would be RGB
         cc.colorspace = int(first.colorspace)
@@ -2237,26 +2248,57 @@ def _sound_packet(p, a, copy, origin) -> av.Packet:
 
 
 @contextlib.contextmanager
-def _writing(path, form, v, a):
-    """An open container to write; a full disk becomes a UserError.
+def _blame(target):
+    """What the system refuses in here is the target's fault, not the source's: a UserError, or,
+    where the file system cannot have such a name, a VideoError, which the other files survive.
+    """
+    try:
+        yield
+    except OSError as e:
+        kind = VideoError if e.errno in (errno.ENAMETOOLONG, errno.EILSEQ) else UserError
+        raise kind(f"{target}: could not be written ({e.strerror or e})") from e
+
+
+@contextlib.contextmanager
+def _placing(target):
+    """A path to write to, which becomes `target` at the end, at once or not at all.
+
+    Its name is this process's own, and short: one that begins with the target's might be too long.
+    """
+    part = target.with_name(f".prepare-{platform.node()}-{os.getpid()}.part")
+    with _blame(target):
+        try:
+            yield part
+            with open(part, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(part, target, form, v, a):
+    """An open container to write, `part`; faults name the `target` that it is to become.
 
     The ticks of an MP4's header divide those of both its streams, so that neither is shifted.
     """
-    options, ticks = {}, v.time_base.denominator
+    options, ticks = {"fflags": "+bitexact"}, v.time_base.denominator     # no random identifiers
     if form != "matroska":
         while ticks < 10000:                                  # as the muxer does
             ticks *= 2
         both = math.lcm(ticks, a.rate if a else 1)
-        options = {"movflags": "faststart",
-                   "movie_timescale": str(both if both < 2 ** 31 else ticks)}
+        options |= {"movflags": "faststart",
+                    "movie_timescale": str(both if both < 2 ** 31 else ticks)}
+    with _blame(target):
+        out = av.open(f"file:{part}", "w", format=form, container_options=options)
     try:
-        with av.open(f"file:{path}", "w", format=form, container_options=options) as out:
-            yield out
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
-            name = re.sub(r"\.tmp\d+$", "", str(path))
-            raise UserError(f"{name}: could not be written ({e.strerror})") from e
+        yield out
+    except BaseException:
+        with contextlib.suppress(Exception):                  # the first fault is the one to tell
+            out.close()
         raise
+    with _blame(target):
+        out.close()
 
 
 def _compare(source, target, table, sound):
@@ -2291,72 +2333,103 @@ def _compare(source, target, table, sound):
             raise VideoError(f"{source}: its sound came out with other times")
 
 
-def reencode(source: Path, target: str | Path, short_side: int, crf: float, threads: int = 1,
+def _anew(c, source, table, e, copy, size):
+    """The packets to be written: pictures of `size`, encoded by the stream `e`, and the sound.
+
+    Of an MP4 the last picture lasts so long that the copy's mean frame rate is the source's, which
+    `Window` counts with. An avi's rate counts the pictures that were left out, its copy's does not.
+    """
+    v, a = c.streams.video[0], copy and c.streams.audio[0]
+    sound, origin = [], table.ticks[0] * table.second         # packets since the last picture
+
+    def pictures():
+        for p in c.demux(*filter(None, (v, a))):
+            if p.size and p.stream.index == v.index:
+                yield p
+            elif p.size:
+                sound.append(_sound_packet(p, a, copy, origin))
+
+    packets, stamps = pictures(), []
+    counted = table.ticks if c.format.name == "avi" else None
+    for tick, frame in _pictures(v, source, packets, table.ticks, counted):
+        frame = _upright(frame, *size)
+        frame.pts, frame.time_base, frame.pict_type = tick - table.ticks[0], table.second, 0
+        made = e.encode(frame)
+        stamps += [p.dts for p in made]
+        yield from (*sound, *made)
+        sound.clear()
+    made = e.encode(None)
+    stamps += [p.dts for p in made]
+    if "mov" in c.format.name and v.average_rate and made:
+        lasts = round(len(stamps) / v.average_rate / table.second) - (stamps[-1] - stamps[0])
+        if 0 < lasts * table.second < 1:
+            made[-1].duration = lasts
+    yield from (*sound, *made)
+    sound.clear()
+    deque(packets, 0)                                         # sound after the last picture
+    yield from sound
+
+
+def reencode(source: Path, target: Path, short_side: int, crf: float,
              report: Callable[[float], None] = lambda share: None) -> None:
     """Write `source` anew as `PREPARE` says; `report` is told how much of it is done.
 
-    target: overwritten; of any name. threads: of the encoder; the decoder has one, since with more
+    target: of any name, replaced at once or not at all. The decoder has one thread, since with more
     it would conceal damage differently from `read_clip`. What that shows in place of a lost picture
     is written here. VideoError if the source cannot be decoded to its end, or if the result would
     have other times; UserError if the target cannot be written.
     """
-    ticks, second = timetable(source)
-    first = first_picture(source, ticks)
-    w, h = _even(first, short_side)
-    sound = []                            # (seconds, bytes) of its packets
-    with _open(source) as c:
-        v, a = _video_stream(c, source), _sound_of(c)
-        v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
-        form, origin = _container(c, a), ticks[0] * second
-        with _writing(target, form, v, a) as out:
-            e = _encoder(out, v, first, w, h, _rate(v), crf, threads)
-            copy = out.add_stream_from_template(a) if a else None
-
-            def pictures():
-                for p in c.demux(*filter(None, (v, a))):
-                    if p.size and p.stream.index == v.index:
-                        yield p
-                    elif p.size:
-                        p = _sound_packet(p, a, copy, origin)
+    if source.exists() and not source.is_file():
+        raise VideoError(f"{source}: is not a regular file")  # a pipe would be waited for
+    table, sound, done = timetable(source), [], 0             # (seconds, bytes) of packets of sound
+    first = first_picture(source, table.ticks)
+    size = _even(first, short_side)
+    with _placing(target) as part:
+        with _open(source) as c:
+            v, a = _video_stream(c, source), _sound_of(c)
+            v.codec_context.thread_type, v.codec_context.thread_count = "NONE", 1
+            with _writing(part, target, _container(c, a), v, a) as out:
+                e = _encoder(out, v, first, *size, _rate(v), crf)
+                copy = out.add_stream_from_template(a) if a else None
+                for p in _anew(c, source, table, e, copy, size):
+                    if p.stream is copy:
                         sound.append((float(p.pts * p.time_base), p.size))
+                    else:
+                        report(done / len(table.ticks))
+                        done += 1
+                    with _blame(target):
                         out.mux(p)
-
-            packets = pictures()
-            counted = ticks if c.format.name == "avi" else None
-            for k, (tick, frame) in enumerate(_pictures(v, source, packets, ticks, counted)):
-                frame = _upright(frame, w, h)
-                frame.pts, frame.time_base, frame.pict_type = tick - ticks[0], second, 0
-                out.mux(e.encode(frame))
-                report(k / len(ticks))
-            out.mux(e.encode(None))
-            deque(packets, 0)                                 # sound after the last picture
-    _compare(source, target, Timetable(ticks, second), sound)
+        _compare(source, part, table, sound)
 
 
-def list_sources(root: Path) -> list[tuple[str, int]]:
-    """(path relative to `root`, bytes) of the videos and annotations below a folder, sorted.
+def list_sources(root: Path, dst: Path | None = None) -> list[tuple[str, int, float]]:
+    """(path relative to `root`, bytes, time of change) of the videos and annotations below a
+    folder, sorted; of a video that is no regular file or a broken link (name, 0, 0).
 
-    Links are followed, but not into a folder that holds them. UserError for a folder of pieces
-    that are still being cut.
+    Links are followed, but not into a folder that holds them, nor into `dst`. UserError for a
+    folder of pieces that are still being cut.
     """
-    found, folders = [], [(root, {root.resolve()})]
+    found, folders = [], [(root, {root.resolve(), (dst or root).resolve()})]
     while folders:
         folder, above = folders.pop()
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as entries:                   # tells folders without a stat
+            entries = [(f.name, f.is_symlink(), f.is_dir(follow_symlinks=False)) for f in entries]
+        names = {name for name, _, _ in entries}
         if ".cutting" in names:
             raise UserError(f"{folder}: is still being cut; prepare it when that is done")
-        if folder != root and {"about.json", "args.json"} & set(names):
+        if folder != root and {"about.json", "args.json"} & names:
             continue
-        for name in names:
-            path, ending = folder / name, Path(name).suffix.lower()
+        for name, linked, is_folder in entries:
+            path, ending = folder / name, os.path.splitext(name)[1].lower()
             if name.startswith(".") or path == root / "prepare.json":
                 continue
-            if path.is_dir():
+            if is_folder or linked and path.is_dir():
                 if path.resolve() not in above:
                     folders.append((path, above | {path.resolve()}))
-            elif ending in VIDEOS | ANNOTATIONS:
-                size = path.stat().st_size if path.exists() else 0        # a link may be broken
-                found.append((str(path.relative_to(root)), size))
+            elif ending in VIDEOS or ending in ANNOTATIONS and path.is_file():
+                stat = path.stat() if path.is_file() else None
+                found.append((str(path.relative_to(root)), *(
+                    (stat.st_size, stat.st_mtime) if stat else (0, 0.0))))
     return sorted(found)
 
 
@@ -2369,43 +2442,58 @@ def keep_settings(args: argparse.Namespace) -> None:
         raise UserError(f"{args.dst}: SRC and DST must be two folders, neither inside the other")
     if args.dst.exists() and not args.dst.is_dir():
         raise UserError(f"{args.dst}: must be a folder, this is a file")
-    settings, before = {"short_side": args.short_side, "crf": args.crf}, None
+    settings = {"short_side": args.short_side, "crf": args.crf}
     if path.exists():
         before = read_json(path)
+        before = before if isinstance(before, dict) else {}
         for name, value in settings.items():
-            known = before.get(name) if isinstance(before, dict) else None
-            if known != value:
-                raise UserError(f"{path}: was made with --{name} {known}, now it is {value}; use "
-                                "the same flags to continue, or another DST")
+            if before.get(name) != value:
+                raise UserError(f"{path}: was made with --{name} {before.get(name)}, now it is "
+                                f"{value}; use the same flags to continue, or another DST")
+        if Path(str(before.get("source"))).resolve() != src:
+            raise UserError(f"{path}: was made from {before.get('source')}, now SRC is {src}; "
+                            "choose another DST, or, if SRC has only moved, write its path there")
     elif args.dst.exists() and any(not f.startswith("prepare.json") for f in os.listdir(args.dst)):
         raise UserError(f"{args.dst}: is not empty and holds no prepare.json; choose another DST")
     else:
-        write_json(path, {**settings, "source": args.src, "versions": versions()})
+        write_json(path, {**settings, "source": src, "versions": versions()})
 
 
-def open_target(args: argparse.Namespace) -> list[tuple[str, int]]:
-    """Make DST with its folders and annotations, and without what a killed run has left there;
-    returns the videos of SRC as `list_sources` does. UserError.
+def remove_parts(folder: Path) -> None:
+    """Remove the half files of runs that were ended; what is younger may be of one at work."""
+    for f in folder.glob(".prepare-*.part"):
+        with contextlib.suppress(FileNotFoundError):          # another run may remove it, too
+            if time.time() - f.stat().st_mtime > 3600:
+                f.unlink()
+
+
+def open_target(args: argparse.Namespace) -> tuple[list[tuple], list[tuple]]:
+    """Make DST with its folders and annotations; returns the videos of SRC, as `list_sources`
+    does, and those that are still to be done. UserError.
     """
-    files = list_sources(args.src) if args.src.is_dir() else []
-    notes = [name for name, _ in files if Path(name).suffix.lower() in ANNOTATIONS]
-    videos = [(name, size) for name, size in files if name not in set(notes)]
+    files = list_sources(args.src, args.dst) if args.src.is_dir() else []
+    videos = [f for f in files if Path(f[0]).suffix.lower() in VIDEOS]
     if not videos and args.src.is_dir():
         raise UserError(f"{args.src}: holds no videos ({', '.join(sorted(VIDEOS))})")
     keep_settings(args)
-    for folder in sorted({args.dst / Path(name).parent for name, _ in files} | {args.dst}):
+    for folder in sorted({args.dst / Path(name).parent for name, _, _ in files} | {args.dst}):
         folder.mkdir(parents=True, exist_ok=True)
-        for f in folder.iterdir():
-            if re.fullmatch(r".+\.\w+\.tmp\d+", f.name) and f.is_file():
-                f.unlink()
+        remove_parts(folder)
+    notes = sorted({name for name, _, _ in files} - {name for name, _, _ in videos})
     for name in notes:
         data = (args.src / name).read_bytes()
         if not (args.dst / name).exists() or (args.dst / name).read_bytes() != data:
-            write(args.dst / name, data)
-    say(f"prepare: {len(videos)} videos of {amount(size for _, size in videos)} in {args.src}, "
-        f"{sum((args.dst / name).exists() for name, _ in videos)} of them done before; "
-        f"{len(notes)} annotation files")
-    return videos
+            with _placing(args.dst / name) as part:
+                part.write_bytes(data)
+    todo = [f for f in videos if not (args.dst / f[0]).exists()]
+    done = sorted({*videos} - {*todo})
+    old = sum((args.dst / name).stat().st_mtime < changed for name, _, changed in done)
+    say(f"prepare: {len(videos)} videos of {amount(size for _, size, _ in videos)} in {args.src}, "
+        f"{len(done)} of them done before; {len(notes)} annotation files")
+    if old:
+        say(f"warning: {old} of the copies are older than their sources; they are kept: delete "
+            "them to have them made anew")
+    return videos, todo
 
 
 def amount(sizes: Iterable[int]) -> str:
@@ -2463,35 +2551,33 @@ def gain(pairs: Sequence[tuple[Path, Path]], side: int) -> tuple[float, float, f
     return tuple(np.mean(rows, 0).tolist())
 
 
-def prepare_file(args, name, threads, report):
-    """`reencode` a file of SRC into the same name of DST, at once or not at all."""
-    write(args.dst / name, lambda f: reencode(args.src / name, f.name, args.short_side, args.crf,
-                                              threads, report))
-
-
 def prepare(args: argparse.Namespace) -> None:
-    """What `PREPARE` says, the videos dealt out among the processes."""
+    """What `PREPARE` says, the videos dealt out among the processes.
+
+    Each works its share off in an order of its own, so that another launch on the same folders
+    does other files, and seldom one at the same time.
+    """
     init_distributed(gpu=False)
-    agreed = [None, None]
-    if rank() == 0:
+    plan, videos = ["", [], 0], []
+    if rank() == 0:                       # one list for all: other launches may be at work
         try:
-            agreed[1] = open_target(args)
+            videos, todo = open_target(args)
+            plan = ["", todo, len(videos)]
         except UserError as e:
-            agreed[0] = str(e)
-    dist.broadcast_object_list(agreed)
-    if agreed[0]:
-        raise UserError(agreed[0])
-    videos, faults = agreed[1], {}
-    todo = [(n, size) for n, size in videos if not (args.dst / n).exists()]
-    barrier()                                                 # all have looked before one writes
-    mine = deal([size for _, size in todo], world_size())[rank()]
+            plan[0] = str(e)
+    dist.broadcast_object_list(plan)
+    fault, todo, total = plan
+    if fault:
+        raise UserError(fault)
+    mine = deal([size for _, size, _ in todo], world_size())[rank()]
+    mine, faults = np.random.default_rng().permutation(mine).astype(int).tolist(), {}
     report = progress([todo[i][1] for i in mine])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     for n, i in enumerate(mine):
+        name, faults[i] = todo[i][0], ""
         try:
-            prepare_file(args, todo[i][0], threads, partial(report, n))
-            faults[i] = ""
+            if not (args.dst / name).exists():                # made by another launch
+                reencode(args.src / name, args.dst / name, args.short_side, args.crf,
+                         partial(report, n))
         except VideoError as e:
             faults[i] = str(e)
             print(f"warning: {e}; not prepared", file=sys.stderr, flush=True)
@@ -2500,13 +2586,13 @@ def prepare(args: argparse.Namespace) -> None:
         summary(args, videos)
     barrier()
     if faults:
-        raise UserError(f"{len(faults)} of {len(videos)} videos were not prepared: "
+        raise UserError(f"{len(faults)} of {total} videos were not prepared: "
                         f"{'; '.join(faults[:3])}{'; ...' * (len(faults) > 3)}")
 
 
-def summary(args: argparse.Namespace, videos: Sequence[tuple[str, int]]) -> None:
+def summary(args: argparse.Namespace, videos: Sequence[tuple[str, int, float]]) -> None:
     """One line on what DST holds and on what that gains, from up to eight of its files."""
-    done = [(name, size) for name, size in videos if (args.dst / name).exists()]
+    done = [(name, size) for name, size, _ in videos if (args.dst / name).exists()]
     line = (f"done: {len(done)} of {len(videos)} videos in {args.dst}, "
             f"{amount(size for _, size in done)} became "
             f"{amount((args.dst / name).stat().st_size for name, _ in done)}")
