@@ -217,14 +217,14 @@ def with_its_resize(module, path, times):
 def with_decord(module, path, times):
     w, h = shrunk(path)
     reader = module.VideoReader(str(path), num_threads=1, width=w, height=h)
-    return reader.get_batch([int(t * reader.get_avg_fps() + 1e-3) for t in times]).asnumpy()
+    return reader.get_batch([int(t * reader.get_avg_fps() + 1e-6) for t in times]).asnumpy()
 
 
 def with_opencv(module, path, times):
     module.setNumThreads(1)
     reader = module.VideoCapture(str(path), module.CAP_FFMPEG, [module.CAP_PROP_N_THREADS, 1])
     rate, size = reader.get(module.CAP_PROP_FPS), shrunk(path)
-    wanted, pictures = [int(t * rate + 1e-3) for t in times], []
+    wanted, pictures = [int(t * rate + 1e-6) for t in times], []
     reader.set(module.CAP_PROP_POS_FRAMES, wanted[0])
     for n in range(wanted[0], wanted[-1] + 1):
         reader.grab()
