@@ -226,8 +226,11 @@ def not_read(*_, **__):
 
 
 def private_mb():
-    """Memory of this process that no other one shares."""
-    rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    """Memory of this process that no other one shares; NaN where the system does not tell."""
+    try:
+        rows = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return float("nan")
     return sum(int(row.split()[1]) for row in rows if row.startswith("Private")) / 1024
 
 
@@ -285,14 +288,14 @@ def measure(name, folder, flags, context):
     common.dist.destroy_process_group()
     return {"script": name, "clips": len(dataset), "startup_s": round(seen["seconds"], 2),
             "cpu_s": round(seen["cpu"], 2),
-            "worker_mb": [round(mb, 1) for _, mb in sorted(rows.tolist())]}
+            "worker_mb": [round(mb, 1) for _, mb in sorted(rows.tolist()) if mb == mb]}
 
 
 # ---- all of them ---------------------------------------------------------------------------------
 
 def rows(cases=SCRIPTS, lengths=LENGTHS, context="fork", where=None):
-    """A dictionary of each script and length: script, clips, startup_s, worker_mb of two workers,
-    and made_s, the time that making the list took.
+    """A dictionary of each script and length: script, clips, startup_s, worker_mb of two workers
+    (empty where the system does not tell), and made_s, the time that making the list took.
     """
     for name in cases:
         for n in lengths:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bench_media import HD, OOPS, UCF, make_file, pillow, prepared
-from measure import Row, compare, paired
+from measure import Row, busy, compare, cpu_paired, without_gpu
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -99,27 +99,27 @@ def quiet(function, *arguments):
         common.say = said
 
 
-def samples_of_replai(data, runs):
+def samples_of_replai(data, runs, *flags):
     args = replai.parse_args(["--data", str(data), "--moments", str(runs / data.name / "moments"),
-                              "--workers", "0"])
+                              "--workers", "0", *flags])
     return replai.AudibleClips(args, replai.SegmentIndex(args, replai.scan(args)))
 
 
-def samples_of_cpctrans(data, runs):
-    args = cpctrans.parse_args(["--data", str(data), "--workers", "0", "--img_dim", "128",
-                                "--out", str(runs / data.name / "cpctrans")])
+def samples_of_cpctrans(data, runs, *flags):
+    args = cpctrans.parse_args(["--data", str(data), "--workers", "0", "--out", str(
+        runs / data.name / "cpctrans"), *(flags or ("--img_dim", "128"))])
     cpctrans.fill_from(args, None)
     return cpctrans.TrainClips(args, cpctrans.read_videos(args, "train")[0],
                                cpctrans.distort_pretrain)
 
 
-def samples_of_f2c(data, runs):
-    args = f2c_oops.parse_args(["--data", str(data), "--workers", "0"])
+def samples_of_f2c(data, runs, *flags):
+    args = f2c_oops.parse_args(["--data", str(data), "--workers", "0", *flags])
     return f2c_oops.ClipPretext(f2c_oops.scan(args, "train"), args)
 
 
-def samples_of_ssdet(data, runs):
-    args = ssdet_coarsefine.parse_args(["--data", str(data), "--workers", "0"])
+def samples_of_ssdet(data, runs, *flags):
+    args = ssdet_coarsefine.parse_args(["--data", str(data), "--workers", "0", *flags])
     tree, files, labels, _ = ssdet_coarsefine.read_kinetics(args, "train")
     clips = ssdet_coarsefine.KineticsClips(args, tree, files, labels)
     return Keyed(clips, args.num_frames, args.crop)
@@ -140,9 +140,15 @@ def keys(n=32):
     return ((k // n, k % n) for k in itertools.count())
 
 
+def drawn(samples, *arguments):
+    """A function that makes the next sample of a script's training."""
+    dataset = quiet(samples, *arguments)
+    draw = map(dataset.__getitem__, keys())
+    return lambda: next(draw)
+
+
 def from_the_start(path, times, side, crop, rng):
-    """The plain way to a clip: decode from the first picture on, wanted ones one by one in Pillow.
-    """
+    """A naive way to a clip: decode from the first picture on, wanted ones one by one in Pillow."""
     wanted, pictures = list(times), []
     with av.open(str(path)) as c:
         for n, f in enumerate(c.decode(video=0)):
@@ -154,7 +160,7 @@ def from_the_start(path, times, side, crop, rng):
     pillow(np.stack(pictures), side, crop, rng)
 
 
-def plain_replai(path, rng):
+def naive_replai(path, rng):
     """As released: the whole sound for the moments, two seconds of it again, then two clips."""
     x, rate = common.read_audio(path)
     replai.find_moments(x, rate, 1.0)
@@ -164,15 +170,15 @@ def plain_replai(path, rng):
         from_the_start(path, begin + np.arange(8) / 16, 128, 112, rng)
 
 
-def plain_cpctrans(path, rng):
+def naive_cpctrans(path, rng):
     from_the_start(path, rng.uniform(0, 6) + np.arange(5) * 3 / 25, 240, 224, rng)
 
 
-def plain_ssdet(path, rng):
+def naive_ssdet(path, rng):
     from_the_start(path, rng.uniform(0, 7) + np.arange(16) * 5 / 30, 256, 224, rng)
 
 
-def plain_f2c(path, rng):
+def naive_f2c(path, rng):
     """All features of a video, whatever is needed of them."""
     with np.load(path) as z:
         torch.from_numpy(z["arr_0"])
@@ -183,24 +189,24 @@ def data_rows(folder, repeats):
     made, runs = prepared((UCF, OOPS, HD), folder), folder / "runs"
     oops(folder / "oops")
     feature = folder / "oops/features/vit_b16/train/train 0.npz"
-    for script, kind, layout, samples, plain in (
-            ("replai.py", HD, ego4d, samples_of_replai, plain_replai),
-            ("cpctrans.py", UCF, ucf101, samples_of_cpctrans, plain_cpctrans),
-            ("ssdet_coarsefine.py", OOPS, kinetics, samples_of_ssdet, plain_ssdet),
-            ("f2c_oops.py", None, None, samples_of_f2c, plain_f2c)):
+    colours = "the naive one changes colours, too, ours does on the device"
+    for script, kind, layout, samples, naive, note in (
+            ("replai.py", HD, ego4d, samples_of_replai, naive_replai, "the naive one seeks moments "
+             "in the whole sound for each sample, as released, ours once for all; " + colours),
+            ("cpctrans.py", UCF, ucf101, samples_of_cpctrans, naive_cpctrans, colours),
+            ("ssdet_coarsefine.py", OOPS, kinetics, samples_of_ssdet, naive_ssdet, colours),
+            ("f2c_oops.py", None, None, samples_of_f2c, naive_f2c, "the naive one takes all rows")):
         sources = [("features", feature)] if kind is None else [
             (kind.name, make_file(kind, folder)), (f"{kind.name}, prepared", made[kind.name])]
         for name, path in sources:
             root = folder / (f"{script[:-3]}_{'prepared' in name}" if layout else "oops")
             if layout:
                 layout(root, path)
-            rng, dataset = np.random.default_rng(0), quiet(samples, root, runs)
-            draw = map(dataset.__getitem__, keys())
-            table = paired(partial(next, draw), partial(plain, path, rng), repeats=2 * repeats,
-                           least=0, warm=2)
-            row = compare("data", f"{script}: {name}", table, "decode from the start, Pillow"
-                          if kind else "all features of the video")
-            yield row._replace(note=f"{1000 / row.ours:.0f} samples/s per core")
+            table = cpu_paired(drawn(samples, root, runs), partial(
+                naive, path, np.random.default_rng(0)), repeats=2 * repeats, least=0, warm=2)
+            row = compare("data", f"{script}: {name}", table, "naive: from the start, Pillow"
+                          if kind else "naive: all features of the video")
+            yield row._replace(note=f"{1000 / row.ours:.0f} samples/s per core; {note}")
 
 
 # ---- whole runs --------------------------------------------------------------------------------
@@ -218,27 +224,33 @@ def run(script, *flags, n=1):
 
 
 def wait_rows(folder, repeats):
-    """The share of a tiny training run in which it waits for data, with one loading process."""
-    made = prepared((UCF, OOPS, HD), folder)
+    """The share of a tiny training run in which it waits for data; a core computes, others load."""
+    made, loaders = prepared((UCF, OOPS, HD), folder), max(1, os.cpu_count() - 1)
     ego4d(folder / "wait_replai", made[HD.name])
     ucf101(folder / "wait_cpctrans", made[UCF.name])
     kinetics(folder / "wait_ssdet", made[OOPS.name])
-    if not (folder / "oops").exists():
-        oops(folder / "oops")
-    for script, data, *flags in (
-            ("replai.py", "wait_replai", "--dataset", "ego4d", "--epochs", 6),
-            ("cpctrans.py", "wait_cpctrans", "--epochs", 12),
-            ("f2c_oops.py", "oops", "--epochs", 15),
-            ("ssdet_coarsefine.py", "wait_ssdet", "--iters", 12)):
-        out = folder / "runs" / f"{data}_run"
+    oops(folder / "oops")
+    for script, samples, data, *flags in (
+            ("replai.py", samples_of_replai, "wait_replai", "--dataset", "ego4d", "--epochs", 6),
+            ("cpctrans.py", samples_of_cpctrans, "wait_cpctrans", "--epochs", 12),
+            ("f2c_oops.py", samples_of_f2c, "oops", "--epochs", 15),
+            ("ssdet_coarsefine.py", samples_of_ssdet, "wait_ssdet", "--iters", 12)):
+        out, others = folder / "runs" / f"{data}_run", busy(1 + loaders)
         shutil.rmtree(out, ignore_errors=True)
-        run(script, "--data", folder / data, "--tiny", "--workers", 1, "--out", out,
+        run(script, "--data", folder / data, "--tiny", "--workers", loaders, "--out", out,
             "--log_every", 2, *flags)
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        shares = [100 * row["data_wait"] for row in rows[1:]]                 # workers had begun
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+        shares = [100 * row["data_wait"] for row in rows]     # the first: workers had to begin
+        table = cpu_paired(drawn(samples, folder / data, folder / "runs", "--tiny"), repeats=20,
+                           least=0, warm=2)
+        load = loaders / statistics.median(seconds for seconds, in table)
+        step = statistics.median(row["clips_per_s"] / max(0.01, 1 - row["data_wait"])
+                                 for row in rows)
+        slow = f"{loaders} loading: {load:.0f} samples/s at most, a step takes {step:.0f}"
         yield Row("data", f"{script} --tiny: time spent waiting for data",
-                  "one loading process beside the training", statistics.median(shares), None, "%",
-                  low=min(shares), high=max(shares), target=5)
+                  f"{loaders} loading beside the training", statistics.median(shares), None, "%",
+                  low=min(shares), high=max(shares), target=5,
+                  excuse=slow if load < step else others)
 
 
 # ---- several processes -------------------------------------------------------------------------
@@ -290,11 +302,13 @@ def two_ranks(rank, script, folder, repeats):
 
 def rank_rows(folder, repeats):
     """A step of two processes under DDP against the same step without."""
+    others = busy(2)
     for script in ("replai.py", "cpctrans.py", "f2c_oops.py", "ssdet_coarsefine.py"):
         with tempfile.TemporaryDirectory() as meet:
             spawn(two_ranks, script, meet, repeats)
             table = json.loads((Path(meet) / "table.json").read_text())
-        yield compare("scale", f"{script}: step of two processes", table, "without DDP", 1, 1.35)
+        yield compare("scale", f"{script}: step of two processes", table, "without DDP", 1, 1.35,
+                      excuse=others)
 
 
 def gather_gradient(rank, folder):
@@ -320,27 +334,38 @@ def score(z_hat, z):
     return z_hat.flatten(0, 2) @ z.flatten(0, 2).T
 
 
-def equality_rows(folder, repeats):
-    """A run of four processes, killed half way, ends in the bytes of one that was not."""
+def ending(folder, n, kill):
+    """The bytes of last.pt of a run of n processes, killed by SIGKILL after so many lines of log
+    (0: not at all), then gone on with.
+    """
     from running import quick
+    out = folder / "runs" / f"equal{n}" / ("killed" if kill else "whole")
+    shutil.rmtree(out, ignore_errors=True)
+    start = partial(quick, out.parent / "q", "--data", folder / "equal", "--tiny", "--width", 8,
+                    "--epochs", 6, "--batch_size", 4, "--workers", 0, "--log_every", 1,
+                    "--save_every", 3, "--out", out, n=n, script="cpctrans")
+    log = out / "log.jsonl"
+    with without_gpu():
+        if kill:
+            code, seen = start(kill=(log, kill, 0)).code, len(log.read_bytes().splitlines())
+            if not code:
+                raise RuntimeError(f"{out}: the run ended before it could be killed")
+        done = start()
+    if done.code:
+        raise RuntimeError(done.err[-800:])
+    if kill and seen >= len(log.read_bytes().splitlines()):  # one line per step
+        raise RuntimeError(f"{out}: was killed after its last step")
+    return (out / "last.pt").read_bytes()
+
+
+def equality_rows(folder, repeats):
+    """A run of 1, 2 and 4 processes, killed half way, ends in the bytes of one that was not."""
     ucf101(folder / "equal", make_file(UCF, folder), 16)
-    flags = ["--data", folder / "equal", "--tiny", "--width", 8, "--epochs", 6, "--batch_size", 4,
-             "--workers", 0, "--log_every", 1, "--save_every", 3]
-    ends = []
-    for name, kill in (("whole", None), ("killed", 10)):
-        out = folder / "runs" / "equal" / name
-        shutil.rmtree(out, ignore_errors=True)
-        if kill:                                              # by SIGKILL, after ten lines of log
-            quick(out.parent / "q", *flags, "--out", out, n=4, script="cpctrans",
-                  kill=(out / "log.jsonl", kill, 0))
-        done = quick(out.parent / "q", *flags, "--out", out, n=4, script="cpctrans")
-        if done.code:
-            raise RuntimeError(done.err[-800:])
-        ends.append((out / "last.pt").read_bytes())
-    yield Row("scale", "cpctrans.py, four processes: bytes of last.pt that differ",
-              "one run killed after ten steps", sum(a != b for a, b in zip(*ends)) + abs(
-                  len(ends[0]) - len(ends[1])), None, "", target=0,
-              note="1 and 2 processes, all scripts: the tests")
+    for n in (1, 2, 4):
+        whole, killed = (ending(folder, n, kill) for kill in (0, 10))
+        differ = sum(a != b for a, b in zip(whole, killed)) + abs(len(whole) - len(killed))
+        yield Row("scale", f"cpctrans.py, processes: {n}; bytes of last.pt that differ",
+                  "one run killed after ten steps", differ, None, "", target=0)
     with tempfile.TemporaryDirectory() as meet:
         spawn(gather_gradient, meet)
         worst = max(json.loads((Path(meet) / f"{r}.json").read_text()) for r in (0, 1))
@@ -352,8 +377,9 @@ def spawn(function, *arguments):
     """function(rank, *arguments) in two processes; they leave files, no results."""
     context = torch.multiprocessing.get_context("spawn")
     both = [context.Process(target=function, args=(r, *arguments)) for r in (0, 1)]
-    for p in both:
-        p.start()
+    with without_gpu():
+        for p in both:
+            p.start()
     while any(p.is_alive() for p in both):
         time.sleep(0.05)
         if any(p.exitcode for p in both):
@@ -366,14 +392,28 @@ def spawn(function, *arguments):
 
 def list_rows(folder, repeats):
     """From a thousand clips to a million: seconds until the first batch's keys, and the private
-    memory of the second loading process.
+    memory of the second loading process, where the system tells it. Then of one script's loading
+    processes that are not forked, which get copies of everything.
     """
-    for script, rows in itertools.groupby(bench_lists.rows(), key=lambda row: row["script"]):
-        few, *some, many = rows
-        longer = many["clips"] / few["clips"]
-        note = ", ".join(f"{r['clips']}: {r['startup_s']:.2g} s" for r in (few, *some))
+    where, others = folder / "lists", busy(1)
+    shutil.rmtree(where, ignore_errors=True)                  # of a run that was killed
+    where.mkdir()
+    for script in bench_lists.SCRIPTS:
+        few, many = lists(where, script, (1_000, 1_000_000))
         yield Row("scale", f"{script}.py, a million clips: start-up", "", many["startup_s"], None,
-                  "s", target=10, note=f"once their files are known; {note}")
-        yield Row("scale", f"{script}.py, a million clips: a worker's own memory",
-                  f"with {few['clips']} clips", many["worker_mb"][1], few["worker_mb"][1], "MB",
-                  target=50, note=f"of a list {longer:.0f} times as long")
+                  "s", target=10, excuse=others, note="once their files are known; "
+                  f"{many['cpu_s']:.3g} s of CPU time; 1000 clips: {few['startup_s']:.2g} s")
+        if many["worker_mb"]:
+            yield Row("scale", f"{script}.py, a million clips: a worker's own memory",
+                      "with 1000 clips", many["worker_mb"][1], few["worker_mb"][1], "MB", target=50)
+    few, many = lists(where, "cpctrans", (1_000, 100_000), "forkserver")
+    if many["worker_mb"]:
+        more = many["worker_mb"][1] - few["worker_mb"][1]
+        yield Row("scale", "cpctrans.py, 100,000 clips: memory that a worker has beyond 1000 clips",
+                  "forkserver, Python's choice from 3.14 on", more, None, "MB", target=50,
+                  note=f"with 1000 clips {few['worker_mb'][1]:.0f} MB, PyTorch's included")
+
+
+def lists(where, script, lengths, context="fork"):
+    with without_gpu():
+        return list(bench_lists.rows([script], lengths, context, where))

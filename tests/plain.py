@@ -30,10 +30,19 @@ def plain(model):
 
 
 def in_order(model):
-    """A copy with its weights in the usual order of memory."""
+    """A copy with its weights in the usual order of memory, hence its maps as well."""
+    return ordered(model, {})
+
+
+def ordered(model, formats):
+    """A copy whose weights of so many dimensions are in that order of memory, others in the usual.
+
+    A clone, as kernels of 1 x 1 are contiguous in either order, and their strides tell PyTorch
+    which one their outputs get.
+    """
     model = copy.deepcopy(model)
     for p in model.parameters():
-        p.data = p.data.contiguous()
+        p.data = p.data.clone(memory_format=formats.get(p.dim(), torch.contiguous_format))
     return model
 
 
