@@ -312,7 +312,9 @@ def _share(x: np.ndarray) -> tuple:
 
 
 def _shared(data: torch.Tensor, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    return data.numpy().view(dtype).reshape(shape)
+    x = data.numpy().view(dtype).reshape(shape)
+    x.flags.writeable = False                                 # it would change for all of them
+    return x
 
 
 ForkingPickler.register(np.ndarray, _share)
@@ -444,11 +446,13 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
         lacking = [c for c in columns if c not in names]
         if lacking:
             raise UserError(f"{path}:1: column {lacking[0]} is missing")
+        keys = [*names, "_line"]
         for row in filter(None, reader):                      # not the empty lines
             if len(row) != len(names):
                 raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
                                 f"the {len(names)} columns")
-            rows.append({**dict(zip(names, row)), "_line": reader.line_num})
+            row.append(reader.line_num)
+            rows.append(dict(zip(keys, row)))
         return rows
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: not in CSV form ({e})") from e
@@ -465,6 +469,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}:{e.lineno}: not in JSON form ({e.msg})") from None
     except (ValueError, RecursionError) as e:                 # not UTF-8, endless numbers, too deep
         raise UserError(f"{path}: not in JSON form ({type(e).__name__})") from None
+
+
+IDENTIFIER = re.compile(r"[\w-]{1,100}", re.ASCII).fullmatch
 
 
 class Fields:
@@ -484,7 +491,7 @@ class Fields:
         value = self.entry.get(key)
         if value is None and not needed:
             return ""
-        if not isinstance(value, str) or not re.fullmatch(r"[\w-]{1,100}", value, re.ASCII):
+        if not isinstance(value, str) or not IDENTIFIER(value):
             raise self.fault(key, "is no identifier of letters, digits and hyphens")
         return value
 

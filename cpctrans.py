@@ -242,12 +242,13 @@ def read_ucf101(folder, part, split):
     path = folder / f"{part}list{split:02d}.txt"
     rows = read_rows(path, r"([^/]+)/(.+)\.avi(?:\s+(\d+))?", "<Class>/<video>.avi")
     for line, row in rows:
-        label = classes.get(row[1].lower())
-        if label is None or row[3] and int(row[3]) != label + 1:
+        group, video, number = row.groups()
+        label = classes.get(group.lower())
+        if label is None or number and int(number) != label + 1:
             raise UserError(f"{path}:{line}: {row[0]!r:.80} disagrees with classInd.txt")
-        names.append(f"{checked(path, line, row[1])}/{checked(path, line, row[2])}")
+        names.append(f"{checked(path, line, group)}/{checked(path, line, video)}")
         labels.append(label)
-    return names, labels, classes
+    return tuple(names), labels, classes
 
 
 def read_hmdb51_file(path):
@@ -321,9 +322,10 @@ def read_list(args, part, split):
         raise UserError(f"{root}: {twice} stands twice in the {part} list of split {split}")
     by_label = {n: c for c, n in classes.items()}
     classes = [by_label.get(n, "") for n in range(max(by_label) + 1)]
-    return names, labels, classes, frames
+    return tuple(names), labels, classes, frames
 
 
+@lru_cache(1)
 def hold_out(dataset, names):
     """Mask of the training videos that choose the checkpoint: no source video is on both sides.
 
@@ -382,16 +384,18 @@ def read_videos(args, part):
     folder, ending = locate(args, names)
     there = {c: set(os.listdir(folder / c)) if (folder / c).is_dir() else ()
              for c in {n.split("/")[0] for n in names}}
-    here = np.array([v + ending in there[c] for c, v in (names[i].split("/") for i in which)])
+    here = np.array([v + ending in there[c] for c, v in (names[i].split("/")
+                                                         for i in which.tolist())])
     if part != "train" and not here.all():
         first = names[which[np.argmin(here)]]
         raise UserError(f"{folder}/{first}{ending}: no such file; of {len(which)} videos to "
                         f"evaluate {(~here).sum()} are absent")
     which = which[here]
-    paths = [f"{folder}/{names[i]}{ending}" for i in which]
+    files = [names[i] + ending for i in which.tolist()]
     lengths = (np.array(frames, np.int32)[which] if frames and not ending
-               else measure(args, paths, part))
-    videos = Videos(np.array([os.fsencode(p) for p in paths]), np.array(labels)[which], lengths)
+               else measure(args, folder, files, part))
+    paths = np.array([os.fsencode(f"{folder}/{f}") for f in files])
+    videos = Videos(paths, np.array(labels)[which], lengths)
     broken, short = lengths == 0, (lengths > 0) & (lengths <= clip_span(args))
     keep = ~broken & ~short if args.short == "drop" else ~broken
     common.say(f"{part}: {keep.sum()} videos of list {number}; {(~here).sum()} absent, "
@@ -419,15 +423,23 @@ class Lengths(Dataset):
             return 0, str(e)
 
 
-def measure(args, paths, part):
+@lru_cache(1)
+def counted(cache, _):
+    """What `measure` has kept, as of a time: of training and of validation videos alike."""
+    return common.read_json(cache)
+
+
+def measure(args, folder, names, part):
     """Numbers of pictures of videos, each counted once and kept in a file beside the run folders.
 
     Shared among the processes; killed at any time, a new start goes on with the rest.
     """
     cache = args.out.parent / f"cpctrans_{args.dataset}_frames.json"
-    stamps = [os.stat(p) for p in paths]
-    keys = [f"{os.path.abspath(p)} {s.st_size} {s.st_mtime_ns}" for p, s in zip(paths, stamps)]
-    known = common.read_json(cache) if cache.exists() else {}
+    paths, root = [f"{folder}/{n}" for n in names], os.path.abspath(folder)
+    with common.no_collector():
+        keys = [f"{root}/{n} {s.st_size} {s.st_mtime_ns}"
+                for n, s in zip(names, map(os.stat, paths))]
+        known = dict(counted(cache, cache.stat().st_mtime_ns)) if cache.exists() else {}
     plan = [[known.get(k) for k in keys]]
     if common.world_size() > 1:           # one plan for all: other jobs may be filling the file
         dist.broadcast_object_list(plan)

@@ -36,6 +36,7 @@ code. Where the sources and this file differ, grep NOTE in this file.
 import contextlib
 import copy
 import csv
+import functools
 import io
 import json
 import math
@@ -396,20 +397,37 @@ def readable(path):
         raise VideoError(f"{path}: no feature file ({why})") from e
 
 
+@functools.lru_cache(4096)
+def npy_header(data):
+    """(shape, order, data type) of an .npy file's first bytes: NumPy parses Python, slowly."""
+    f = io.BytesIO(data)
+    return {(1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)](f)
+
+
 def array(z, name):
     """An array of an archive; objects are refused."""
-    with z.open(f"{name}.npy") as f:
-        return np.lib.format.read_array(f, allow_pickle=False)
+    data = z.read(f"{name}.npy")
+    start = header_size(data)
+    shape, fortran, dtype = npy_header(data[:start])
+    if fortran or dtype.hasobject:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
+
+
+def header_size(data):
+    """Of an .npy file's first bytes."""
+    return 10 + int.from_bytes(data[8:10], "little") if data[6:7] == b"\x01" else (
+        12 + int.from_bytes(data[8:12], "little"))
 
 
 def layout(z):
     """(shape, data type, offset in the file or None) of the features of an archive."""
     info = z.getinfo("arr_0.npy")
     with z.open(info) as f:
-        header = {(1, 0): np.lib.format.read_array_header_1_0,
-                  (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)]
-        shape, fortran, dtype = header(f)
-        inside = f.tell()
+        data = f.read(12)
+        inside = header_size(data)
+        shape, fortran, dtype = npy_header(data + f.read(inside - 12))
     if len(shape) != 2 or 0 in shape or dtype.kind != "f":
         raise ValueError(f"arr_0 is {dtype} {shape}, not T vectors of D numbers")
     if info.compress_type != zipfile.ZIP_STORED or fortran:
@@ -468,10 +486,17 @@ def read_rows(video, rows):
 
 
 @common.no_collector()
-def stamps(folder):
-    """{file: [bytes, time]} of a folder's files, which tell whether they have changed."""
+def listing(folder, stamped):
+    """{file: [bytes, time]} of a folder's .npz files; {file: None} if not `stamped`."""
+    found = {}
     with os.scandir(folder) if folder.is_dir() else contextlib.nullcontext([]) as entries:
-        return {e.name: [e.stat().st_size, e.stat().st_mtime_ns] for e in entries if e.is_file()}
+        for e in entries:
+            if e.name.endswith(".npz"):
+                try:
+                    found[e.name] = [e.stat().st_size, e.stat().st_mtime_ns] if stamped else None
+                except FileNotFoundError:                     # just gone
+                    continue
+    return found
 
 
 @common.no_collector()
@@ -485,15 +510,14 @@ def read_index(folder, here):
         return {f: row for f, row in index.items() if here.get(f) == row[:2]
                 and [type(x) for x in row[2:]] == form and min(row[2], row[3]) > 0 <= row[5]
                 and row[4] in ("<f2", "<f4", "<f8")}          # no objects: these run code
-    except (OSError, ValueError, AttributeError, TypeError):  # not there, or not ours: made anew
-        return {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}                                             # not there, or not ours: made anew
 
 
-def write_index(folder, index, here, videos):
-    """Bring index.json up to date, where the folder can be written."""
-    new = {file: [*here[file], v.frames, v.dim, v.dtype, v.offset] for v in videos
-           if v.spans is None and v.offset is not None
-           and (file := v.path.rpartition("/")[2]) not in index}
+def write_index(folder, index, videos):
+    """Bring index.json up to date, where the folder can be written. videos: [(Video, stamp)]"""
+    new = {v.path.rpartition("/")[2]: [*stamp, v.frames, v.dim, v.dtype, v.offset]
+           for v, stamp in videos if stamp and v.spans is None and v.offset is not None}
     if new:
         with contextlib.suppress(UserError):
             common.write(folder / "index.json", json.dumps({**index, **new}))
@@ -503,35 +527,37 @@ def look_at_all(args, part, folder, chosen, notes):
     """[Video, or what is wrong] of the videos of these names, shared among the processes.
 
     Without annotations, what `look` finds is kept in index.json beside the files, so that a file
-    is opened again only when it has changed: there may be a million.
+    is opened again only when it has changed: there may be many.
     """
-    here = stamps(folder)
+    here = listing(folder, stamped=notes is None)
     index = read_index(folder, here) if notes is None else {}
 
     def file_of(name):
         return next((f for f in (f"{name}.npz", f"{name}.mp4.npz") if f in here), "")
 
-    def examine(name):
-        file = file_of(name)
+    def examine(name):                                        # -> (Video or fault, stamp to keep)
+        file, video = file_of(name), video_file(args, part, name)
+        if not file:
+            return f"{folder / name}.npz: no such file", None
         try:
-            return look(folder / file, video_file(args, part, name), name, (notes or {}).get(
-                name)) if file else f"{folder / name}.npz: no such file"
+            return look(folder / file, video, name, (notes or {}).get(name)), here[file]
         except VideoError as e:
-            return str(e)
+            return str(e), None
 
     mine, found = range(common.rank(), len(chosen), common.world_size()), {}
     with common.no_collector():
         for i in mine:
-            file = file_of(chosen[i])
-            found[i] = file in index and Video(chosen[i], f"{folder}/{file}", *index[file][2:],
-                                               0.0, None, None, None)
-    rest = [i for i in mine if not found[i]]
+            row = index.get(file_of(chosen[i]))
+            if row:
+                found[i] = Video(chosen[i], f"{folder}/{file_of(chosen[i])}", *row[2:], 0.0, None,
+                                 None, None), None
+    rest = [i for i in mine if i not in found]
     with ThreadPoolExecutor(16) as pool:                      # on a network disk each file waits
         found |= zip(rest, pool.map(examine, (chosen[i] for i in rest)))
-    found = list(common.gather(found, expect=len(chosen)).values())
-    if notes is None and common.rank() == 0:
-        write_index(folder, index, here, [x for x in found if isinstance(x, Video)])
-    return found
+    found = common.gather(found, expect=len(chosen)).values()
+    if common.rank() == 0:
+        write_index(folder, index, [(v, s) for v, s in found if isinstance(v, Video)])
+    return [v for v, _ in found]
 
 
 def scan(args, part, notes=None):

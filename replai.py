@@ -322,13 +322,22 @@ def read_records(args):
     """{file: record} of the cache, without records of other settings and half-written lines."""
     records = {}
     for path in sorted(args.moments.glob("moments*.jsonl")):
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                record = json.loads(line)
+        lines = path.read_text(errors="replace").splitlines()
+        try:
+            rows = json.loads(f"[{','.join(lines)}]")         # a third of the time of one by one
+        except ValueError:
+            rows = map(parsed, lines)
+        for record in rows:
+            with contextlib.suppress(KeyError, TypeError):
                 records[record["file"], record["bytes"], record["prominence"]] = record
-            except (ValueError, KeyError, TypeError):
-                continue
     return records
+
+
+def parsed(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def scan(args):
@@ -340,7 +349,7 @@ def scan(args):
     files, records = list_media(args)[:args.limit], read_records(args)
     with common.no_collector():
         keys = [(f, os.stat(f"{args.data}/{f}").st_size, args.prominence) for f in files]
-    missing = [f for f, key in zip(files, keys) if "segments" not in records.get(key, {})]
+        missing = [f for f, key in zip(files, keys) if "segments" not in records.get(key, {})]
     plan = [f"{socket.gethostname()}-{os.getpid()}", missing]
     if common.world_size() > 1:           # one list for all: other jobs may be filling the cache
         dist.broadcast_object_list(plan)

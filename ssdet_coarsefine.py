@@ -520,10 +520,12 @@ def with_files(args, videos, split):
     return here
 
 
+@common.no_collector()
 def kinetics_rows(path):
     """[(label, youtube id, start, end)] of a CSV, or of a JSON, of Kinetics."""
     if path.suffix == ".csv":
-        rows = ((f"{path}:{r['_line']}", r["label"], r["youtube_id"], r["time_start"],
+        text = str(path)
+        rows = ((f"{text}:{r['_line']}", r["label"], r["youtube_id"], r["time_start"],
                  r["time_end"]) for r in common.read_table(
                      path, ["label", "youtube_id", "time_start", "time_end"]))
     else:
@@ -535,17 +537,21 @@ def kinetics_rows(path):
             if not isinstance(segment, list) or len(segment) != 2:
                 raise UserError(f"{where}.annotations.segment: is not [start, end]")
             rows.append((where, notes.get("label"), name, *segment))
-    found, known = [], set()
+    found, known, whole = [], set(), {}                       # whole: seconds by their text
     for where, label, name, *times in rows:
         if not isinstance(label, str) or label not in known and not re.fullmatch(
                 r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
             raise UserError(f"{where}: label: {label!r:.60} is no label")
         known.add(label)
         common.Fields(where, {"youtube_id": name}).name("youtube_id")
-        found.append((label, name, *(int(seconds(where, str(t))) for t in times)))
+        for t in times:
+            if str(t) not in whole:
+                whole[str(t)] = int(seconds(where, str(t)))
+        found.append((label, name, whole[str(times[0])], whole[str(times[1])]))
     return found
 
 
+@common.no_collector()
 def read_kinetics(args, split):
     """(paths, labels from 0, names of the classes) of the clips of a split that have a file."""
     wanted = {"train": ["train"], "val": ["val", "validate", "validation"]}[split]
@@ -584,7 +590,7 @@ def read_kinetics(args, split):
         raise UserError(f"{tree}: holds none of the clips of {path} (LABEL/ID_START_END.mp4, or "
                         "such folders of frames)")
     few = np.linspace(0, len(paths) - 1, min(args.limit or len(paths), len(paths))).astype(int)
-    return tree, np.array(paths)[few], np.array(labels)[few], names       # of all classes
+    return tree, [paths[i] for i in few.tolist()], np.array(labels)[few], names   # of all classes
 
 
 class Film:
