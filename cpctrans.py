@@ -232,13 +232,14 @@ def read_classes(path):
 
 
 @lru_cache(1)                            # training and validation videos are of one list
+@common.no_collector()
 def read_ucf101(folder, part, split):
     """([<Class>/<video>], [label], {class: label}) of trainlist0K.txt or testlist0K.txt.
 
     Names are compared in lower case: HandstandPushups holds v_HandStandPushups_g01_c01.avi.
     Test lists carry no number; that of a training list must agree with classInd.txt.
     """
-    classes, names, labels = read_classes(folder / "classInd.txt"), [], []
+    classes, names, labels, good = read_classes(folder / "classInd.txt"), [], [], set()
     path = folder / f"{part}list{split:02d}.txt"
     rows = read_rows(path, r"([^/]+)/(.+)\.avi(?:\s+(\d+))?", "<Class>/<video>.avi")
     for line, row in rows:
@@ -246,7 +247,9 @@ def read_ucf101(folder, part, split):
         label = classes.get(group.lower())
         if label is None or number and int(number) != label + 1:
             raise UserError(f"{path}:{line}: {row[0]!r:.80} disagrees with classInd.txt")
-        names.append(f"{checked(path, line, group)}/{checked(path, line, video)}")
+        if group not in good:
+            good.add(checked(path, line, group))
+        names.append(f"{group}/{checked(path, line, video)}")
         labels.append(label)
     return tuple(names), labels, classes
 
@@ -326,6 +329,7 @@ def read_list(args, part, split):
 
 
 @lru_cache(1)
+@common.no_collector()
 def hold_out(dataset, names):
     """Mask of the training videos that choose the checkpoint: no source video is on both sides.
 
@@ -371,6 +375,15 @@ def choose(args, names, part, tested):
     return which[np.linspace(0, len(which) - 1, n).round().astype(int)]
 
 
+def stamp(path):
+    """(bytes, time) of a file or folder, None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def read_videos(args, part):
     """(videos, classes, number of their list) of "train", "val" or "test".
 
@@ -382,10 +395,9 @@ def read_videos(args, part):
     names, labels, classes, frames = read_list(args, "test" if tested else "train", number)
     which = choose(args, names, part, tested)
     folder, ending = locate(args, names)
-    there = {c: set(os.listdir(folder / c)) if (folder / c).is_dir() else ()
-             for c in {n.split("/")[0] for n in names}}
-    here = np.array([v + ending in there[c] for c, v in (names[i].split("/")
-                                                         for i in which.tolist())])
+    with common.no_collector():
+        stamps = [stamp(f"{folder}/{names[i]}{ending}") for i in which.tolist()]
+    here = np.array([s is not None for s in stamps])
     if part != "train" and not here.all():
         first = names[which[np.argmin(here)]]
         raise UserError(f"{folder}/{first}{ending}: no such file; of {len(which)} videos to "
@@ -393,9 +405,9 @@ def read_videos(args, part):
     which = which[here]
     files = [names[i] + ending for i in which.tolist()]
     lengths = (np.array(frames, np.int32)[which] if frames and not ending
-               else measure(args, folder, files, part))
-    paths = np.array([os.fsencode(f"{folder}/{f}") for f in files])
-    videos = Videos(paths, np.array(labels)[which], lengths)
+               else measure(args, folder, files, list(filter(None, stamps)), part))
+    paths = os.fsencode("\0".join(f"{folder}/{f}" for f in files)).split(b"\0")
+    videos = Videos(np.array(paths), np.array(labels)[which], lengths)
     broken, short = lengths == 0, (lengths > 0) & (lengths <= clip_span(args))
     keep = ~broken & ~short if args.short == "drop" else ~broken
     common.say(f"{part}: {keep.sum()} videos of list {number}; {(~here).sum()} absent, "
@@ -429,16 +441,15 @@ def counted(cache, _):
     return common.read_json(cache)
 
 
-def measure(args, folder, names, part):
+def measure(args, folder, names, stamps, part):
     """Numbers of pictures of videos, each counted once and kept in a file beside the run folders.
 
     Shared among the processes; killed at any time, a new start goes on with the rest.
     """
     cache = args.out.parent / f"cpctrans_{args.dataset}_frames.json"
-    paths, root = [f"{folder}/{n}" for n in names], os.path.abspath(folder)
+    root = os.path.abspath(folder)
     with common.no_collector():
-        keys = [f"{root}/{n} {s.st_size} {s.st_mtime_ns}"
-                for n, s in zip(names, map(os.stat, paths))]
+        keys = [f"{root}/{n} {size} {when}" for n, (size, when) in zip(names, stamps)]
         known = dict(counted(cache, cache.stat().st_mtime_ns)) if cache.exists() else {}
     plan = [[known.get(k) for k in keys]]
     if common.world_size() > 1:           # one plan for all: other jobs may be filling the file
@@ -450,7 +461,7 @@ def measure(args, folder, names, part):
     for first in range(0, len(missing), 1024):
         block = missing[first:first + 1024]
         mine = range(common.rank(), len(block), common.world_size())
-        loader = DataLoader(Lengths([paths[block[k]] for k in mine]), batch_size=None,
+        loader = DataLoader(Lengths([f"{folder}/{names[block[k]]}" for k in mine]), batch_size=None,
                             num_workers=args.workers, generator=torch.Generator())
         rows = common.gather(dict(zip(mine, loader)), expect=len(block))
         for k, (n, fault) in rows.items():

@@ -398,14 +398,17 @@ def list_rows(folder, repeats):
     where, others = folder / "lists", busy(1)
     shutil.rmtree(where, ignore_errors=True)                  # of a run that was killed
     where.mkdir()
-    for script in bench_lists.SCRIPTS:
-        few, many = lists(where, script, (1_000, 1_000_000))
-        yield Row("scale", f"{script}.py, a million clips: start-up", "", many["startup_s"], None,
-                  "s", target=10, excuse=others, note="once their files are known; "
-                  f"{many['cpu_s']:.3g} s of CPU time; 1000 clips: {few['startup_s']:.2g} s")
+    for case, what, n in (("cpctrans", "cpctrans.py, a million videos", 1_000_000),
+                          ("replai_whole", "replai.py, a million pieces of videos", 1_000_000),
+                          ("ssdet_coarsefine", "ssdet_coarsefine.py, a million clips", 1_000_000),
+                          ("f2c_oops", "f2c_oops.py, a million clips of videos", 1_000_000 // 6)):
+        few, many = lists(where, case, (1_000, n))
+        yield Row("scale", f"{what}: start-up", "", many["startup_s"], None, "s", target=10,
+                  excuse=others, note=f"of {n:,} items whose files are known; "
+                  f"{many['cpu_s']:.3g} s of CPU time; 1000 items: {few['startup_s']:.2g} s")
         if many["worker_mb"]:
-            yield Row("scale", f"{script}.py, a million clips: a worker's own memory",
-                      "with 1000 clips", many["worker_mb"][1], few["worker_mb"][1], "MB", target=50)
+            yield Row("scale", f"{what}: a worker's own memory", "with 1000 items",
+                      many["worker_mb"][1], few["worker_mb"][1], "MB", target=50)
     few, many = lists(where, "cpctrans", (1_000, 100_000), "forkserver")
     if many["worker_mb"]:
         more = many["worker_mb"][1] - few["worker_mb"][1]
