@@ -244,7 +244,8 @@ def list_media(args, pieces=True):
     files = mp4_files(args.data, "segments") if pieces else []
     if args.dataset == "ego4d":
         whole = mp4_files(args.data, "") or mp4_files(args.data, "clips")
-        uncut = {stem(f) for f in whole} - {stem(f).rsplit("_", 2)[0] for f in files}
+        uncut = {stem(f) for f in whole}
+        uncut -= {stem(f).rsplit("_", 2)[0] for f in files if uncut}
         if files and uncut:
             common.say(f"{len(uncut)} of {len(whole)} videos have no piece in segments/: not used")
         files = files or whole

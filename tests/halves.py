@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SECONDS = {"test_ego4d": 190, "test_f2c_oops": 150, "test_replai": 140, "test_cpctrans": 130,
-           "test_parity": 120, "test_ssdet_coarsefine": 110, "test_toy": 100, "test_media": 50,
-           "test_prepare": 60, "test_ssdet_method": 45}   # about, of one core; for the balance
+SECONDS = {"test_f2c_oops": 160, "test_replai": 160, "test_ego4d": 150, "test_parity": 140,
+           "test_cpctrans": 110, "test_ssdet_coarsefine": 110, "test_toy": 110, "test_prepare": 60,
+           "test_ssdet_method": 60, "test_media": 55, "test_lists": 20,
+           "test_bench": 15}              # about, of one core; only the balance depends on it
 
 
 def halves():

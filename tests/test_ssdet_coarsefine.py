@@ -434,7 +434,7 @@ def test_kinetics_is_read_from_csv_and_json(kinetics400, tmp_path, capsys):
     for name in ("val.csv", "labels.txt"):
         shutil.copy(kinetics400 / name, folder.parent)
     got = sc.read_kinetics(parsed("--data", folder.parent), "val")
-    assert got[1].tolist() == [first] and got[2][0] == labels[0]
+    assert got[1] == [first] and got[2][0] == labels[0]
 
 
 ENTRY = {"subset": "training", "duration": 9.5, "actions": [[3, 1.0, 2.5]]}
@@ -570,7 +570,7 @@ def test_a_fault_in_the_lists_of_kinetics_is_one_line(change, tmp_path):
     (tmp_path / "labels.txt").write_text("a b\n")
     row = {**CLIP, **change}
     toy.write_csv(tmp_path / "train.csv", list(row), [CLIP])
-    assert sc.read_kinetics(parsed("--data", tmp_path), "train")[1].tolist() == [
+    assert sc.read_kinetics(parsed("--data", tmp_path), "train")[1] == [
         "a_b/-AAAAAAAAAA_000003_000013.mp4"]
     if change == {"label": ".."}:                             # with classes from the table itself
         (tmp_path / "labels.txt").unlink()
