@@ -7,7 +7,6 @@ On the CPU sizes are such that a step takes a second or two; on CUDA batches are
 import contextlib
 import copy
 import io
-import itertools
 import sys
 from functools import partial
 from pathlib import Path
@@ -223,24 +222,46 @@ def squared(net, *x):
 
 
 def backbone_rows(folder, repeats):
-    """R(2+1)D-18, AVID's and torchvision's, with temporal convolutions as 2-D ones and without."""
+    """R(2+1)D-18, torchvision's and AVID's, with temporal convolutions as 2-D ones and without."""
     from torchvision.models.video import r2plus1d_18
     x = (torch.randn(16 if CUDA else 1, 3, 8, 112, 112),)
     sgd = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
-    avid, torchvision = common.R2Plus1D(), common.headless(r2plus1d_18(weights=None))
-    quick = copy.deepcopy(torchvision)
-    for m in quick.modules():
-        if isinstance(m, nn.Conv3d) and m.kernel_size[1:] == (1, 1) and m.stride[1:] == (1, 1):
-            m.__class__ = common.TemporalConv
-    jobs = [step(Case(m, x, squared, squared, sgd))
-            for m in (avid, plain.plain(avid), quick, torchvision)]
-    table = paired(*jobs, repeats=repeats)
+    theirs = common.headless(r2plus1d_18(weights=None))
+    quick = copy.deepcopy(theirs)
+    for m in temporal(quick):
+        m.__class__ = common.TemporalConv
+    alone = paired(convolve(quick, *x), convolve(theirs, *x), repeats=repeats)
+    table = paired(*(step(Case(m, x, squared, squared, sgd)) for m in (quick, theirs)),
+                   repeats=repeats)
+    share = alone[0][1] / table[0][1]
     yield compare("step", "torchvision's r2plus1d_18 with TemporalConv, 8 x 112 x 112", table,
-                  "as it stands", k=3, target=on_cpu(0.85), ours=2, note="the same state dict")
+                  "as it stands", target=on_cpu(0.85), note="the same state dict",
+                  excuse=f"its temporal convolutions are {share:.2f} of the step as it stands")
+    yield compare("step", "its temporal convolutions alone", alone, "as they stand")
+    avid = common.R2Plus1D()
+    table = paired(*(step(Case(m, x, squared, squared, sgd)) for m in (avid, plain.plain(avid))),
+                   repeats=repeats)
     yield compare("step", "AVID's R(2+1)D-18, 8 x 112 x 112", table, "the same with nn.Conv3d",
                   note="a 3-D stem and small maps: less to gain")
-    yield compare("step", "AVID's R(2+1)D-18, 8 x 112 x 112", table, "torchvision's r2plus1d_18",
-                  k=3, note="another network: its stem has a pooling")
+
+
+def temporal(model):
+    """The convolutions over time that TemporalConv can do."""
+    return [m for m in model.modules() if isinstance(m, nn.Conv3d)
+            and m.kernel_size[1:] == (1, 1) and m.stride[1:] == (1, 1)]
+
+
+def convolve(model, x):
+    """Forward and backward of these convolutions, on what they see when the network sees x."""
+    model, seen = copy.deepcopy(model).to(DEVICE), []
+
+    def keep(m, inputs, y):
+        seen.append((m, inputs[0].detach().requires_grad_(), torch.ones_like(y)))
+    hooks = [m.register_forward_hook(keep) for m in temporal(model)]
+    model(x.to(DEVICE))
+    for hook in hooks:
+        hook.remove()
+    return lambda: [torch.autograd.grad(m(x), (x, m.weight), y) for m, x, y in seen]
 
 
 def attention_rows(folder, repeats):
@@ -274,18 +295,17 @@ def choice_rows(folder, repeats, choices=None):
     """Each choice on, against the same off, in the scripts' default stages; one at a time, since
     every one has a network and an optimizer of its own.
     """
-    for stage, tiny in itertools.product(DEFAULTS, (False, True)):
-        case = made(stage, tiny)
+    for stage in DEFAULTS:
+        case = made(stage, False)
         base = step(case)
         for name, make in (choices or all_choices)(case):
-            yield compare("step", f"{stage.name}{', --tiny' * tiny}: {name}",
+            yield compare("step", f"{stage.name}: {name}",
                           paired(make(), base, repeats=repeats), "as trained")
 
 
 def all_choices(case):
     """(name, what makes the step) of what may be chosen; the scripts' steps have none of it."""
     yield "fused optimizer", partial(step, case, fused=True)
-    yield "foreach optimizer", partial(step, case, foreach=True)
     if any(p.dim() > 3 for p in case.model.parameters()):
         if all(p.is_contiguous() for p in case.model.parameters()):
             yield "weights in channels-last memory", lambda: step(case, channels_last(case.model))
