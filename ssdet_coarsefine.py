@@ -522,12 +522,10 @@ def with_files(args, videos, split):
 
 @common.no_collector()
 def kinetics_rows(path):
-    """[(label, youtube id, start, end)] of a CSV, or of a JSON, of Kinetics."""
+    """[(label, youtube id, "_START_END" as in the names of files)] of Kinetics' CSV or JSON."""
     if path.suffix == ".csv":
-        text = str(path)
-        rows = ((f"{text}:{r['_line']}", r["label"], r["youtube_id"], r["time_start"],
-                 r["time_end"]) for r in common.read_table(
-                     path, ["label", "youtube_id", "time_start", "time_end"]))
+        rows = ((r["_line"], r["label"], r["youtube_id"], r["time_start"], r["time_end"])
+                for r in common.read_table(path, ["label", "youtube_id", "time_start", "time_end"]))
     else:
         table, rows = common.read_json(path), []
         for name, entry in table.items() if isinstance(table, dict) else [("", None)]:
@@ -536,19 +534,25 @@ def kinetics_rows(path):
             segment = notes.get("segment") if isinstance(notes, dict) else None
             if not isinstance(segment, list) or len(segment) != 2:
                 raise UserError(f"{where}.annotations.segment: is not [start, end]")
-            rows.append((where, notes.get("label"), name, *segment))
-    found, known, whole = [], set(), {}                       # whole: seconds by their text
-    for where, label, name, *times in rows:
-        if not isinstance(label, str) or label not in known and not re.fullmatch(
-                r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
-            raise UserError(f"{where}: label: {label!r:.60} is no label")
-        known.add(label)
-        common.Fields(where, {"youtube_id": name}).name("youtube_id")
-        for t in times:
-            if str(t) not in whole:
-                whole[str(t)] = int(seconds(where, str(t)))
-        found.append((label, name, whole[str(times[0])], whole[str(times[1])]))
+            rows.append((where, notes.get("label"), name, *map(str, segment)))
+    found, labels, spans = [], set(), {}                      # many rows share a label, or a span
+    for where, label, name, start, end in rows:
+        known = isinstance(label, str) and label in labels and (start, end) in spans
+        if not known or not common.IDENTIFIER(name):
+            where = f"{path}:{where}" if isinstance(where, int) else where
+            labels.add(kinetics_label(where, label))
+            common.Fields(where, {"youtube_id": name}).name("youtube_id")
+            first, last = (int(seconds(where, t)) for t in (start, end))
+            spans[start, end] = f"_{first:06d}_{last:06d}"
+        found.append((label, name, spans[start, end]))
     return found
+
+
+def kinetics_label(where, label):
+    """A label that can be the name of a folder."""
+    if not isinstance(label, str) or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
+        raise UserError(f"{where}: label: {label!r:.60} is no label")
+    return label
 
 
 @common.no_collector()
@@ -571,18 +575,17 @@ def read_kinetics(args, split):
     names = ([row for _, row in read_lines(listing)] if listing
              else sorted({label for label, *_ in rows}))
     index, folders, paths, labels = {n: c for c, n in enumerate(names)}, {}, [], []
-    for label, name, start, end in rows:
+    for label, name, span in rows:
         if label not in index:
             raise UserError(f"{path}: label {label!r:.60} is not in {listing}")
         if label not in folders:
             places = [tree / label.replace(" ", "_"), tree / label]
             folder = next((d for d in places if d.is_dir()), None)
-            folders[label] = folder, {f.partition(".")[0]: f for f in os.listdir(folder)} if (
-                folder) else {}
-        folder, files = folders[label]
-        file = files.get(f"{name}_{start:06d}_{end:06d}") or files.get(name)
+            folders[label] = {f.partition(".")[0]: f"{folder.name}/{f}" for f in
+                              os.listdir(folder)} if folder else {}
+        file = folders[label].get(name + span) or folders[label].get(name)
         if file:
-            paths.append(f"{folder.name}/{file}")
+            paths.append(file)
             labels.append(index[label])
     common.say(f"{split}: {len(paths)} of {len(rows)} clips of {path} have a file below {tree}, "
                f"{len(names)} classes")
