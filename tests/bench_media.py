@@ -302,7 +302,7 @@ class Turns:
                 raise
             self.fails[name] = e
 
-    def row(self, what, name, target=None, note="", excuse=""):
+    def row(self, what, name, target=None, note=""):
         """Ours against one of the others."""
         k, ours = self.names.index(name), self.names[0]
         if name in self.fails:
@@ -311,7 +311,7 @@ class Turns:
                        note=f"cannot read it: {word}")
         if self.wrong[name] and name != ours:
             note = f"{note}; " * bool(note) + f"{self.wrong[name]} of its pictures are wrong"
-        return compare("decode", what, self.table, name, k, target, note, excuse)
+        return compare("decode", what, self.table, name, k, target, note)
 
 
 def decode_rows(folder, repeats):
@@ -377,9 +377,6 @@ def prepared(kinds, folder):
     return {kind.name: made / kind.file for kind in kinds}
 
 
-SMALL = "the smallest pictures: beside their decoding, scaling them weighs most"
-
-
 def prepare_rows(folder, repeats):
     """The same clips from re-encoded files."""
     clips, wrong, sources = 2 * repeats, 0, (UCF, OOPS, HD, EPIC)
@@ -393,8 +390,7 @@ def prepare_rows(folder, repeats):
         yield turns.row(name, "the source", {HD.name: 0.1, EPIC.name: 0.06}.get(kind.name),
                         f"{path.stat().st_size / source.stat().st_size:.2f} of the bytes")
         for reader in others:
-            yield turns.row(name, reader, {"limit": 1.2, "torchcodec": 1.0}.get(reader),
-                            excuse=SMALL if (kind, reader) == (UCF, "limit") else "")
+            yield turns.row(name, reader, {"limit": 1.2, "torchcodec": 1.0}.get(reader))
     yield Row("decode", f"prepared: wrong pictures of {clips * CLIP * len(sources)}",
               "their bar codes", wrong, None, "", target=0)
 

@@ -211,16 +211,12 @@ def data_rows(folder, repeats):
 
 # ---- whole runs --------------------------------------------------------------------------------
 
-def run(script, *flags, n=1):
-    """Seconds that a script took; raises with its last words if it failed."""
-    start = [sys.executable] if n == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
-    began = time.perf_counter()
-    done = subprocess.run([*start, str(REPO / script), *map(str, flags)], text=True,
+def run(script, *flags):
+    """A script in a process of its own; raises with its last words if it failed."""
+    done = subprocess.run([sys.executable, str(REPO / script), *map(str, flags)], text=True,
                           capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{script}: {(done.stdout + done.stderr)[-800:]}")
-    return time.perf_counter() - began
 
 
 def wait_rows(folder, repeats):

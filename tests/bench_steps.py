@@ -235,8 +235,8 @@ def backbone_rows(folder, repeats):
                    repeats=repeats)
     share = alone[0][1] / table[0][1]
     yield compare("step", "torchvision's r2plus1d_18 with TemporalConv, 8 x 112 x 112", table,
-                  "as it stands", target=on_cpu(0.85), note="the same state dict",
-                  excuse=f"its temporal convolutions are {share:.2f} of the step as it stands")
+                  "as it stands", target=on_cpu(0.85), note="the same state dict; its temporal "
+                  f"convolutions are {share:.2f} of the step as it stands")
     yield compare("step", "its temporal convolutions alone", alone, "as they stand")
     avid = common.R2Plus1D()
     table = paired(*(step(Case(m, x, squared, squared, sgd)) for m in (avid, plain.plain(avid))),
@@ -411,15 +411,13 @@ def peak(make: Callable, n: int) -> float:
 
 def frame_rows(folder, repeats):
     """Milliseconds and MB per frame of long videos."""
-    pieces = "a piece of 1000 frames costs more per frame than 64; from there on it is level"
-    for make, what, note, excuse in ((encoder_job, "f2c_oops encoder", "", ""),
-                                     (video_job, "ssdet detector, tiny, 64 px", "", pieces)):
+    for make, what in ((encoder_job, "f2c_oops encoder"),
+                       (video_job, "ssdet detector, tiny, 64 px")):
         table = paired(*map(make, FRAMES), repeats=repeats)
         table = [[t / n for t, n in zip(row, FRAMES)] for row in table]
         for k, n in enumerate(FRAMES[1:], 1):
             yield compare("scale", f"{what}, {n} frames, per frame", table, "64 frames", k=0,
-                          ours=k, target=on_cpu(1.1) if n == FRAMES[-1] else None, note=note,
-                          excuse=excuse)
+                          ours=k, target=on_cpu(1.1) if n == FRAMES[-1] else None)
         yield compare("scale", f"{what}, 4096 frames, per frame", table, "1024 frames", k=2, ours=3,
                       target=on_cpu(1.1))
         few, many = (fresh(peak, make, n) for n in FRAMES[2:])

@@ -16,6 +16,7 @@ import statistics
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
@@ -166,9 +167,11 @@ def left_open() -> tuple[int, int]:
 
 
 def fresh(function: Callable, *arguments: Any) -> Any:
-    """function(*arguments) in a process of its own, on one thread; both must be picklable."""
-    with multiprocessing.get_context("spawn").Pool(1, initializer=one_thread) as pool:
-        return pool.apply(function, arguments)
+    """function(*arguments) in a process of its own, on one thread; both must be picklable. Raises
+    if the process dies.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def one_thread() -> None:
