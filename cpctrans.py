@@ -190,10 +190,14 @@ class Videos(NamedTuple):
         return Videos(*(column[which] for column in self))
 
 
-def read_rows(path, pattern, form):
-    """(line number, match of the pattern) of each row of a text file, whatever its line ends.
+GAP = r"[^\S\n]"                          # a space within a line, whatever its kind
 
-    Empty lines are left out; UserError names the line that is not of the form.
+
+def read_rows(path, pattern, form):
+    """(line number, groups of the pattern) of each row of a text file, whatever its line ends.
+
+    Empty lines are left out; UserError names the line that is not of the form. The pattern must not
+    match a line end, nor its first group nothing: all rows are searched in one go.
     """
     try:
         text = path.read_bytes().decode()
@@ -201,21 +205,21 @@ def read_rows(path, pattern, form):
         raise UserError(f"{path}: no such file; it comes with the official split lists") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
-    fullmatch = re.compile(pattern).fullmatch
-    for line, row in enumerate(text.splitlines(), 1):
-        match = fullmatch(row.strip())
-        if match:
-            yield line, match
-        elif row.strip():
-            raise UserError(f"{path}:{line}: {row.strip()!r:.80} is not `{form}`")
+    text = "\n".join(map(str.strip, text.splitlines()))
+    rows = re.findall(rf"^(?:{pattern}|(\S.*))?$", text, re.MULTILINE)
+    for line, (*groups, strange) in enumerate(rows, 1):
+        if strange:
+            raise UserError(f"{path}:{line}: {strange!r:.80} is not `{form}`")
+        if groups[0]:
+            yield line, groups
 
 
-UNFIT = re.compile(r"[/\\\x00-\x1f]").search               # in the name of a file
+FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,200}").fullmatch
 
 
 def checked(path, line, name):
     """NAME, if it can be the name of a file and nothing else."""
-    if name in ("", ".", "..") or len(name) > 200 or UNFIT(name):
+    if not FILE_NAME(name):
         raise UserError(f"{path}:{line}: {name!r:.80} is no file name")
     return name
 
@@ -223,10 +227,11 @@ def checked(path, line, name):
 def read_classes(path):
     """{class in lower case: label} of classInd.txt, whose rows are `<number from 1> <Class>`."""
     classes = {}
-    for line, row in read_rows(path, r"([1-9]\d{0,3})[ ,]\s*(.*\S)", "<number> <Class>"):
-        name, label = row[2].lower(), int(row[1]) - 1
+    for line, (number, name) in read_rows(path, rf"([1-9]\d{{0,3}})[ ,]{GAP}*(.*\S)",
+                                          "<number> <Class>"):
+        name, label = name.lower(), int(number) - 1
         if name in classes or label in classes.values():
-            raise UserError(f"{path}:{line}: {row[0]!r:.80} stands there twice")
+            raise UserError(f"{path}:{line}: {f'{number} {name}'!r:.80} stands there twice")
         classes[name] = label
     return classes
 
@@ -239,25 +244,25 @@ def read_ucf101(folder, part, split):
     Names are compared in lower case: HandstandPushups holds v_HandStandPushups_g01_c01.avi.
     Test lists carry no number; that of a training list must agree with classInd.txt.
     """
-    classes, names, labels, good = read_classes(folder / "classInd.txt"), [], [], set()
+    classes, names, labels, good = read_classes(folder / "classInd.txt"), [], [], {}
     path = folder / f"{part}list{split:02d}.txt"
-    rows = read_rows(path, r"([^/]+)/(.+)\.avi(?:\s+(\d+))?", "<Class>/<video>.avi")
-    for line, row in rows:
-        group, video, number = row.groups()
-        label = classes.get(group.lower())
-        if label is None or number and int(number) != label + 1:
-            raise UserError(f"{path}:{line}: {row[0]!r:.80} disagrees with classInd.txt")
-        if group not in good:
-            good.add(checked(path, line, group))
+    rows = read_rows(path, rf"([^/\n]+)/(.+)\.avi(?:{GAP}+(\d+))?", "<Class>/<video>.avi")
+    for line, (group, video, number) in rows:
+        if (group, number) not in good:
+            label = classes.get(checked(path, line, group).lower())
+            if label is None or number and int(number) != label + 1:
+                raise UserError(f"{path}:{line}: {group!r:.80} {number:.9} disagrees with "
+                                "classInd.txt")
+            good[group, number] = label
         names.append(f"{group}/{checked(path, line, video)}")
-        labels.append(label)
+        labels.append(good[group, number])
     return tuple(names), labels, classes
 
 
 def read_hmdb51_file(path):
     """[(line, video, code)] of <class>_test_splitK.txt; codes 1: train, 2: test, 0: neither."""
-    rows = read_rows(path, r"(.+)\.avi\s+([012])", "<video>.avi <0, 1 or 2>")
-    return [(line, checked(path, line, row[1]), int(row[2])) for line, row in rows]
+    rows = read_rows(path, rf"(.+)\.avi{GAP}+([012])", "<video>.avi <0, 1 or 2>")
+    return [(line, checked(path, line, video), int(code)) for line, (video, code) in rows]
 
 
 def read_hmdb51(folder, part, split):
@@ -278,10 +283,11 @@ def read_hmdb51(folder, part, split):
 
 def read_frame_csv(path):
     """[(line, class, video, frames)] of the author's rows `<root>/<Class>/<video>/,<frames>`."""
-    rows = read_rows(path, r'"?.*[/\\]([^/\\]+)[/\\]([^/\\]+)[/\\]?"?\s*,\s*(\d{1,9})',
+    name = r"[/\\]([^/\\\n]+)"
+    rows = read_rows(path, rf'"?.*{name}{name}[/\\]?"?{GAP}*,{GAP}*(\d{{1,9}})',
                      "<folder of pictures>,<number>")
-    return [(line, checked(path, line, row[1]), checked(path, line, row[2]), int(row[3]))
-            for line, row in rows]
+    return [(line, checked(path, line, group), checked(path, line, video), int(frames))
+            for line, (group, video, frames) in rows]
 
 
 def read_csv_list(folder, part, split):
@@ -337,8 +343,8 @@ def hold_out(dataset, names):
     the names before _<class>_, in an arbitrary fixed order until a tenth of the videos is held out.
     """
     if dataset == "ucf101":
-        groups = map(re.compile(r"_g(\d+)_c\d+$").search, names)
-        return np.array([bool(g) and int(g[1]) in HELD_OUT for g in groups])
+        groups = re.findall(r"^(?:.*_g(\d+)_c\d+|.*)$", "\n".join(names), re.MULTILINE)
+        return np.array([g != "" and int(g) in HELD_OUT for g in groups])
     sources = [v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)]
     count, held, n = Counter(sources), set(), 0
     for source in sorted(count, key=lambda s: (crc32(s.encode()), s)):
@@ -375,13 +381,20 @@ def choose(args, names, part, tested):
     return which[np.linspace(0, len(which) - 1, n).round().astype(int)]
 
 
-def stamp(path):
-    """(bytes, time) of a file or folder, None where there is none."""
+def stamps_of(folder, names):
+    """(bytes, time) of each file or folder of a folder, None where there is none."""
+    where = os.open(folder, os.O_RDONLY)                      # shorter paths to follow
+
+    def stamp(name):
+        try:
+            found = os.stat(name, dir_fd=where)
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns
     try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
+        return list(map(stamp, names))
+    finally:
+        os.close(where)
 
 
 def read_videos(args, part):
@@ -396,14 +409,14 @@ def read_videos(args, part):
     which = choose(args, names, part, tested)
     folder, ending = locate(args, names)
     with common.no_collector():
-        stamps = [stamp(f"{folder}/{names[i]}{ending}") for i in which.tolist()]
+        files = [names[i] + ending for i in which.tolist()]
+        stamps = stamps_of(folder, files)
     here = np.array([s is not None for s in stamps])
-    if part != "train" and not here.all():
-        first = names[which[np.argmin(here)]]
-        raise UserError(f"{folder}/{first}{ending}: no such file; of {len(which)} videos to "
-                        f"evaluate {(~here).sum()} are absent")
-    which = which[here]
-    files = [names[i] + ending for i in which.tolist()]
+    if not here.all():
+        if part != "train":
+            raise UserError(f"{folder}/{files[np.argmin(here)]}: no such file; of {len(which)} "
+                            f"videos to evaluate {(~here).sum()} are absent")
+        which, files = which[here], list(itertools.compress(files, here))
     lengths = (np.array(frames, np.int32)[which] if frames and not ending
                else measure(args, folder, files, list(filter(None, stamps)), part))
     paths = os.fsencode("\0".join(f"{folder}/{f}" for f in files)).split(b"\0")

@@ -224,7 +224,7 @@ def squared(net, *x):
 def backbone_rows(folder, repeats):
     """R(2+1)D-18, torchvision's and AVID's, with temporal convolutions as 2-D ones and without."""
     from torchvision.models.video import r2plus1d_18
-    x = (torch.randn(16 if CUDA else 1, 3, 8, 112, 112),)
+    x = (torch.randn(16 if CUDA else 2, 3, 8, 112, 112),)     # of one clip the figures scatter
     sgd = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
     theirs = common.headless(r2plus1d_18(weights=None))
     quick = copy.deepcopy(theirs)
