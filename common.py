@@ -446,6 +446,9 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
         lacking = [c for c in columns if c not in names]
         if lacking:
             raise UserError(f"{path}:1: column {lacking[0]} is missing")
+        if len(set(names)) < len(names):
+            twice = next(n for k, n in enumerate(names) if n in names[:k])
+            raise UserError(f"{path}:1: column {twice!r:.60} stands there twice")
         keys = [*names, "_line"]
         for row in filter(None, reader):                      # not the empty lines
             if len(row) != len(names):
@@ -460,9 +463,16 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
 
 @no_collector()
 def read_json(path: Path) -> Any:
-    """The value of a JSON file; UserError names file and line."""
+    """The value of a JSON file; UserError names file and line, or the key that is there twice."""
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(k for n, (k, _) in enumerate(pairs) if k in dict(pairs[:n]))
+            raise UserError(f"{path}: key {twice!r:.60} stands there twice in one object")
+        return found
+
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official annotations") from None
     except json.JSONDecodeError as e:
@@ -715,7 +725,8 @@ def resume(path: Path, args: argparse.Namespace, **parts: Any) -> dict:
     if not path.exists():
         return {"step": 0}
     state = load_file(path)
-    if not isinstance(state, dict) or not {"step", "args", *parts} <= state.keys():
+    if (not isinstance(state, dict) or not {"step", "args", *parts} <= state.keys()
+            or not isinstance(state["args"], dict) or type(state["step"]) is not int):
         raise UserError(f"{path}: not a checkpoint of this stage; choose another --out")
     now = recipe_of(args)
     for k in sorted(now.keys() | state["args"].keys()):
@@ -857,8 +868,8 @@ class Log:
         self.path, self.broken, self.named = args.out / "log.jsonl", 0, set()
         self.waited, self.since, self.last = 0.0, time.perf_counter(), start - 1
         if rank() == 0:                                       # drop lines of steps to be redone
-            old = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in old if 0 <= _step_of(line) < start]
+            old = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+            kept = [line for line in old.splitlines() if 0 <= _step_of(line) < start]
             write(self.path, "".join(line + "\n" for line in kept))
 
     def steps(self, loader: Iterable[dict]) -> Iterator[tuple[int, dict]]:
@@ -914,10 +925,11 @@ class Log:
 
 
 def _step_of(line: str) -> int:
-    """The step of a log line, -1 for one that a killed process left half written."""
+    """The step of a log line, -1 for one that is not whole, as a killed process may leave it."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = {k: float(v) for k, v in json.loads(line).items() if k != "stage"}
+        return int(row["step"]) if "broken" in row else -1
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return -1
 
 
@@ -1415,7 +1427,8 @@ def _sound_pieces(c, a, origin, rate, begin, first, last):
 
 def _samples(frame) -> np.ndarray:
     """(channels, samples) float32 in [-1, 1] of any sample format."""
-    kind, planar, n = frame.format.name.rstrip("p"), frame.format.is_planar, frame.layout.nb_channels
+    kind, planar = frame.format.name.rstrip("p"), frame.format.is_planar
+    n = frame.layout.nb_channels
     kind = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}[kind]
     # PyAV's own array takes what lies behind the eighth plane for more of them, and ends in SIGSEGV
     x = np.stack([np.frombuffer(p, kind, frame.samples * (1 if planar else n))
@@ -2465,7 +2478,7 @@ def keep_settings(args: argparse.Namespace) -> None:
             if before.get(name) != value:
                 raise UserError(f"{path}: was made with --{name} {before.get(name)}, now it is "
                                 f"{value}; use the same flags to continue, or another DST")
-        if Path(str(before.get("source"))).resolve() != src:
+        if os.path.abspath(str(before.get("source")).replace("\0", "")) != str(src):
             raise UserError(f"{path}: was made from {before.get('source')}, now SRC is {src}; "
                             "choose another DST, or, if SRC has only moved, write its path there")
     elif args.dst.exists() and any(not f.startswith("prepare.json") for f in os.listdir(args.dst)):

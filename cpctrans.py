@@ -196,11 +196,13 @@ def read_rows(path, pattern, form):
     Empty lines are left out; UserError names the line that is not of the form.
     """
     try:
-        text = path.read_bytes().decode()
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official split lists") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
+        line = data[:e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not in UTF-8 ({e.reason})") from e
     fullmatch = re.compile(pattern).fullmatch
     for line, row in enumerate(text.splitlines(), 1):
         match = fullmatch(row.strip())
@@ -224,7 +226,7 @@ def read_classes(path):
     """{class in lower case: label} of classInd.txt, whose rows are `<number from 1> <Class>`."""
     classes = {}
     for line, row in read_rows(path, r"([1-9]\d{0,3})[ ,]\s*(.*\S)", "<number> <Class>"):
-        name, label = row[2].lower(), int(row[1]) - 1
+        name, label = checked(path, line, row[2]).lower(), int(row[1]) - 1
         if name in classes or label in classes.values():
             raise UserError(f"{path}:{line}: {row[0]!r:.80} stands there twice")
         classes[name] = label
@@ -257,7 +259,10 @@ def read_ucf101(folder, part, split):
 def read_hmdb51_file(path):
     """[(line, video, code)] of <class>_test_splitK.txt; codes 1: train, 2: test, 0: neither."""
     rows = read_rows(path, r"(.+)\.avi\s+([012])", "<video>.avi <0, 1 or 2>")
-    return [(line, checked(path, line, row[1]), int(row[2])) for line, row in rows]
+    found = [(line, checked(path, line, row[1]), int(row[2])) for line, row in rows]
+    if not found:
+        raise UserError(f"{path}: is empty")
+    return found
 
 
 def read_hmdb51(folder, part, split):
@@ -308,7 +313,7 @@ def read_list(args, part, split):
     """
     root = args.lists or args.data
     official = {"ucf101": "trainlist01.txt", "hmdb51": "*_test_split1.txt"}[args.dataset]
-    theirs, frames = common.find(root, official), None
+    theirs, own, frames = common.find(root, official), None, None
     if theirs:
         reader = read_ucf101 if args.dataset == "ucf101" else read_hmdb51
         names, labels, classes = reader(theirs.parent, part, split)
@@ -318,11 +323,13 @@ def read_list(args, part, split):
             raise UserError(f"{root}: holds no split lists ({official} or {part}_split"
                             f"{split:02d}.csv); see README for the layout")
         names, labels, classes, frames = read_csv_list(own.parent, part, split)
+    path = own if not theirs else theirs.parent / (
+        f"{part}list{split:02d}.txt" if args.dataset == "ucf101" else f"*_test_split{split}.txt")
     if not names:
-        raise UserError(f"{root}: the {part} list of split {split} is empty")
+        raise UserError(f"{path}: the {part} list of split {split} is empty")
     if len(set(names)) < len(names):
         twice = next(n for n, k in Counter(names).items() if k > 1)
-        raise UserError(f"{root}: {twice} stands twice in the {part} list of split {split}")
+        raise UserError(f"{path}: {twice} stands twice in the {part} list of split {split}")
     by_label = {n: c for c, n in classes.items()}
     classes = [by_label.get(n, "") for n in range(max(by_label) + 1)]
     return tuple(names), labels, classes, frames
@@ -438,7 +445,12 @@ class Lengths(Dataset):
 @lru_cache(1)
 def counted(cache, _):
     """What `measure` has kept, as of a time: of training and of validation videos alike."""
-    return common.read_json(cache)
+    found = common.read_json(cache)
+    if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2 ** 31
+                                              for n in found.values()):
+        raise UserError(f"{cache}: holds more than numbers of pictures; delete it, and they are "
+                        "counted anew")
+    return found
 
 
 def measure(args, folder, names, stamps, part):
@@ -1010,7 +1022,11 @@ def describe(path):
     as in CPCTR, whose layer is a single one.
     """
     found = common.load_file(Path(path))
-    if isinstance(found, dict) and isinstance(found.get("history"), list):
+    if isinstance(found, dict) and "history" in found:
+        forms = {"args": dict, "history": list}
+        if not all(isinstance(found.get(k), form) for k, form in forms.items()) or not all(
+                isinstance(stage, dict) for stage in found["history"]):
+            raise UserError(f"{path}: its args or its history are not of our form")
         return {**found["args"], "history": found["history"], "classes": found.get("classes")}
     tensors = common.find_weights(Path(path))
     stem = tensors.get("backbone.conv1.weight")

@@ -16,19 +16,25 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
+import shutil
 import sys
 import time
 import types
+import zipfile
 from collections import Counter
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import av
 import numpy as np
+import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import running
 import test_media
@@ -326,7 +332,7 @@ def faults_of(jobs, found):
             for name, said in said_.items() if said not in ("read", "refused")]
 
 
-# ---- media: unusual files that are sound ----------------------------------------------------------
+# ---- media: unusual files that are sound ---------------------------------------------------------
 
 def eight_channels(path):
     """A video with 7.1 sound: (path, what it sounds like)."""
@@ -416,7 +422,7 @@ def unusual_sound(folder):
     return len(made), faults
 
 
-# ---- media: folders of pictures -------------------------------------------------------------------
+# ---- media: folders of pictures ------------------------------------------------------------------
 
 def picture_folders(folder, seed, copies):
     """Folders of five pictures, one of which is damaged: (number of folders, faults)."""
@@ -451,7 +457,7 @@ def picture_folders(folder, seed, copies):
     return files, faults
 
 
-# ---- media: many opens ----------------------------------------------------------------------------
+# ---- media: many opens ---------------------------------------------------------------------------
 
 def state():
     """Open descriptors, threads, megabytes of this process."""
@@ -523,7 +529,7 @@ def media(folder, seed, long):
 SOUND_READERS = [READERS[k] for k in ("both", "read_audio", "a second of sound")]
 
 
-# ---- annotations: the files that scripts read -----------------------------------------------------
+# ---- annotations: the files that scripts read ----------------------------------------------------
 
 class Left(BaseException):
     """Where a process would end."""
@@ -594,7 +600,12 @@ def as_clips(units):
 
 
 def plain_rows(*columns):
-    return [tuple(x) for x in zip(*(np.asarray(c).tolist() for c in columns))]
+    return [tuple(x) for x in zip(*(c.tolist() if isinstance(c, np.ndarray) else c
+                                    for c in columns))]
+
+
+class Free(str):
+    """Text that becomes no path."""
 
 
 def epic_forms(root):
@@ -608,7 +619,7 @@ def epic_forms(root):
     def reader(split):
         def read():
             a = replai.read_actions(root, split)
-            return plain_rows(a.id, a.video, a.seconds, a.verb, a.noun)
+            return plain_rows(map(Free, a.id.tolist()), a.video, a.seconds, a.verb, a.noun)
         return read
 
     rows, notes = [row(k) for k in range(1, 7)], root / "annotations"
@@ -626,7 +637,6 @@ def epic_forms(root):
 
 
 def ego4d_forms(root):
-    import toy
     import test_ego4d
 
     def args(stage):
@@ -637,7 +647,6 @@ def ego4d_forms(root):
     lta = [test_ego4d.lta_entry("clip-t0", k, k, k + 2, k, k + 1) for k in range(5)]
     changes = [test_ego4d.oscc_entry("video-t0", k, 2 * k, 240 + k, 50 + k if k % 2 else None)
                for k in range(5)]
-    assert toy
 
     def actions(split):
         def read():
@@ -648,7 +657,7 @@ def ego4d_forms(root):
     def states(split):
         def read():
             c = replai.read_changes(args("statechange"), split)
-            return plain_rows(c.id, c.file, c.seconds, c.frames, c.state, c.pnr)
+            return plain_rows(map(Free, c.id.tolist()), c.file, c.seconds, c.frames, c.state, c.pnr)
         return read
 
     notes = root / "annotations"
@@ -694,6 +703,7 @@ def ucf_forms(root):
     lists, names = root / "ucfTrainTestlist", ["Archery", "ApplyLipstick", "YoYo"]
     args = cpctrans.parse_args(["--dataset", "ucf101", "--data", str(root), "--tiny", "--workers",
                                 "0", "--out", str(root / "runs" / "a")])
+    cpctrans.fill_from(args, None)
     videos = [f"{c}/v_{c}_g0{g}_c01" for c in names for g in (1, 8)]
 
     def reader(part):
@@ -723,7 +733,8 @@ def ucf_forms(root):
         cpctrans.hold_out.cache_clear()
         cpctrans.counted.cache_clear()
         found = cpctrans.read_videos(args, "train")[0]
-        return plain_rows(*found)
+        names = [os.path.relpath(os.fsdecode(x), root) for x in found.name]
+        return plain_rows(names, found.label, found.frames)
 
     for form in list(ucf_lists(lists, names, videos)):
         form[0].write_bytes(as_lines(form[1]))
@@ -753,6 +764,8 @@ def hmdb_forms(root):
                [f"Film{k}_clap_u_nm_np1_fr_med_{k}.avi 1 " for k in range(5)], as_lines, read,
                "lines")
     theirs = root / "theirs"
+    theirs.mkdir()
+    (theirs / "classInd.txt").write_text("1 Archery\n2 YoYo\n")
     args_csv = cpctrans.parse_args(["--dataset", "ucf101", "--data", str(theirs), "--tiny"])
 
     def frames():
@@ -830,7 +843,7 @@ def charades_forms(root):
 
     yield Form("Charades classes", root / "one" / "Charades_v1_classes.txt",
                [f"c{c:03d} Doing {c}" for c in range(5)], as_lines,
-               lambda: [(x,) for x in ssdet.class_names(videos("charades", root / "one"))],
+               lambda: [(Free(x),) for x in ssdet.class_names(videos("charades", root / "one"))],
                "lines")
     yield Form("MultiTHUMOS classes", root / "two" / "class_list.txt",
                [f"{n} {c}" for n, c in enumerate(("Run", "Jump", "Sit", "Walk"), 1)], as_lines,
@@ -839,27 +852,26 @@ def charades_forms(root):
     three = root / "three"
     yield Form("MultiTHUMOS", three / "Run.txt", [
         f"video_validation_000000{k} {k}.5 {k + 2}.25" for k in range(5)], as_lines, lambda: [
-            (n, *x) for n, v in ssdet.thumos_rows(three, "train", ["Run"]).items() for x in v[1]],
-        "lines")
+            (v.name, *x) for v in ssdet.read_videos(videos("multithumos", three), "train", ["Run"])
+            for x in v.actions], "lines")
     scores = root / "localization.txt"
     args = types.SimpleNamespace(submission=scores)
     tests = [ssdet.Video(n, "", 9.0, ()) for n in ("AAAAA", "BBBBB")]
     yield Form("submission", scores, [f"{v.name} {j} 0.1 0.25 {j}e-3" for v in tests
                                       for j in range(1, 26)], as_lines,
-               lambda: [(v.name, *x) for v, block in zip(tests, ssdet.read_submission(
-                   args, tests, 3)) for x in block.tolist()], "lines")
+               lambda: [(v.name, j, *map(str, x))
+                        for v, block in zip(tests, ssdet.read_submission(args, tests, 3))
+                        for j, x in enumerate(block.tolist())], "lines")
 
 
 def kinetics_forms(root):
-    import toy
     columns = ["label", "youtube_id", "time_start", "time_end", "split", "is_cc"]
     rows = [(["arm wrestling", "yoga"][k % 2], f"a{k}bcdefghi-", str(k), str(k + 10), "train", "0")
             for k in range(6)]
-    for k, (label, name, a, b, *_) in enumerate(rows):
+    for label, name, a, b, *_ in rows:
         path = root / "train" / label.replace(" ", "_") / f"{name}_{int(a):06d}_{int(b):06d}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert toy
 
     def reader(data):
         args = ssdet.parse_args(["--data", str(data), "--tiny"])
@@ -913,7 +925,7 @@ def own_forms(root):
         args = types.SimpleNamespace(out=root / "run", stage="a", batch_size=2, log_every=1)
         log_ = common.Log(args, 9, 12, 3)
         common.draw_curve(root / "run", "a", ["loss"])
-        return [(x, log_.total("broken")) for x in log.read_text().splitlines()]
+        return math.isfinite(log_.total("broken"))
 
     yield Form("log.jsonl", log, rows, lambda units: "".join(
         json.dumps(x) + "\n" for x in units).encode(), go_on, "cache", rows=False)
@@ -929,13 +941,13 @@ def all_forms(folder):
         yield from forms
 
 
-# ---- annotations: mutations -----------------------------------------------------------------------
+# ---- annotations: mutations ----------------------------------------------------------------------
 
 class Mutation(NamedTuple):
     """touched: numbers of the units that may come out otherwise; None: all of them.
 
     same: reads exactly as before, if it is read. must: it is to be read. twice: a unit stands
-    there twice. left: how many units there are now.
+    there twice. left, most: the least and the greatest number of units that there are now.
     """
     what: str
     data: bytes
@@ -943,6 +955,7 @@ class Mutation(NamedTuple):
     same: bool = False
     must: bool = False
     left: int = 0
+    most: int = 10 ** 9
 
 
 TEXTS = ["", " ", "nan", "inf", "-inf", "-1", "1e999", "9" * 30, "9" * 5000, "x", "../../x",
@@ -998,10 +1011,10 @@ def whole_units(form, rng):
         yield Mutation(f"unit {k} lost", form.join(units[:k] + units[k + 1:]), {k}, left=n - 1)
         if form.join not in (as_object,):
             yield Mutation(f"unit {k} twice", form.join([*units[:k + 1], *units[k:]]), {k},
-                           left=n + 1)
+                           left=n, most=n + 1)
         else:                                                 # the same key twice
             one, more = (json.dumps(dict(x))[1:-1] for x in ([units[k]], units))
-            yield Mutation(f"key {k} twice", f"{{{one}, {more}}}".encode(), {k}, left=n + 1)
+            yield Mutation(f"key {k} twice", f"{{{one}, {more}}}".encode(), {k}, left=n)
     if form.kind != "cache" and form.name not in ("log.jsonl",):
         yield Mutation("backwards", form.join(units[::-1]), set(), left=n)
     if form.kind in ("csv", "lines"):
@@ -1053,7 +1066,9 @@ def single_values(form, rng, most):
         except ValueError:                                    # integers of too many digits
             continue
         blank = unit in ("", []) or isinstance(unit, str) and not unit.strip()
-        yield Mutation(f"unit {k}: {what}", data, {k}, left=len(units) - blank)
+        lines = sum(1 for x in data.splitlines() if x.strip())
+        yield Mutation(f"unit {k}: {what}", data, {k}, left=len(units) - blank,
+                       most=lines if form.kind == "lines" else len(units))
 
 
 def changed(x, where=""):
@@ -1086,7 +1101,7 @@ def touched_lines(form, good, x):
     return touched, False, False, 0
 
 
-# ---- annotations: the judge -----------------------------------------------------------------------
+# ---- annotations: the judge ----------------------------------------------------------------------
 
 def sane(x):
     """May such a value come out of a file? No NaN, nothing that leaves a folder as a name."""
@@ -1096,6 +1111,8 @@ def sane(x):
         return math.isfinite(x)
     if isinstance(x, int):
         return abs(x) < 2 ** 63
+    if isinstance(x, Free):
+        return "\0" not in x                                  # NumPy would cut it off
     if isinstance(x, (str, bytes)):
         x = os.fsdecode(x) if isinstance(x, bytes) else x
         parts = x.split("/")
@@ -1134,13 +1151,14 @@ def judge(form, mutation, first, seen):
         more = len(now) - kept.total()
         if lost:
             return "read otherwise", f"other rows change: {list(lost)[:2]}"
-        if more > len(mutation.touched) + max(0, mutation.left - len(was)):
+        if more > mutation.most - kept.total():
             return "read otherwise", f"{more} new rows"
     if not sane(now):
         return "read otherwise", f"{[r for r in now if not sane(r)][:2]}"
     if len(now) < mutation.left and seen.out == first.out:
         return "read otherwise", f"{mutation.left} units, {len(now)} rows, and not a word"
-    if len(now) > len(was) and seen.out == first.out:
+    often, once = Counter(map(repr, now)), Counter(set(map(repr, now)))
+    if seen.out == first.out and often - (Counter(map(repr, was)) | once):
         return "read otherwise", "a row counts twice without a word"
     return "read otherwise", ""
 
@@ -1162,8 +1180,8 @@ def annotations(folder, seed, long):
             continue
         mutations = itertools.chain(
             whole_files(form, rng), whole_units(form, rng),
-            single_values(form, rng, 4000 if long else 40),
-            scattered_bytes(form, rng, 2000 if long else 20))
+            single_values(form, rng, 1500 if long else 40),
+            scattered_bytes(form, rng, 500 if long else 20))
         for mutation in mutations:
             form.path.write_bytes(mutation.data)
             os.utime(form.path, ns=(n, time.time_ns()))
@@ -1181,4 +1199,304 @@ def annotations(folder, seed, long):
         "worst_s": round(worst, 2)}, faults)
 
 
-PARTS = {"media": media, "annotations": annotations}
+# ---- hostile: files that would run code ----------------------------------------------------------
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path, call=os.mkdir):
+        self.path, self.call = str(path), call
+
+    def __reduce__(self):
+        return self.call, (self.path,)
+
+
+class State:
+    """The same, by way of `__setstate__`'s replacement: a call inside of a call."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return eval, (f"__import__('os').mkdir({str(self.path)!r})",)
+
+
+def traps(trapped):
+    """{name: bytes} of files that make a folder of that name if their code is run."""
+    zipped, older, arrays, pieces, scalar = (io.BytesIO() for _ in range(5))
+    tensors = {"model": {"conv1.weight": torch.zeros(2, 3)}, "step": 1, "args": {}}
+    torch.save({**tensors, "more": Trap(trapped)}, zipped)
+    torch.save({**tensors, "more": Trap(trapped)}, older, _use_new_zipfile_serialization=False)
+    np.savez(arrays, arr_0=np.array([Trap(trapped)] * 4, object), times=np.arange(4.0))
+    np.save(pieces, np.array([[Trap(trapped)] * 2] * 2, object))
+    inner = pickle.dumps(Trap(trapped))
+    torch.save({"model": Scalar(inner)}, scalar)
+    files = {"pickle": pickle.dumps({**tensors, "more": Trap(trapped)}),
+             "pickle of text": pickle.dumps(Trap(trapped), 0), "eval": pickle.dumps(State(trapped)),
+             "os.system": pickle.dumps(Trap(f"mkdir '{trapped}'", os.system)),
+             "import": b"cbuiltins\nexec\n(S'import os; os.mkdir(\"" + str(trapped).encode() +
+                       b"\")'\ntR.", "zip": zipped.getvalue(), "older": older.getvalue(),
+             "object arrays": arrays.getvalue(), "object array": pieces.getvalue(),
+             "number of objects": scalar.getvalue(), "nested": pickle.dumps({"model": {"a": [
+                 {"b": Trap(trapped)}]}})}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as z:
+        z.writestr("archive/data.pkl", files["import"])
+        z.writestr("archive/version", "3\n")
+        z.writestr("archive/byteorder", "little")
+        z.writestr("archive/constants.pkl", files["import"])
+        z.writestr("archive/code/__torch__.py", "import os\n")
+    return {**files, "script": archive.getvalue()}
+
+
+class Scalar:
+    """A number of NumPy whose bytes are another pickle."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __reduce__(self):
+        return np.float64(0).__reduce__()[0], (np.dtype("O"), self.inner)
+
+
+def loaders(folder):
+    """{name: function of a path} of every way by which a script reads weights or features."""
+    def features_of(path):
+        (folder / "features").mkdir(exist_ok=True)
+        for level in ssdet.LEVELS:
+            (folder / "features" / level).mkdir(exist_ok=True)
+            shutil.copy(path, folder / "features" / level / "A")
+        try:
+            ssdet.read_features(types.SimpleNamespace(
+                features=folder / "features", feature_cap=9), "A")
+        except VideoError as e:
+            raise common.UserError(f"{path}: {e}") from e
+
+    def vectors_of(path):
+        note = f2c_oops.Annotation((1.0, 1.0, 1.0), 9.0, (.1, .1, .1))
+        for n in (None, note):
+            f2c_oops.read_rows(f2c_oops.look(path, path, "a", n), [0])
+
+    def module():
+        return torch.nn.Linear(2, 2)
+
+    def ssdet_args():
+        return ssdet.parse_args(["--stage", "evaluate", "--init", "x", "--data", "x", "--tiny"])
+
+    def converted(path):
+        args = replai.parse_args(["--stage", "convert", "--init", str(path), "--out",
+                                  str(folder / "converted")])
+        replai.convert(args, torch.device("cpu"))
+
+    return {"load_file": common.load_file, "find_weights": common.find_weights,
+            "load_weights": lambda p: common.load_weights(module(), p, [{"": ""}]),
+            "resume": lambda p: common.resume(p, types.SimpleNamespace(seed=0), model=module()),
+            "cpctrans": cpctrans.describe, "f2c_oops": f2c_oops.describe,
+            "ssdet_coarsefine": lambda p: ssdet.known_kind(ssdet_args(), p),
+            "replai convert": converted, "features of videos": features_of,
+            "features of frames": vectors_of}
+
+
+def code_in_files(folder):
+    """(files, reads, faults): none of them is read, and nothing of them is run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trapped, reads, faults = folder / "trapped", 0, []
+    files, ways = traps(trapped), loaders(folder)
+    pickle.loads(files["pickle"])                             # a trap that works
+    trapped.rmdir()
+    for name, data in files.items():
+        for suffix in (".pt", ".npz"):
+            path = folder / f"{name}{suffix}"
+            path.write_bytes(data)
+            for way, load in ways.items():
+                seen = shown(partial(load, path))
+                reads += 1
+                if trapped.exists():
+                    faults.append(f"{name}: {way}: RUNS THE CODE")
+                    trapped.rmdir()
+                line = seen.err.rstrip("\n")
+                numbers = name == "number of objects" and seen.status == 0
+                if not numbers and (seen.status != 1 or not line.startswith(f"error: {path}")
+                                    or "\n" in line):
+                    faults.append(f"{name}: {way}: status {seen.status}: {line[-200:]!r}")
+    return len(files), reads, faults
+
+
+def strange_checkpoints(folder, seed, most):
+    """(files, faults): checkpoints of plain values of the wrong kinds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {"step": 2, "model": {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)},
+             "args": {"seed": 0, "stream": "fine", "layers": 1, "version": "tiny"},
+             "history": [{"stage": "pretrain", "list": 1, "dataset": "ucf101"}],
+             "versions": {"python": "3"}, "samples": 3, "classes": ["a", "b"],
+             "samples_list": "12", "best": 0.5}
+    tensors = [torch.zeros(0), torch.zeros(2, 2, 2), torch.tensor(float("nan")),
+               torch.zeros(3, 3).to_sparse()]
+    plain = [v for v in VALUES if not (isinstance(v, int) and abs(v) > 10 ** 100)]
+    made = [{**whole, k: v} for k in whole for v in [*plain, *tensors]]
+    made += [{**whole, "args": {**whole["args"], k: v}} for k in whole["args"] for v in plain]
+    made += [{**whole, "model": {**whole["model"], "weight": v}} for v in [*plain, *tensors]]
+    made += [{**whole, "history": [{**whole["history"][0], "list": v}]} for v in plain]
+    made += [{a: b for a, b in whole.items() if a != k} for k in whole]
+    made += [*plain, *tensors, {1: 2}, {None: whole}, {"model": whole}]
+    rng, faults, path = np.random.default_rng(seed), [], folder / "strange.pt"
+    ways = {k: v for k, v in loaders(folder).items() if not k.startswith("features of f")}
+    chosen = rng.permutation(len(made))[:most].tolist()
+    for i in chosen:
+        torch.save(made[i], path)
+        for way, load in ways.items():
+            seen = shown(partial(load, path))
+            line = seen.err.rstrip("\n")
+            fair = seen.status == 1 and line.startswith(f"error: {path}") and "\n" not in line
+            if seen.status and not fair:
+                faults.append(f"{way}: {made[i]!r:.200}: {line[-300:]!r}")
+    return len(chosen), faults
+
+
+# ---- hostile: names ------------------------------------------------------------------------------
+
+NAMES = ["../../x", "../x", "..", ".", "", "/etc/passwd", "/x", "//x", "a/../../x", "x/", "./x",
+         "a\0b", "\0", "x" * 300, "x" * 5000, "\U0001f600", "\U0001f600" * 70, "x ", " x", "x\n",
+         "x\r", "CON", "NUL.mp4", "a:b", "C:\\x", "a\\b", "..\\..\\x", "~root", "~", "$HOME",
+         "`id`", "%s", "%00", "*", "?", "[a]", "-rf", "--help", "|id", "a;b", "a,b", '"', "'",
+         "\u202ex", "\u2028", "\u0085", "\ufeffx", "e\u0301", "P01_01/../x", "<x>&", "{0}",
+         "\x1b[2J", "segments", "features", "last.pt", ".hidden", "x.avi", "x.mp4"]
+
+
+def with_name(form, k, name):
+    """Versions of a form's unit k with that name in each place of it."""
+    unit = form.units[k]
+    if form.kind == "csv":
+        return [[*unit[:c], name, *unit[c + 1:]] for c in range(min(4, len(unit)))]
+    if form.kind == "lines":
+        group, _, video = unit.rpartition("/")
+        return [name, f"{name} 1", f"{name}.avi 1", f"{name} 1 2", f"{name}/{video}",
+                f"{group}/{name}.avi 1", f"{group}/{name}/,7"]
+    if isinstance(unit, tuple):
+        return [(name, unit[1])]
+    return [{**unit, key: name} for key in unit if isinstance(unit[key], str)]
+
+
+WATCHED = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.link",
+           "os.symlink", "os.truncate", "os.rmdir", "os.chmod", "os.utime", "shutil.rmtree")
+
+
+def try_names(folder, seed, most, answer):
+    """In a process of its own: every name in every place of every form, read by its script, while
+    each file that Python touches is looked at. Writes [names tried, read, faults].
+    """
+    folder, touched, inside = Path(folder), set(), [""]
+    (folder / "x").write_text("bait")
+    (folder / "x.mp4").write_text("bait")
+
+    def look(event, args):
+        if inside[0] and event in WATCHED and isinstance(args[0], (str, bytes)):
+            path = os.path.abspath(os.fsdecode(args[0]))
+            if path.startswith((str(folder), "/etc/passwd", "/x")) and not path.startswith(
+                    inside[0]):
+                touched.add((event, path))
+
+    sys.addaudithook(look)
+    tried, read, faults = 0, 0, []
+    for form in all_forms(folder / "data"):
+        good = form.path.read_bytes()
+        root = next(p for p in form.path.parents if p.parent == folder / "data")
+        rng = np.random.default_rng((seed, len(form.name)))
+        for name in [NAMES[k] for k in rng.permutation(len(NAMES))[:most]]:
+            for unit in with_name(form, 0, name):
+                try:
+                    form.path.write_bytes(form.join([unit, *form.units[1:]]))
+                except (ValueError, UnicodeEncodeError):
+                    continue
+                inside[0] = str(root)
+                seen = shown(form.read)
+                inside[0] = ""
+                tried, read = tried + 1, read + (seen.status == 0)
+                if touched:
+                    faults.append(f"{form.name}: {name!r:.40}: touches {sorted(touched)[:2]}")
+                    touched.clear()
+                if seen.status and (seen.status != 1 or "\n" in seen.err.rstrip("\n")):
+                    faults.append(f"{form.name}: {name!r:.40}: {seen.err[-300:]!r}")
+                if seen.status == 0 and form.rows and not sane(seen.value):
+                    faults.append(f"{form.name}: {name!r:.40}: is read as {seen.value!r:.200}")
+        form.path.write_bytes(good)
+    Path(answer).write_text(json.dumps([tried, read, faults]))
+
+
+def hostile_names(folder, seed, most):
+    """(tried, read, faults), and no file appears outside of the data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    child = running.context().Process(target=try_names, args=(
+        str(folder / "deep" / "deeper"), seed, most, str(folder / "names.json")))
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    child.start()
+    child.join(600)
+    if child.exitcode != 0:
+        child.kill()
+        return 0, 0, [f"the process ended with {child.exitcode}"]
+    tried, read, faults = json.loads((folder / "names.json").read_text())
+    there = {str(p.relative_to(folder)) for p in folder.glob("*")}
+    there |= {str(p.relative_to(folder)) for p in (folder / "deep").glob("*")}
+    there |= {str(p.relative_to(folder)) for p in (folder / "deep" / "deeper").glob("*")}
+    here = "deep/deeper"
+    strange = there - {"deep", "names.json", here, f"{here}/x", f"{here}/x.mp4", f"{here}/data"}
+    return tried, read, faults + [f"appeared: {x!r}" for x in sorted(strange)]
+
+
+def legal_names_are_written(folder):
+    """(files, faults): what scripts write stays JSON, CSV and zip, whatever a name holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [n for n in NAMES if n and "\0" not in n] + ["\ud800", "a\ttab"]
+    n, faults, one = len(names), [], np.zeros((len(NAMES) + 2, 2))
+
+    def compare(what, found, want):
+        if found != want:
+            faults.append(f"{what}: {[x for x in zip(found, want) if x[0] != x[1]][:2]}")
+
+    replai.write_submission(folder / "s.zip", np.array(names), one[:n], one[:n])
+    with zipfile.ZipFile(folder / "s.zip") as z:
+        compare("zip", z.namelist(), ["test.json"])
+        compare("EPIC", list(json.loads(z.read("test.json"))["results"]), names)
+    changes = types.SimpleNamespace(id=np.array(names), frames=np.tile([0, 9], (n, 1)))
+    found = replai.statechange_submission(types.SimpleNamespace(pnr_frame="absolute"),
+                                          types.SimpleNamespace(changes=changes), one[:n], one[:n])
+    common.write_json(folder / "oscc.json", found)
+    compare("Ego4D", [x["unique_id"] for x in json.loads((folder / "oscc.json").read_bytes())[
+        "oscc"]], names)
+    args = types.SimpleNamespace(out=folder, split=1)
+    files = [n for n in names if "/" not in n and "\ud800" not in n]
+    videos = cpctrans.Videos(np.array([os.fsencode(f"d/C/{x}") for x in files]),
+                             np.zeros(len(files), int), np.ones(len(files), int))
+    cpctrans.write_predictions(args, videos, names, one[:len(files)], np.zeros((2, 2), int))
+    rows = json.loads((folder / "predictions_split1.json").read_bytes())
+    compare("CPCTrans", [x["video"] for x in rows], [
+        "C/" + re.sub(r"[.](avi|mp4)$", "", x) for x in files])
+    compare("CPCTrans classes", json.loads((folder / "confusion_split1.json").read_bytes())[
+        "classes"], names)
+    written = [n for n in names if "\ud800" not in n]
+    f2c_oops.write_csv(folder / "l.csv", [("filename", "t"), *((x, "1") for x in written)])
+    with open(folder / "l.csv", newline="", encoding="utf-8") as f:
+        compare("Oops", [r[0] for r in csv.reader(f)][1:], written)
+    lines = [n for n in written if n.splitlines() == [n]]     # they come from lists of lines
+    ssdet.write_classes(args, [ssdet.Video("a", "", 1.0, ())], lines, {"AP": one[:n, 0]})
+    with open(folder / "per_class.csv", newline="", encoding="utf-8") as f:
+        compare("SSDet", [r[1] for r in csv.reader(f)][1:], lines)
+    return 6, faults
+
+
+def hostile(folder, seed, long):
+    """Files that would run code, and names that would leave their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files, reads, faults = code_in_files(folder / "code")
+    yield Row("code in checkpoints and features is never run", {"files": files, "reads": reads},
+              faults)
+    n, faults = strange_checkpoints(folder / "strange", seed, 1000 if long else 40)
+    yield Row("checkpoints of strange values are refused in one line", {"files": n}, faults)
+    tried, read, faults = hostile_names(folder / "names", seed, None if long else 12)
+    yield Row("names never leave the folder of the data", {"names": tried, "read": read,
+                                                           "refused": tried - read}, faults)
+    written, faults = legal_names_are_written(folder / "written")
+    yield Row("files that are written hold any legal name", {"files": written}, faults)
+
+
+PARTS = {"media": media, "annotations": annotations, "hostile": hostile}
