@@ -936,7 +936,7 @@ def _step_of(line: str) -> int:
 # ---- video -----------------------------------------------------------------------------------
 
 JPG = "image_{:05d}.jpg"        # names of extracted pictures, from 1
-PICTURES = ("JPEG", "PNG", "BMP", "WEBP")                     # others of Pillow's start programs
+PICTURES = ("JPEG", "PNG", "BMP", "WEBP")                     # EPS would start a program
 
 
 class Window(NamedTuple):
@@ -977,8 +977,8 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
             yield container
     except VideoError:
         raise
-    except (av.FFmpegError, OSError, ValueError, ArithmeticError, AssertionError, IndexError,
-            MemoryError) as e:        # IndexError: of a stream that begins in the middle of the file
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, AssertionError, MemoryError,
+            IndexError) as e:                                 # of a stream that begins late
         why = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise VideoError(f"{path}: cannot be read ({why})") from e
 
