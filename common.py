@@ -168,7 +168,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
         if isinstance(e, OSError) and e.filename:
             text = f"{e.filename}: {e.strerror}"
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {text:.2000}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: lower --batch_size", file=sys.stderr)
     except Exception:
@@ -927,7 +927,7 @@ class Log:
 def _step_of(line: str) -> int:
     """The step of a log line, -1 for one that is not whole, as a killed process may leave it."""
     try:
-        row = {k: float(v) for k, v in json.loads(line).items() if k != "stage"}
+        row = {k: v + 0.0 for k, v in json.loads(line).items() if k != "stage"}   # numbers alone
         return int(row["step"]) if "broken" in row else -1
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return -1

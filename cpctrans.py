@@ -243,7 +243,7 @@ def read_ucf101(folder, part, split):
     """
     classes, names, labels, good = read_classes(folder / "classInd.txt"), [], [], set()
     path = folder / f"{part}list{split:02d}.txt"
-    rows = read_rows(path, r"([^/]+)/(.+)\.avi(?:\s+(\d+))?", "<Class>/<video>.avi")
+    rows = read_rows(path, r"([^/]+)/(.+)\.avi(?:\s+(\d{1,4}))?", "<Class>/<video>.avi")
     for line, row in rows:
         group, video, number = row.groups()
         label = classes.get(group.lower())

@@ -790,6 +790,8 @@ def read_fho_actions(root, split, num_classes):
     for i, entry in enumerate(entries):
         f = common.Fields(f"{path}: clips[{i}]", entry)
         key = f.name("clip_uid"), int(f.number("action_idx"))
+        if key[1] != entry["action_idx"]:
+            raise f.fault("action_idx", "is no whole number")
         rows.setdefault(key, (*key, span(f, "action_clip"), *(
             f.label(k, n) for k, n in zip(("verb_label", "noun_label"), num_classes))))
     if len(rows) < len(entries):

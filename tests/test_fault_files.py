@@ -202,7 +202,7 @@ def test_a_damaged_log_is_taken_for_what_is_left_of_it(tmp_path):
     good = {"stage": "a", "epoch": 0, "step": 1, "loss": 1.5, "broken": 2}
     lines = [json.dumps(good), '{"stage": "a", "step": 2}', "[" * 100000, '{"step": "x"}', "[1]",
              json.dumps({**good, "loss": [1]}), json.dumps({**good, "step": float("inf")}),
-             json.dumps({**good, "step": 3})]
+             json.dumps({**good, "broken": "1"}), json.dumps({**good, "step": 3})]
     (tmp_path / "log.jsonl").write_bytes(b"\xff\xfe\n" + "\n".join(lines).encode() + b"\n\xe9")
     args = types.SimpleNamespace(out=tmp_path, stage="a", batch_size=2, log_every=1)
     assert common.Log(args, 9, 12, 3).total("broken") == 4
@@ -250,6 +250,19 @@ def test_an_id_that_numpy_would_cut_off_is_refused():
     fields = common.Fields("a.json", {"unique_id": "x\0", "parent_start_sec": 0,
                                       "parent_end_sec": 8})
     refused(lambda: replai.read_change(fields, False), "a.json.unique_id: 'x\\x00'")
+
+
+def test_half_an_action_is_none(tmp_path):
+    import test_ego4d
+    entries = [test_ego4d.lta_entry("clip-t0", k, k, k + 2) for k in range(3)]
+    for n, value in ((3, 1.0), (None, 1.5)):
+        entries[1]["action_idx"] = value
+        path = test_ego4d.write_clips(tmp_path, "fho_lta_train", entries)
+        if n:
+            assert len(replai.read_fho_actions(tmp_path, "train", (9, 9))[1].clip) == n
+        else:
+            refused(lambda: replai.read_fho_actions(tmp_path, "train", (9, 9)),
+                    f"{path}: clips[1].action_idx: 1.5")
 
 
 def test_moments_of_another_form_are_refused_with_what_to_do(tmp_path):
