@@ -168,6 +168,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
         if isinstance(e, OSError) and e.filename:
             text = f"{e.filename}: {e.strerror}"
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)     # of a file's: not for a terminal
         print(f"error: {text:.2000}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: lower --batch_size", file=sys.stderr)
@@ -2473,12 +2474,14 @@ def keep_settings(args: argparse.Namespace) -> None:
     settings = {"short_side": args.short_side, "crf": args.crf}
     if path.exists():
         before = read_json(path)
-        before = before if isinstance(before, dict) else {}
+        before, same = before if isinstance(before, dict) else {}, False
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"{path}: was made with --{name} {before.get(name)}, now it is "
                                 f"{value}; use the same flags to continue, or another DST")
-        if os.path.abspath(str(before.get("source")).replace("\0", "")) != str(src):
+        with contextlib.suppress(ValueError):                 # NUL: no path at all
+            same = Path(str(before.get("source"))).resolve() == src
+        if not same:
             raise UserError(f"{path}: was made from {before.get('source')}, now SRC is {src}; "
                             "choose another DST, or, if SRC has only moved, write its path there")
     elif args.dst.exists() and any(not f.startswith("prepare.json") for f in os.listdir(args.dst)):

@@ -665,14 +665,14 @@ def ego4d_forms(root):
     yield Form("Ego4D taxonomy", notes / "fho_lta_taxonomy.json",
                [("verbs", list("abcdefghi")), ("nouns", list("abcdefghijk"))], as_object,
                lambda: replai.read_taxonomy(root), "object", rows=False)
-    for split in ("train", "val"):
+    for split in ("train", "val", "test_unannotated"):
+        if split == "test_unannotated":
+            lta, changes = ([{k: v for k, v in e.items() if not re.search("state|pnr|label", k)}
+                             for e in x] for x in (lta, changes))
         yield Form(f"Ego4D lta {split}", notes / f"fho_lta_{split}.json", lta, as_clips,
                    actions(split), "list")
         yield Form(f"Ego4D oscc-pnr {split}", notes / f"fho_oscc-pnr_{split}.json", changes,
                    as_clips, states(split), "list")
-    bare = [{k: v for k, v in e.items() if "state" not in k and "pnr" not in k} for e in changes]
-    yield Form("Ego4D oscc-pnr test", notes / "fho_oscc-pnr_test_unannotated.json", bare,
-               as_clips, states("test_unannotated"), "list")
 
 
 def moments_form(root):

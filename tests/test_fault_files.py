@@ -198,6 +198,31 @@ def test_a_key_or_a_column_that_stands_there_twice_is_refused(tmp_path):
     refused(lambda: common.read_table(path, ["verb"]), f"{path}:1: column 'verb'")
 
 
+def test_an_error_is_one_short_line_without_control_characters():
+    def read():
+        raise UserError("a.json: 'x\0\x1b[2Jy\n z' " + "9" * 5000)
+
+    seen = fault_files.shown(read)
+    assert seen.status == 1 and seen.err.startswith("error: a.json: 'x??[2Jy  z' 999")
+    assert seen.err.count("\n") == 1 and len(seen.err) < 2100 and seen.err.isprintable() is False
+    assert seen.err.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("source", ["a\0b", "\ud800", "x" * 5000, None, 5, ["a"], {}])
+def test_a_strange_source_of_prepared_videos_is_another_one(source, tmp_path):
+    (tmp_path / "src").mkdir()
+    args = common.parse_command(["prepare", str(tmp_path / "src"), str(tmp_path / "dst")])
+    common.keep_settings(args)
+    path = tmp_path / "dst" / "prepare.json"
+    about = json.loads(path.read_text())
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    path.write_text(json.dumps({**about, "source": str(tmp_path / "link")}))
+    common.keep_settings(args)                                # the same folder by another name
+    path.write_text(json.dumps({**about, "source": source}))
+    with pytest.raises(UserError, match=f"^{path}: was made from "):
+        common.keep_settings(args)
+
+
 def test_a_damaged_log_is_taken_for_what_is_left_of_it(tmp_path):
     good = {"stage": "a", "epoch": 0, "step": 1, "loss": 1.5, "broken": 2}
     lines = [json.dumps(good), '{"stage": "a", "step": 2}', "[" * 100000, '{"step": "x"}', "[1]",
