@@ -168,7 +168,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
         if isinstance(e, OSError) and e.filename:
             text = f"{e.filename}: {e.strerror}"
-        print(f"error: {text}", file=sys.stderr)
+        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)     # of a file's: not for a terminal
+        print(f"error: {text:.2000}", file=sys.stderr)
     except torch.OutOfMemoryError:
         print("error: the GPU's memory is full: lower --batch_size", file=sys.stderr)
     except Exception:
@@ -446,6 +447,9 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
         lacking = [c for c in columns if c not in names]
         if lacking:
             raise UserError(f"{path}:1: column {lacking[0]} is missing")
+        if len(set(names)) < len(names):
+            twice = next(n for k, n in enumerate(names) if n in names[:k])
+            raise UserError(f"{path}:1: column {twice!r:.60} stands there twice")
         keys = [*names, "_line"]
         for row in filter(None, reader):                      # not the empty lines
             if len(row) != len(names):
@@ -460,9 +464,16 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
 
 @no_collector()
 def read_json(path: Path) -> Any:
-    """The value of a JSON file; UserError names file and line."""
+    """The value of a JSON file; UserError names file and line, or the key that is there twice."""
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(k for n, (k, _) in enumerate(pairs) if k in dict(pairs[:n]))
+            raise UserError(f"{path}: key {twice!r:.60} stands there twice in one object")
+        return found
+
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official annotations") from None
     except json.JSONDecodeError as e:
@@ -715,7 +726,8 @@ def resume(path: Path, args: argparse.Namespace, **parts: Any) -> dict:
     if not path.exists():
         return {"step": 0}
     state = load_file(path)
-    if not isinstance(state, dict) or not {"step", "args", *parts} <= state.keys():
+    if (not isinstance(state, dict) or not {"step", "args", *parts} <= state.keys()
+            or not isinstance(state["args"], dict) or type(state["step"]) is not int):
         raise UserError(f"{path}: not a checkpoint of this stage; choose another --out")
     now = recipe_of(args)
     for k in sorted(now.keys() | state["args"].keys()):
@@ -857,8 +869,8 @@ class Log:
         self.path, self.broken, self.named = args.out / "log.jsonl", 0, set()
         self.waited, self.since, self.last = 0.0, time.perf_counter(), start - 1
         if rank() == 0:                                       # drop lines of steps to be redone
-            old = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in old if 0 <= _step_of(line) < start]
+            old = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
+            kept = [line for line in old.splitlines() if 0 <= _step_of(line) < start]
             write(self.path, "".join(line + "\n" for line in kept))
 
     def steps(self, loader: Iterable[dict]) -> Iterator[tuple[int, dict]]:
@@ -914,16 +926,18 @@ class Log:
 
 
 def _step_of(line: str) -> int:
-    """The step of a log line, -1 for one that a killed process left half written."""
+    """The step of a log line, -1 for one that is not whole, as a killed process may leave it."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        row = {k: v + 0.0 for k, v in json.loads(line).items() if k != "stage"}   # numbers alone
+        return int(row["step"]) if "broken" in row else -1
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return -1
 
 
 # ---- video -----------------------------------------------------------------------------------
 
 JPG = "image_{:05d}.jpg"        # names of extracted pictures, from 1
+PICTURES = ("JPEG", "PNG", "BMP", "WEBP")                     # EPS would start a program
 
 
 class Window(NamedTuple):
@@ -964,7 +978,8 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
             yield container
     except VideoError:
         raise
-    except (av.FFmpegError, OSError, ValueError, ArithmeticError, AssertionError) as e:
+    except (av.FFmpegError, OSError, ValueError, ArithmeticError, AssertionError, MemoryError,
+            IndexError) as e:                                 # of a stream that begins late
         why = getattr(e, "strerror", None) or str(e) or type(e).__name__
         raise VideoError(f"{path}: cannot be read ({why})") from e
 
@@ -997,7 +1012,10 @@ def _origin(v) -> int:
 
 
 def _rate(v) -> Fraction:
-    return v.average_rate or v.guessed_rate or Fraction(25)
+    rate = v.average_rate or v.guessed_rate or Fraction(25)
+    if rate > 10000:
+        raise ValueError(f"it claims {float(rate):.6g} pictures per second")
+    return rate
 
 
 def read_clip(path: Path, windows: Sequence[Window | Sequence[float]],
@@ -1117,17 +1135,17 @@ def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG,
                 raise VideoError(f"{path}: has {len(ticks)} pictures, no number {numbers[-1]}")
             times = (ticks[numbers] - _origin(v)) * float(v.time_base)
             return _read_group(c, v, path, [times], short_side)[0]
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     pictures = []
     for n in numbers:
         name = path / pattern.format(n + 1)
         try:
-            picture = Image.open(name).convert("RGB")
+            picture = Image.open(name, formats=PICTURES).convert("RGB")
             size = _scaled(picture, short_side)
             if size != picture.size:
                 picture = picture.resize(size, Image.Resampling.BILINEAR)
             pictures.append(np.asarray(picture))
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
+        except Exception as e:                                # Pillow's own, struct's, zlib's
             raise VideoError(f"{name}: cannot be read ({type(e).__name__})") from e
     if len({p.shape for p in pictures}) > 1:
         raise VideoError(f"{path}: its pictures differ in size")
@@ -1410,9 +1428,13 @@ def _sound_pieces(c, a, origin, rate, begin, first, last):
 
 def _samples(frame) -> np.ndarray:
     """(channels, samples) float32 in [-1, 1] of any sample format."""
-    x = frame.to_ndarray()
-    if not frame.format.is_planar:
-        x = x.reshape(-1, frame.layout.nb_channels).T
+    kind, planar = frame.format.name.rstrip("p"), frame.format.is_planar
+    n = frame.layout.nb_channels
+    kind = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}[kind]
+    # PyAV's own array takes what lies behind the eighth plane for more of them, and ends in SIGSEGV
+    x = np.stack([np.frombuffer(p, kind, frame.samples * (1 if planar else n))
+                  for p in frame.planes[:n if planar else 1]])
+    x = x if planar else x.reshape(-1, n).T
     if x.dtype == np.uint8:
         return (x.astype(np.float32) - 128) / 128
     full = -float(np.iinfo(x.dtype).min) if x.dtype.kind == "i" else 1.0
@@ -2452,12 +2474,14 @@ def keep_settings(args: argparse.Namespace) -> None:
     settings = {"short_side": args.short_side, "crf": args.crf}
     if path.exists():
         before = read_json(path)
-        before = before if isinstance(before, dict) else {}
+        before, same = before if isinstance(before, dict) else {}, False
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(f"{path}: was made with --{name} {before.get(name)}, now it is "
                                 f"{value}; use the same flags to continue, or another DST")
-        if Path(str(before.get("source"))).resolve() != src:
+        with contextlib.suppress(ValueError):                 # NUL: no path at all
+            same = Path(str(before.get("source"))).resolve() == src
+        if not same:
             raise UserError(f"{path}: was made from {before.get('source')}, now SRC is {src}; "
                             "choose another DST, or, if SRC has only moved, write its path there")
     elif args.dst.exists() and any(not f.startswith("prepare.json") for f in os.listdir(args.dst)):

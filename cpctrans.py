@@ -200,11 +200,13 @@ def read_rows(path, pattern, form):
     match a line end, nor its first group nothing: all rows are searched in one go.
     """
     try:
-        text = path.read_bytes().decode()
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official split lists") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is not in UTF-8 ({e.reason})") from e
+        line = data[:e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not in UTF-8 ({e.reason})") from e
     text = "\n".join(map(str.strip, text.splitlines()))
     rows = re.findall(rf"^(?:{pattern}|(\S.*))?$", text, re.MULTILINE)
     for line, (*groups, strange) in enumerate(rows, 1):
@@ -229,7 +231,7 @@ def read_classes(path):
     classes = {}
     for line, (number, name) in read_rows(path, rf"([1-9]\d{{0,3}})[ ,]{GAP}*(.*\S)",
                                           "<number> <Class>"):
-        name, label = name.lower(), int(number) - 1
+        name, label = checked(path, line, name).lower(), int(number) - 1
         if name in classes or label in classes.values():
             raise UserError(f"{path}:{line}: {f'{number} {name}'!r:.80} stands there twice")
         classes[name] = label
@@ -246,12 +248,12 @@ def read_ucf101(folder, part, split):
     """
     classes, names, labels, good = read_classes(folder / "classInd.txt"), [], [], {}
     path = folder / f"{part}list{split:02d}.txt"
-    rows = read_rows(path, rf"([^/\n]+)/(.+)\.avi(?:{GAP}+(\d+))?", "<Class>/<video>.avi")
+    rows = read_rows(path, rf"([^/\n]+)/(.+)\.avi(?:{GAP}+(\d{{1,4}}))?", "<Class>/<video>.avi")
     for line, (group, video, number) in rows:
         if (group, number) not in good:
             label = classes.get(checked(path, line, group).lower())
             if label is None or number and int(number) != label + 1:
-                raise UserError(f"{path}:{line}: {group!r:.80} {number:.9} disagrees with "
+                raise UserError(f"{path}:{line}: {group!r:.80} {number} disagrees with "
                                 "classInd.txt")
             good[group, number] = label
         names.append(f"{group}/{checked(path, line, video)}")
@@ -262,7 +264,10 @@ def read_ucf101(folder, part, split):
 def read_hmdb51_file(path):
     """[(line, video, code)] of <class>_test_splitK.txt; codes 1: train, 2: test, 0: neither."""
     rows = read_rows(path, rf"(.+)\.avi{GAP}+([012])", "<video>.avi <0, 1 or 2>")
-    return [(line, checked(path, line, video), int(code)) for line, (video, code) in rows]
+    found = [(line, checked(path, line, video), int(code)) for line, (video, code) in rows]
+    if not found:
+        raise UserError(f"{path}: is empty")
+    return found
 
 
 def read_hmdb51(folder, part, split):
@@ -314,7 +319,7 @@ def read_list(args, part, split):
     """
     root = args.lists or args.data
     official = {"ucf101": "trainlist01.txt", "hmdb51": "*_test_split1.txt"}[args.dataset]
-    theirs, frames = common.find(root, official), None
+    theirs, own, frames = common.find(root, official), None, None
     if theirs:
         reader = read_ucf101 if args.dataset == "ucf101" else read_hmdb51
         names, labels, classes = reader(theirs.parent, part, split)
@@ -324,11 +329,13 @@ def read_list(args, part, split):
             raise UserError(f"{root}: holds no split lists ({official} or {part}_split"
                             f"{split:02d}.csv); see README for the layout")
         names, labels, classes, frames = read_csv_list(own.parent, part, split)
+    path = own if not theirs else theirs.parent / (
+        f"{part}list{split:02d}.txt" if args.dataset == "ucf101" else f"*_test_split{split}.txt")
     if not names:
-        raise UserError(f"{root}: the {part} list of split {split} is empty")
+        raise UserError(f"{path}: the {part} list of split {split} is empty")
     if len(set(names)) < len(names):
         twice = next(n for n, k in Counter(names).items() if k > 1)
-        raise UserError(f"{root}: {twice} stands twice in the {part} list of split {split}")
+        raise UserError(f"{path}: {twice} stands twice in the {part} list of split {split}")
     by_label = {n: c for c, n in classes.items()}
     classes = [by_label.get(n, "") for n in range(max(by_label) + 1)]
     return tuple(names), labels, classes, frames
@@ -451,7 +458,12 @@ class Lengths(Dataset):
 @lru_cache(1)
 def counted(cache, _):
     """What `measure` has kept, as of a time: of training and of validation videos alike."""
-    return common.read_json(cache)
+    found = common.read_json(cache)
+    if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2 ** 31
+                                              for n in found.values()):
+        raise UserError(f"{cache}: holds more than numbers of pictures; delete it, and they are "
+                        "counted anew")
+    return found
 
 
 def measure(args, folder, names, stamps, part):
@@ -1023,7 +1035,11 @@ def describe(path):
     as in CPCTR, whose layer is a single one.
     """
     found = common.load_file(Path(path))
-    if isinstance(found, dict) and isinstance(found.get("history"), list):
+    if isinstance(found, dict) and "history" in found:
+        forms = {"args": dict, "history": list}
+        if not all(isinstance(found.get(k), form) for k, form in forms.items()) or not all(
+                isinstance(stage, dict) for stage in found["history"]):
+            raise UserError(f"{path}: its args or its history are not of our form")
         return {**found["args"], "history": found["history"], "classes": found.get("classes")}
     tensors = common.find_weights(Path(path))
     stem = tensors.get("backbone.conv1.weight")

@@ -326,7 +326,7 @@ def read_records(args):
         lines = path.read_text(errors="replace").splitlines()
         try:
             rows = json.loads(f"[{','.join(lines)}]")         # a third of the time of one by one
-        except ValueError:
+        except (ValueError, RecursionError):
             rows = map(parsed, lines)
         for record in rows:
             with contextlib.suppress(KeyError, TypeError):
@@ -337,7 +337,7 @@ def read_records(args):
 def parsed(line):
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -373,7 +373,10 @@ def scan(args):
     records = read_records(args) if missing else records
     common.barrier()
     if common.rank() == 0 and missing:
-        lines = (json.dumps(r) + "\n" for _, r in sorted(records.items()) if "segments" in r)
+        kept = sorted(((k, r) for k, r in records.items() if "segments" in r
+                       and isinstance(k[0], str) and all(type(x) in (int, float) for x in k[1:])),
+                      key=lambda item: item[0])
+        lines = (json.dumps(r) + "\n" for _, r in kept)
         common.write(args.moments / "moments.jsonl", "".join(lines))
         for f in args.moments.glob("moments.part-*.jsonl"):   # ours, and those of dead jobs
             if job in f.name or time.time() - f.stat().st_mtime > 3600:
@@ -390,8 +393,19 @@ class SegmentIndex:
     The moments of segment i are peaks[offset[i]:offset[i+1]], already admissible for --delta.
     """
 
-    @common.no_collector()
     def __init__(self, args, records):
+        try:
+            self.fill(args, records)
+            sound = all(np.isfinite(x).all() for x in (self.start, self.stop, self.peaks))
+        except (TypeError, ValueError, KeyError, IndexError, OverflowError):
+            sound = False
+        if not sound:
+            raise UserError(f"{args.moments / 'moments.jsonl'}: holds a record that is not of its "
+                            "form; delete the file, and it is made anew")
+        self.tell(args, records)
+
+    @common.no_collector()
+    def fill(self, args, records):
         rows = [(n, *s) for n, r in enumerate(records) for s in r.get("segments", ())]
         rows = rows[:args.limit]
         self.files = np.array([os.fsencode(r["file"]) for r in records])
@@ -409,9 +423,11 @@ class SegmentIndex:
         roomy = self.stop - self.start >= 2 * (args.delta_non_overlap + CLIP_SECONDS)
         self.has_moment = self.count > 0 if args.moi == "peaks" else self.sound & roomy
         self.usable = np.flatnonzero(self.has_moment)
+
+    def tell(self, args, records):
         broken = [r["error"] for r in records if "segments" not in r]
-        common.say(f"{len(rows)} segments of {len(records) - len(broken)} files, {len(self.peaks)} "
-                   f"moments; {len(rows) - len(self.usable)} segments have none "
+        common.say(f"{len(self)} segments of {len(records) - len(broken)} files, {len(self.peaks)} "
+                   f"moments; {len(self) - len(self.usable)} segments have none "
                    f"({int((~self.sound).sum())} of them no sound) and are replaced")
         if broken:
             common.say(f"warning: {len(broken)} files cannot be read: {'; '.join(broken[:3])}")
@@ -600,7 +616,7 @@ def read_actions(root, split):
     kept, seen = [], set()
     for r in rows:
         def fault(column, why, row=r):
-            return UserError(f"{path}:{row['_line']}: {column} {row[column]!r} {why}")
+            return UserError(f"{path}:{row['_line']}: {column} {row[column]!r:.80} {why}")
         if r["narration_id"] in seen or not r["narration_id"]:
             raise fault("narration_id", "is empty or there twice")
         seen.add(r["narration_id"])
@@ -608,7 +624,7 @@ def read_actions(root, split):
             raise fault("video_id", "is not of the form P01_01")
         times = []
         for column in ("start_timestamp", "stop_timestamp"):
-            m = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d(?:\.\d+)?)", r[column], re.ASCII)
+            m = re.fullmatch(r"(\d{1,4}):([0-5]\d):([0-5]\d(?:\.\d+)?)", r[column], re.ASCII)
             if not m:
                 raise fault(column, "is not HH:MM:SS.ss")
             times.append(int(m[1]) * 3600 + int(m[2]) * 60 + float(m[3]))
@@ -628,16 +644,20 @@ def read_actions(root, split):
 
 def read_subsets(root):
     """(tail verb classes, tail noun classes, unseen participants) of the validation split."""
-    def column(name, key, kind):
+    def column(name, key, kind=str, n=0):
         path, values = root / "annotations" / f"EPIC_100_{name}.csv", set()
         for r in common.read_table(path, [key]):
-            try:
-                values.add(kind(r[key]))
-            except ValueError:
-                raise UserError(f"{path}:{r['_line']}: {key} {r[key]!r} is no number") from None
+            where = f"{path}:{r['_line']}: {key} {r[key]!r:.60}"
+            if n and not re.fullmatch(r"[0-9]{1,3}", r[key]) or n and int(r[key]) >= n:
+                raise UserError(f"{where} is no class number below {n}")
+            if not n and not re.fullmatch(r"P\d+", r[key]):
+                raise UserError(f"{where} is not of the form P01")
+            values.add(kind(r[key]))
+        if not values:
+            raise UserError(f"{path}: has no rows")
         return values
-    return (column("tail_verbs", "verb", int), column("tail_nouns", "noun", int),
-            column("unseen_participant_ids_validation", "participant_id", str))
+    return (column("tail_verbs", "verb", int, VERBS), column("tail_nouns", "noun", int, NOUNS),
+            column("unseen_participant_ids_validation", "participant_id"))
 
 
 def epic_videos(root):
@@ -770,6 +790,8 @@ def read_fho_actions(root, split, num_classes):
     for i, entry in enumerate(entries):
         f = common.Fields(f"{path}: clips[{i}]", entry)
         key = f.name("clip_uid"), int(f.number("action_idx"))
+        if key[1] != entry["action_idx"]:
+            raise f.fault("action_idx", "is no whole number")
         rows.setdefault(key, (*key, span(f, "action_clip"), *(
             f.label(k, n) for k, n in zip(("verb_label", "noun_label"), num_classes))))
     if len(rows) < len(entries):
@@ -840,7 +862,7 @@ def read_change(f, null_is_change):
     NOTE: the benchmark asserts that the key frame is in its clip; here it counts as not known.
     """
     name, state, seconds = f.entry.get("unique_id"), f.entry.get("state_change"), span(f, "parent")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or "\0" in name:             # which NumPy would cut off
         raise f.fault("unique_id", "is no text")
     if state not in (True, False, None):
         raise f.fault("state_change", "is neither true, false nor null")

@@ -45,6 +45,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -323,11 +324,16 @@ class Video(NamedTuple):
 def read_lines(path):
     """Lines of a text file with their numbers, empty ones left out."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it comes with the official annotations") from None
     except UnicodeDecodeError as e:
-        raise UserError(f"{path}: is not in UTF-8 (byte {e.start})") from e
+        line = data[:e.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: is not in UTF-8 (byte {e.start})") from e
+    if "\0" in text:
+        line = text[:text.index("\0")].count("\n") + 1
+        raise UserError(f"{path}:{line}: holds a NUL byte")
     return [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
 
 
@@ -428,9 +434,12 @@ def class_names(args):
         return [row.partition(" ")[2] for _, row in rows]
     path = next(filter(None, (common.find(d, "class_list.txt")
                               for d in (root, root.parent, args.data) if d.is_dir())), None)
-    names = [row.split()[-1] for _, row in read_lines(path)] if path else THUMOS
-    for name in names:
-        common.Fields(str(path), {"class": name}).name("class")
+    rows = read_lines(path) if path else [(0, name) for name in THUMOS]
+    names = [row.split()[-1] for _, row in rows]
+    for k, (n, row) in enumerate(rows):
+        common.Fields(f"{path}:{n}", {"class": names[k]}).name("class")
+        if names[k] in names[:k] or row.split()[:-1] not in ([], [str(k + 1)]):
+            raise UserError(f"{path}:{n}: {row!r:.60} is not class {k + 1}, or stands there twice")
     if not names:
         raise UserError(f"{path}: holds no class")
     return names
@@ -574,6 +583,9 @@ def read_kinetics(args, split):
     rows = kinetics_rows(path)
     names = ([row for _, row in read_lines(listing)] if listing
              else sorted({label for label, *_ in rows}))
+    if len(set(names)) < len(names):
+        twice, count = Counter(names).most_common(1)[0]
+        raise UserError(f"{listing}: {twice!r:.60} stands there {count} times")
     index, folders, paths, labels = {n: c for c, n in enumerate(names)}, {}, [], []
     for label, name, span in rows:
         if label not in index:
@@ -589,6 +601,9 @@ def read_kinetics(args, split):
             labels.append(index[label])
     common.say(f"{split}: {len(paths)} of {len(rows)} clips of {path} have a file below {tree}, "
                f"{len(names)} classes")
+    if len(set(paths)) < len(paths):
+        twice, count = Counter(paths).most_common(1)[0]
+        raise UserError(f"{path}: {twice!r:.80} stands there {count} times")
     if not paths:
         raise UserError(f"{tree}: holds none of the clips of {path} (LABEL/ID_START_END.mp4, or "
                         "such folders of frames)")
@@ -1551,7 +1566,9 @@ def read_features(args, name):
         if not path.is_file():
             raise VideoError(f"{path}: no such file; --stage extract makes it")
         try:
-            x = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")               # of other files of PyTorch's
+                x = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             if x.dim() != 5 or x.shape[0] != 1 or x.shape[3:] != (GRID, GRID) or not len(x[0, 0]):
                 raise ValueError(f"is {tuple(x.shape)}, not 1, C, T, 7, 7")
             found[level] = x[0, :, :args.feature_cap].float()
@@ -1576,6 +1593,8 @@ def check_features(args, videos, widths):
     about = common.read_json(folder / "about.json") if (folder / "about.json").exists() else {}
     about = about if isinstance(about, dict) else {}
     unreadable = about.get("unreadable") or []
+    if not isinstance(unreadable, list):
+        raise UserError(f"{folder / 'about.json'}: unreadable: is no list")
     lost = [f"{level}/{v.name}" for level in LEVELS for v in videos
             if v.name not in there[level] and v.name not in unreadable]
     if lost:
