@@ -359,16 +359,16 @@ def scan(args):
     mine = missing[common.rank()::common.world_size()]
     if mine:
         part.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)                          # of a dead job of the same number
         loader = DataLoader(ScanFiles(args, mine), batch_size=None, num_workers=args.workers)
         began = shown = time.perf_counter()
-        with open(part, "w") as out:
-            for n, record in enumerate(loader, 1):
+        for n, record in enumerate(loader, 1):
+            with common.blame(part), open(part, "a") as out:
                 out.write(json.dumps(record) + "\n")
-                out.flush()
-                if time.perf_counter() - shown > 10:
-                    shown = time.perf_counter()
-                    left = (shown - began) / n * (len(mine) - n)
-                    common.say(f"moments {n}/{len(mine)} files of process 0, ETA {left:.0f} s")
+            if time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                left = (shown - began) / n * (len(mine) - n)
+                common.say(f"moments {n}/{len(mine)} files of process 0, ETA {left:.0f} s")
     common.barrier()
     records = read_records(args) if missing else records
     common.barrier()
@@ -1430,9 +1430,9 @@ def pretrain(args, device):
             out = ddp(v_l, v_r, batch["sound"].to(device, non_blocking=True))
         avc, astc = losses(out, args.tau)
         loss = args.clr_coeff * avc + args.aot_coeff * astc
-        log.guard(step, avc=avc, astc=astc)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        log.guard(step, optimizer, avc=avc, astc=astc)
         optimizer.step()
 
         ended = k + 1 == per_epoch
@@ -1504,10 +1504,10 @@ def linear(args, device):
         logits = model.classify(x, args.normalize_feats)
         loss_verb = F.cross_entropy(logits["verb_class"], verb)
         loss_noun = F.cross_entropy(logits["noun_class"], noun)
-        log.guard(step, verb=loss_verb, noun=loss_noun)
         loss = (loss_verb + loss_noun) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        log.guard(step, optimizer, verb=loss_verb, noun=loss_noun)
         optimizer.step()
         saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0
         log(step, saving, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
@@ -1715,7 +1715,7 @@ def finetune(args, device):
                 terms = task.losses(out, part)
                 (sum(terms.values()) / len(parts)).backward()
             means = {k: means.get(k, 0.0) + v.detach() / len(parts) for k, v in terms.items()}
-        log.guard(step, **means)
+        log.guard(step, optimizer, **means)
         optimizer.step()
 
         ended = (step + 1) % per_epoch == 0
