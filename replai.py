@@ -2029,10 +2029,15 @@ def convert(args, device):
 # ---- segments and pictures ---------------------------------------------------------------------
 
 def encode(path, frames, fps, x, rate):
-    """Write a piece: H.264 with a key frame per second, and AAC if there is sound."""
+    """Write a piece: H.264 with a key frame per second, and AAC if there is sound.
+
+    One thread: x264's bytes depend on their number.
+    """
     def content(f):
         with av.open(f, "w", format="mp4") as c:
-            v = c.add_stream("libx264", rate=fps, options={"g": str(fps), "crf": "20"})
+            v = c.add_stream("libx264", rate=fps, options={"g": str(fps), "crf": "20",
+                                                           **common.SAME_BYTES})
+            v.codec_context.thread_count = 1
             v.height, v.width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
             v.pix_fmt = "yuv420p"
             a = c.add_stream("aac", rate=rate, layout="mono" if len(x) == 1 else "stereo") \
