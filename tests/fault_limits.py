@@ -47,7 +47,7 @@ ITEMS = 7                                                     # of every split: 
 SECONDS, FPS = 8.4, 15
 
 
-# ---- a small world: the same seven videos under the names of every dataset ---------------------
+# ---- a small world: the same seven videos under the names of every dataset -------------------
 
 def picture(k, t, w=64, h=48):
     """Picture t of video k: waves of its own length, direction and colour."""
@@ -167,7 +167,7 @@ def world(folder):
     return root
 
 
-# ---- every stage ---------------------------------------------------------------------------------
+# ---- every stage -----------------------------------------------------------------------------
 
 class Stage(NamedTuple):
     """A command line; OUT stands for the run's folder, FEW for how many items there shall be."""
@@ -264,13 +264,18 @@ def trained(folder):
     return root
 
 
-def contents(folder, without=("args.json",)):
-    """{file: bytes} of what a run has left, links excepted."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*"))
-            if f.is_file() and not f.is_symlink() and f.name not in without}
+def contents(folder):
+    """{file: bytes} of what a run has left, but for links, times and the number of processes."""
+    found = {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*"))
+             if f.is_file() and not f.is_symlink() and f.name != "args.json"}
+    if "log.jsonl" in found:
+        rows = map(json.loads, found["log.jsonl"].decode().splitlines())
+        found["log.jsonl"] = [{k: v for k, v in row.items() if k not in (
+            "clips_per_s", "data_wait", "eta_s")} for row in rows]
+    return found
 
 
-# ---- the script that the processes run -------------------------------------------------------------
+# ---- the script that the processes run -------------------------------------------------------
 
 def parse_args():
     """The one argument is a file with what to do."""
@@ -401,7 +406,7 @@ def cases(task):
     Path(f"result{common.rank()}.json").write_text(json.dumps(done))
 
 
-# ---- a disk that is full --------------------------------------------------------------------------
+# ---- a disk that is full ---------------------------------------------------------------------
 
 DONE = 99                                                     # exit status: nothing was refused
 
@@ -622,9 +627,9 @@ def full_from(task):
     disk.at, disk.error, event, opened = math.inf, errno.ENOSPC, disk.event, itertools.count(1)
 
     def counted(kind, path, *args, **kwargs):
-        if kind == "open" and re.fullmatch(task.file, Path(path).name) and next(opened) == task.at:
+        name = re.sub(r"[.]tmp\d+$", "", Path(path).name)
+        if kind == "open" and re.fullmatch(task.file, name) and next(opened) == task.at:
             disk.at = disk.seen + 2                           # its first write
-        disk.seen = min(disk.seen, 0) if disk.at == math.inf else disk.seen
         event(kind, path, **{**kwargs, "begins": False})
     disk.event, disk.file_is_done = counted, lambda: None
     if common.rank() != 0:
@@ -639,10 +644,11 @@ def broken_stdout(task):
         other, fd = os.pipe()
         os.close(other)
     os.dup2(fd, 1)
+    sys.stdout = open(1, "w", closefd=False)                  # the other one was a file
     run_script(task.script, task.flags)
 
 
-# ---- what is promised -----------------------------------------------------------------------------
+# ---- what is promised ------------------------------------------------------------------------
 
 PROBED = ("replai_moments", "replai_segments", "replai_linear", "cpctrans_finetune",
           "cpctrans_test", "f2c_features", "f2c_f2c", "f2c_evaluate", "ssdet_finetune",
@@ -739,7 +745,8 @@ def disk(folder, seed, long):
         "runs refused and continued": len(REFUSED), "worst seconds": worst}, failed)
 
     failed, worst = [], 0.0
-    for k, name in enumerate(("replai_pretrain", "f2c_f2c")[:2 if long else 1]):
+    both = ("replai_pretrain", "f2c_f2c")[:2 if long else 1]
+    for name in both:
         where = folder / "two" / name
         r, seconds = start(where, root, name, "full", n=2, how=running.command, file="last.pt",
                            at=2)
@@ -748,7 +755,7 @@ def disk(folder, seed, long):
                              "last.pt: could not be written"):
             failed.append(f"{name}: {fault}")
     yield Row("a disk that is full for process 0 ends both, the cause told once", {
-        "runs by torchrun": k + 1, "worst seconds": worst}, failed)
+        "runs by torchrun": len(both), "worst seconds": worst}, failed)
 
     failed, runs = [], 0
     for name in ("replai_moments", "cpctrans_finetune", "f2c_f2c", "ssdet_finetune"):
@@ -816,9 +823,9 @@ def numbers(folder, seed, long):
     some = [k for k in loops if long or k in ("f2c_f2c", "cpctrans_finetune")]
     todo = [case(root, k, folder / "numbers" / f"{k}_loss_nan_1") for k in some]
     for c, (x,) in zip(todo, run_cases(folder / "again", todo)):
-        left = contents(folder / "numbers" / f"{c['name']}_loss_nan_1")
-        failed += [f"{c['name']}: {x['fault']}"] if x["fault"] else []
-        failed += [f"{c['name']}: {k}" for k in differing(contents(root / "runs" / c["name"]), left)]
+        name, left = c["name"], contents(folder / "numbers" / f"{c['name']}_loss_nan_1")
+        failed += [f"{name}: {x['fault']}"] if x["fault"] else []
+        failed += [f"{name}: {k}" for k in differing(contents(root / "runs" / name), left)]
     yield Row("continued from the checkpoint before NaN, a run ends in the same bits", {
         "runs": len(todo)}, failed)
 
