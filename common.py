@@ -565,7 +565,7 @@ def blame(target: Path | str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as e:
         why = next((x for x in (e, e.__context__) if isinstance(x, OSError)), None)
-        if why is None:                                       # torch.save hides it in a RuntimeError
+        if why is None:                                       # torch.save: the error behind it
             raise
         raise UserError(f"{target}: could not be written ({why.strerror or why})") from e
 

@@ -37,14 +37,14 @@ def held(part, folder):
 
 def test_every_number_of_processes_predicts_every_item_once_and_alike(folder):
     figures, = held("equality", folder)
-    assert figures["stages"] == 18 and figures["cases"] == 162
-    assert figures["items predicted"] > 500 and figures["files compared"] > 500
+    assert figures["stages"] == 18 and figures["cases"] == 90
+    assert figures["items predicted"] > 500 and figures["files compared"] > 250
 
 
 def test_nan_and_inf_stop_before_the_update_and_keep_the_checkpoint(folder):
     stopped, huge, again = held("numbers", folder)
-    assert stopped["loops"] == 11 and stopped["runs"] == 66 and stopped["worst seconds"] < 60
-    assert huge["runs"] == 11 and again["runs"] == 2
+    assert stopped["loops"] == 11 and stopped["runs"] == 44 and stopped["worst seconds"] < 60
+    assert huge["runs"] == 11 and huge["stopped"] >= 6 and again["runs"] == 2
 
 
 def test_a_full_disk_costs_one_line_and_no_more(folder):
