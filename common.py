@@ -154,13 +154,22 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     Where every process fails alike, process 0 speaks first and the others are ended by torchrun
     while they wait. `os._exit` at the end: gloo may abort while an interpreter takes itself down.
     """
-    status = 1
+    with contextlib.suppress(OSError, ValueError):            # of a stderr that is full or closed
+        status = _status(main, args)
+        for f in filter(None, (sys.stdout, sys.stderr)):
+            f.flush()
+        os._exit(status)
+    os._exit(1)
+
+
+def _status(main, args):
+    """The exit status of `main(args)`, once it has been told why."""
     try:
         main(args)
-        status = 0
+        return 0
     except KeyboardInterrupt:
-        status = 130
         say("stopped; the same command continues from the last checkpoint, if there is one")
+        return 130
     except (UserError, OSError, dist.DistError) as e:
         time.sleep(0 if rank() == 0 else 3)
         lines = str(e).strip().splitlines() or [type(e).__name__]
@@ -176,9 +185,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         time.sleep(3 if world_size() > 1 else 0)              # most often another rank's fault
         import traceback
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return 1
 
 
 # ---- processes -------------------------------------------------------------------------------
@@ -225,7 +232,8 @@ def barrier() -> None:
 def say(*words: Any) -> None:
     """Print on process 0."""
     if rank() == 0:
-        print(*words, flush=True)
+        with blame("standard output"):
+            print(*words, flush=True)
 
 
 def gather(rows: dict[int, Any], expect: int) -> dict[int, Any]:
@@ -548,6 +556,9 @@ def predict(args: argparse.Namespace, device: torch.device, dataset: Dataset,
         with autocast(device, args.precision):
             out = network(items, batch if collate else batch.to(device))
         rows |= {i: [x[k].float().cpu().numpy() for x in out] for k, i in enumerate(items)}
+        if not all(np.isfinite(x).all() for i in items for x in rows[i]):
+            raise UserError(f"{what}: the network's output is not finite; nothing was scored. "
+                            "Lower --lr, or train longer")
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
             left = (shown - began) / n * (len(mine) - n)
@@ -558,25 +569,36 @@ def predict(args: argparse.Namespace, device: torch.device, dataset: Dataset,
 
 # ---- what a run leaves behind ----------------------------------------------------------------
 
+@contextlib.contextmanager
+def blame(target: Path | str) -> Iterator[None]:
+    """What the system refuses in here, as on a full disk, is a UserError that names the target."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        why = next((x for x in (e, e.__context__) if isinstance(x, OSError)), None)
+        if why is None:                                       # torch.save: the error behind it
+            raise
+        raise UserError(f"{target}: could not be written ({why.strerror or why})") from e
+
+
 def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]) -> None:
     """Write a file at once or not at all: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            if callable(content):
-                content(f)
-            else:
-                f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException as e:
-        with contextlib.suppress(OSError):                    # the name itself may be too long
-            temporary.unlink(missing_ok=True)
-        if isinstance(e, (OSError, RuntimeError)):            # the latter: torch.save, disk full
-            raise UserError(f"{path}: could not be written ({e})") from e
-        raise
+    with blame(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as f:
+                if callable(content):
+                    content(f)
+                else:
+                    f.write(content.encode() if isinstance(content, str) else content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):                # the name itself may be too long
+                temporary.unlink(missing_ok=True)
+            raise
     with contextlib.suppress(OSError):                        # some file systems cannot
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -681,14 +703,28 @@ def _plain(x: Any) -> Any:
     raise TypeError(f"a checkpoint holds tensors, numbers and strings, not {type(x)}")
 
 
+def _tensors(x: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all that a state holds, `model.head.bias` for one."""
+    if isinstance(x, torch.Tensor):
+        yield name, x
+    elif isinstance(x, (dict, list)):
+        for k, v in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from _tensors(v, f"{name}.{k}" if name else str(k))
+
+
 def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
     """Checkpoint after `step` steps, by process 0: each part's `state_dict()`, or a plain value.
 
-    A run that was interrupted and one that was not end in the same bytes.
+    A run that was interrupted and one that was not end in the same bytes. UserError, and the file
+    stays as it was, where a tensor holds NaN or Inf.
     """
     if rank() == 0:
         state = {k: _plain(v.state_dict() if hasattr(v, "state_dict") else v)
                  for k, v in parts.items()}
+        for name, x in _tensors(state):
+            if x.is_floating_point() and not torch.isfinite(x).all():
+                raise UserError(f"step {step - 1}: {name} is nan or inf after the update; {path} "
+                                "was not written, what it holds is from before")
         state |= {"step": step, "args": _plain(recipe_of(args)), "versions": _plain(versions())}
         write(path, lambda f: torch.save(state, f))
 
@@ -861,7 +897,8 @@ def mean(values: dict[str, Any]) -> dict[str, float]:
 class Log:
     """Console line and `log.jsonl` object per log step; guard against NaN; count of broken files.
 
-    for step, batch in log.steps(loader): ... log.guard(step, part=loss) ... log(step, loss=loss)
+    for step, batch in log.steps(loader): ... loss.backward(); log.guard(step, optimizer, part=loss)
+        optimizer.step() ... log(step, loss=loss)
     """
 
     def __init__(self, args: argparse.Namespace, start: int, steps: int, steps_per_epoch: int):
@@ -888,12 +925,24 @@ class Log:
                     print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
             yield step, batch
 
-    def guard(self, step: int, **parts: torch.Tensor) -> None:
-        """Raise before the update if a part of the loss is NaN or Inf."""
-        for name, value in parts.items():
-            if not math.isfinite(float(value.detach())):
-                raise UserError(f"step {step}: {name} is {value.item()}; stopped before the "
-                                f"update, the last checkpoint in {self.args.out} is from before")
+    def guard(self, step: int, optimizer: torch.optim.Optimizer,
+              **parts: torch.Tensor) -> torch.Tensor:
+        """Between backward and update: UserError, on every process, if a part of the loss of any
+        of them is NaN or Inf, or the gradient. Returns the gradient's norm.
+
+        The device is waited for once, whatever the number of parts.
+        """
+        norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups
+                                        for p in group["params"] if p.grad is not None])
+        parts["gradient"] = norm
+        sums = torch.stack([v.detach().float() for v in parts.values()])
+        if world_size() > 1:
+            dist.all_reduce(sums)
+        for name, value in zip(parts, sums.tolist()):
+            if not math.isfinite(value):
+                raise UserError(f"step {step}: {name} is {value}; stopped before the update, the "
+                                f"last checkpoint in {self.args.out} is from before")
+        return norm
 
     def __call__(self, step: int, now: bool = False, **values: Any) -> None:
         """A row every `--log_every` steps, at the last, and `now`: before a checkpoint, so that a
@@ -905,18 +954,18 @@ class Log:
         clock = time.perf_counter()
         seconds, done = max(1e-9, clock - self.since), step - self.last
         row = {"stage": self.args.stage, "epoch": step // self.per_epoch, "step": step,
-               **{k: float(f"{v:.6g}") for k, v in means.items()},
+               **{k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in means.items()},
                "broken": round(means["broken"] * world_size()),
                "clips_per_s": round(done * self.args.batch_size / seconds, 2),
                "data_wait": round(self.waited / seconds, 4),
                "eta_s": round((self.end - step - 1) * seconds / done)}
         self.waited, self.since, self.last, self.broken = 0.0, clock, step, 0
         if rank() == 0:
-            with open(self.path, "a") as f:
+            with blame(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
             left = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"] % 86400))
             say(f"{row['stage']} {step + 1}/{self.end}  "
-                + "  ".join(f"{k} {row[k]:.4g}" for k in values)
+                + "  ".join(f"{k} {means[k]:.4g}" for k in values)
                 + f"  {row['clips_per_s']:.1f} clips/s  data wait {100 * row['data_wait']:.0f}%"
                 + "  ETA " + f"{row['eta_s'] // 86400} d " * (row["eta_s"] >= 86400) + left)
 
@@ -1399,6 +1448,8 @@ def _read_sound(c, path, start, stop):
         low, high = max(b, first), min(b + x.shape[1], end)
         if high > low:
             out[:, low - first:high - first] = x[:, low - b:high - b]
+    if not np.isfinite(out).all():
+        raise VideoError(f"{path}: its sound holds NaN or Inf")
     return out, rate
 
 
@@ -2156,11 +2207,10 @@ the others go on (exit status 1).
 VIDEOS = {".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ts",
           ".webm", ".wmv"}
 ANNOTATIONS = {".csv", ".json", ".txt"}
-X264 = {"preset": "veryfast", "tune": "fastdecode",
-        "x264-params": "keyint=32:min-keyint=32:scenecut=0:bframes=2:b-pyramid=none"}
-if platform.machine() in ("x86_64", "AMD64"):
-    # Its AVX-512 code reads memory that nobody wrote: no two files alike. As fast without.
-    X264["x264-params"] += ":asm=SSE4.2"
+# Its AVX-512 code reads memory that nobody wrote: no two files alike. As fast without.
+SAME_BYTES = {"x264-params": "asm=SSE4.2"} if platform.machine() in ("x86_64", "AMD64") else {}
+X264 = {"preset": "veryfast", "tune": "fastdecode", "x264-params": ":".join([
+    "keyint=32:min-keyint=32:scenecut=0:bframes=2:b-pyramid=none", *SAME_BYTES.values()])}
 
 
 class Timetable(NamedTuple):
@@ -2278,14 +2328,16 @@ def _sound_packet(p, a, copy, origin) -> av.Packet:
 
 @contextlib.contextmanager
 def _blame(target):
-    """What the system refuses in here is the target's fault, not the source's: a UserError, or,
-    where the file system cannot have such a name, a VideoError, which the other files survive.
+    """`blame`, but where the file system cannot have such a name, a VideoError: the other files
+    survive it.
     """
     try:
-        yield
-    except OSError as e:
-        kind = VideoError if e.errno in (errno.ENAMETOOLONG, errno.EILSEQ) else UserError
-        raise kind(f"{target}: could not be written ({e.strerror or e})") from e
+        with blame(target):
+            yield
+    except UserError as e:
+        if getattr(e.__cause__, "errno", None) in (errno.ENAMETOOLONG, errno.EILSEQ):
+            raise VideoError(str(e)) from e
+        raise
 
 
 @contextlib.contextmanager

@@ -1285,9 +1285,9 @@ def train(args, device, model, data, losses, validate, history, classes):
         with common.autocast(device, args.precision):
             out = ddp(paint(batch, device))
         terms = losses(out, batch["label"].to(device))
-        log.guard(step, loss=terms["loss"])
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
+        log.guard(step, optimizer, loss=terms["loss"])
         optimizer.step()
 
         ended, measured = (step + 1) % per_epoch == 0, {}

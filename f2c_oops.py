@@ -1733,8 +1733,8 @@ def train(args, device, model, dataset, collate, losses, validate):
         terms = losses(out, batch)
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(learned, 1.0)
-        log.guard(step, loss=terms["loss"], gradient=norm)
+        norm = log.guard(step, optimizer, loss=terms["loss"])
+        nn.utils.clip_grads_with_norm_(learned, 1.0, norm)
         optimizer.step()
 
         ended, measured = (step + 1) % per_epoch == 0, {}

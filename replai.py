@@ -359,16 +359,16 @@ def scan(args):
     mine = missing[common.rank()::common.world_size()]
     if mine:
         part.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True)                          # of a dead job of the same number
         loader = DataLoader(ScanFiles(args, mine), batch_size=None, num_workers=args.workers)
         began = shown = time.perf_counter()
-        with open(part, "w") as out:
-            for n, record in enumerate(loader, 1):
+        for n, record in enumerate(loader, 1):
+            with common.blame(part), open(part, "a") as out:
                 out.write(json.dumps(record) + "\n")
-                out.flush()
-                if time.perf_counter() - shown > 10:
-                    shown = time.perf_counter()
-                    left = (shown - began) / n * (len(mine) - n)
-                    common.say(f"moments {n}/{len(mine)} files of process 0, ETA {left:.0f} s")
+            if time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                left = (shown - began) / n * (len(mine) - n)
+                common.say(f"moments {n}/{len(mine)} files of process 0, ETA {left:.0f} s")
     common.barrier()
     records = read_records(args) if missing else records
     common.barrier()
@@ -1452,9 +1452,9 @@ def pretrain(args, device):
             out = ddp(v_l, v_r, batch["sound"].to(device, non_blocking=True))
         avc, astc = losses(out, args.tau)
         loss = args.clr_coeff * avc + args.aot_coeff * astc
-        log.guard(step, avc=avc, astc=astc)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        log.guard(step, optimizer, avc=avc, astc=astc)
         optimizer.step()
 
         ended = k + 1 == per_epoch
@@ -1526,10 +1526,10 @@ def linear(args, device):
         logits = model.classify(x, args.normalize_feats)
         loss_verb = F.cross_entropy(logits["verb_class"], verb)
         loss_noun = F.cross_entropy(logits["noun_class"], noun)
-        log.guard(step, verb=loss_verb, noun=loss_noun)
         loss = (loss_verb + loss_noun) / 2
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        log.guard(step, optimizer, verb=loss_verb, noun=loss_noun)
         optimizer.step()
         saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0
         log(step, saving, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
@@ -1737,7 +1737,7 @@ def finetune(args, device):
                 terms = task.losses(out, part)
                 (sum(terms.values()) / len(parts)).backward()
             means = {k: means.get(k, 0.0) + v.detach() / len(parts) for k, v in terms.items()}
-        log.guard(step, **means)
+        log.guard(step, optimizer, **means)
         optimizer.step()
 
         ended = (step + 1) % per_epoch == 0
@@ -2051,10 +2051,15 @@ def convert(args, device):
 # ---- segments and pictures ---------------------------------------------------------------------
 
 def encode(path, frames, fps, x, rate):
-    """Write a piece: H.264 with a key frame per second, and AAC if there is sound."""
+    """Write a piece: H.264 with a key frame per second, and AAC if there is sound.
+
+    One thread: x264's bytes depend on their number.
+    """
     def content(f):
         with av.open(f, "w", format="mp4") as c:
-            v = c.add_stream("libx264", rate=fps, options={"g": str(fps), "crf": "20"})
+            v = c.add_stream("libx264", rate=fps, options={"g": str(fps), "crf": "20",
+                                                           **common.SAME_BYTES})
+            v.codec_context.thread_count = 1
             v.height, v.width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
             v.pix_fmt = "yuv420p"
             a = c.add_stream("aac", rate=rate, layout="mono" if len(x) == 1 else "stereo") \

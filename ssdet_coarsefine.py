@@ -1912,7 +1912,7 @@ def train(args, device, model, dataset, pack, forward, validate):
                 terms = next(each)
                 terms["loss"].backward()
                 total = {key: total.get(key, 0) + v.detach() for key, v in terms.items()}
-        log.guard(step, loss=total["loss"])
+        log.guard(step, optimizer, loss=total["loss"])
         optimizer.step()
 
         validating = (step + 1) % (args.val_every * per_epoch) == 0 or step + 1 == steps
@@ -2104,8 +2104,6 @@ def pretrain(args, device):
             right = (told == label[:, None, None]).float().mean((1, 2))
             return [loss, (prob.argmax(1) == label).float(), right]
         loss, top1, right = common.predict(args, device, checked, network, "val", 4)
-        if not np.isfinite(loss).all():
-            raise UserError("the network's output is not finite: lower --lr, or train longer")
         measured = {"val_loss": float(loss.mean()), "val_top1": float(top1.mean())}
         return {**measured, "val_frames": float(right.mean())} if frames else measured
 
@@ -2205,9 +2203,6 @@ def detect(args, device, model, dataset, what):
             coarse = getattr(model, "coarse", model)
             if getattr(coarse, "sampled", None) is not None:
                 times.append((a + coarse.sampled[0] * (b - a - 1)) / max(1, T - 1))
-        if not all(torch.isfinite(x).all() for x in pieces):
-            raise UserError("the network's output is not finite: lower --lr, or train longer; "
-                            "nothing was scored")
         return [torch.cat(pieces, 2), batch["about"],
                 torch.cat(times)[None] if times else torch.zeros(1, 0)]
     columns = common.predict(args, device, dataset, network, what, 1, collate)
