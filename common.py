@@ -31,6 +31,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,10 @@ class VideoError(UserError):
     """A media file that cannot be read; the text begins with its path."""
 
 
+class Stopped(Exception):
+    """SIGTERM has ended a training run, its checkpoint is written; process 0 has said so."""
+
+
 # ---- command line ----------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -76,11 +81,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class OneLine(argparse.ArgumentParser):
-    """argparse whose errors are one line, printed by one process only (exit status 2)."""
+    """argparse whose errors are one line, printed by the first process only (exit status 2)."""
 
     def error(self, message: str):
-        line = f"error: {message} ({self.prog} --help lists the flags)\n"
-        self.exit(2, line if int(os.environ.get("RANK", 0)) == 0 else None)
+        take_turn()
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
 
 class Parser(OneLine):
@@ -152,32 +157,64 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     """Run `main(args)` and leave: status 0, or 1 with one line `error: ...` on stderr.
 
     Where every process fails alike, process 0 speaks first and the others are ended by torchrun
-    while they wait. `os._exit` at the end: gloo may abort while an interpreter takes itself down.
+    while they wait; one that only lost another waits, too, and says no more than that. `os._exit`
+    at the end: gloo may abort while an interpreter takes itself down.
+
+    SIGTERM, from a user, a cluster or torchrun, which passes it on: training stops after a step,
+    the same on every process, with its checkpoint written, and leaves with status 143, see
+    `Log.steps`; all else ends at once (143 in a shell, too), every file whole or absent.
     """
     status = 1
     try:
         main(args)
         status = 0
+    except Stopped:
+        status = 143
     except KeyboardInterrupt:
         status = 130
         say("stopped; the same command continues from the last checkpoint, if there is one")
-    except (UserError, OSError, dist.DistError) as e:
-        time.sleep(0 if rank() == 0 else 3)
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        text = lines[-1] if lines[0].startswith("Caught ") else " ".join(lines)   # of a worker
-        text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
-        if isinstance(e, OSError) and e.filename:
-            text = f"{e.filename}: {e.strerror}"
-        print(f"error: {text}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: lower --batch_size", file=sys.stderr)
-    except Exception:
-        time.sleep(3 if world_size() > 1 else 0)              # most often another rank's fault
-        import traceback
-        traceback.print_exc()
+    except Exception as e:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)         # of torchrun, while others speak
+        lost = dist.is_initialized() and bool(re.search(LOST, f"{type(e).__name__} {e}"))
+        lost = lost and not isinstance(e, (UserError, OSError))
+        if not _asked or isinstance(e, UserError):
+            take_turn(lost)
+            print(_in_words(e, lost), file=sys.stderr)
+        else:                             # what worked for this process has got the signal, too
+            status = 143
+            say("stopped by SIGTERM; the same command continues from the last checkpoint, if "
+                "there is one")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+# What collectives raise where another process of the group has ended.
+LOST = r"(?i)^Dist\w*Error|gloo|nccl|connection (closed|reset)"
+
+
+def take_turn(lost: bool = False) -> None:
+    """Process 0 speaks first, the others seconds later: where all fail alike, torchrun has ended
+    them by then. lost: nor does one speak, on its machine, that has but lost the one that failed.
+    """
+    time.sleep(3 * lost + (min(10, 2 + rank()) if rank() else 0))
+
+
+def _in_words(e: Exception, lost: bool) -> str:
+    """One line for what a user can mend, else the traceback."""
+    if lost:
+        return (f"error: process {rank()} cannot go on without the others, one of which tells "
+                f"why: {' '.join(str(e).split())}")
+    if isinstance(e, torch.OutOfMemoryError):
+        return "error: the GPU's memory is full: lower --batch_size"
+    if not isinstance(e, (UserError, OSError, dist.DistError)):
+        import traceback
+        return traceback.format_exc()
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    text = lines[-1] if lines[0].startswith("Caught ") else " ".join(lines)       # of a worker
+    text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
+    return f"error: {e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else (
+        f"error: {text}")
 
 
 # ---- processes -------------------------------------------------------------------------------
@@ -219,6 +256,15 @@ def barrier() -> None:
     """Wait for every process."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_any(flag: bool) -> bool:
+    """Whether the flag is true on any process: 0.1 ms on the CPU."""
+    if world_size() == 1:
+        return flag
+    x = torch.full((), float(flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return bool(x)
 
 
 def say(*words: Any) -> None:
@@ -846,6 +892,29 @@ def mean(values: dict[str, Any]) -> dict[str, float]:
     return dict(zip(values, x.tolist()))
 
 
+_asked = 0.0                              # when SIGTERM came, while training
+
+
+def _ask(*_: Any) -> None:
+    """Of SIGTERM: ask to stop. A second one ends at once, if it is no copy of the first: a cluster
+    tells every process, and so does torchrun, moments later.
+    """
+    global _asked
+    if _asked and time.monotonic() > _asked + 5:
+        os._exit(143)
+    _asked = _asked or time.monotonic()
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Processes started here never hear SIGTERM."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
 class Log:
     """Console line and `log.jsonl` object per log step; guard against NaN; count of broken files.
 
@@ -856,28 +925,44 @@ class Log:
         self.args, self.first, self.end, self.per_epoch = args, start, steps, steps_per_epoch
         self.path, self.broken, self.named = args.out / "log.jsonl", 0, set()
         self.waited, self.since, self.last = 0.0, time.perf_counter(), start - 1
+        self.stopping = False                                 # after this step, by SIGTERM
         if rank() == 0:                                       # drop lines of steps to be redone
             old = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in old if 0 <= _step_of(line) < start]
             write(self.path, "".join(line + "\n" for line in kept))
 
     def steps(self, loader: Iterable[dict]) -> Iterator[tuple[int, dict]]:
-        """Enumerate batches from the first step on, measuring how long each was waited for."""
-        batches = iter(loader)
-        for step in range(self.first, self.end):
-            t = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - t
-            faults = [b.split("\n") for b in batch.pop("broken", []) if b]
-            self.broken += len(faults)
-            for fault in dict.fromkeys(itertools.chain.from_iterable(faults)):
-                if fault not in self.named:
-                    self.named.add(fault)
-                    print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
-            yield step, batch
+        """Enumerate batches from the first step on, measuring how long each was waited for.
+
+        After SIGTERM `stopping` says, on every process in the same step, that this one is the
+        last: the loop saves its checkpoint, and Stopped is raised.
+        """
+        before = signal.signal(signal.SIGTERM, _ask)
+        try:
+            with deaf():                                      # its workers: a cluster tells all
+                batches = iter(loader)
+            for step in range(self.first, self.end):
+                t = time.perf_counter()
+                batch = next(batches)
+                self.waited += time.perf_counter() - t
+                faults = [b.split("\n") for b in batch.pop("broken", []) if b]
+                self.broken += len(faults)
+                for fault in dict.fromkeys(itertools.chain.from_iterable(faults)):
+                    if fault not in self.named:
+                        self.named.add(fault)
+                        print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
+                yield step, batch
+                if self.stopping:
+                    say(f"stopped by SIGTERM after step {step + 1} of {self.end}, checkpoint "
+                        "written; the same command continues from it")
+                    barrier()                                 # torchrun ends all with the first
+                    raise Stopped
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def guard(self, step: int, **parts: torch.Tensor) -> None:
-        """Raise before the update if a part of the loss is NaN or Inf."""
+        """Raise before the update if a part of the loss is NaN or Inf; agree on `stopping`."""
+        self.stopping = on_any(_asked > 0)
         for name, value in parts.items():
             if not math.isfinite(float(value.detach())):
                 raise UserError(f"step {step}: {name} is {value.item()}; stopped before the "

@@ -1262,7 +1262,7 @@ def train(args, device, model, data, losses, validate, history, classes):
         optimizer.step()
 
         ended, measured = (step + 1) % per_epoch == 0, {}
-        saving = ended or (step + 1) % args.save_every == 0
+        saving = ended or (step + 1) % args.save_every == 0 or log.stopping
         if ended:
             began = time.perf_counter()
             common.share_buffers(model)

@@ -1436,7 +1436,7 @@ def pretrain(args, device):
         optimizer.step()
 
         ended = k + 1 == per_epoch
-        saving = ended or (step + 1) % args.save_every == 0
+        saving = ended or (step + 1) % args.save_every == 0 or log.stopping
         log(step, saving, loss=loss, avc=avc, astc=astc, lr=schedule[epoch][0])
         parts = common.mean({"loss": loss, "avc": avc, "astc": astc})
         means = {n: v + (means.get(n, 0.0) if k else 0.0) for n, v in parts.items()}
@@ -1509,7 +1509,7 @@ def linear(args, device):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0
+        saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0 or log.stopping
         log(step, saving, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
         if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
@@ -1719,7 +1719,7 @@ def finetune(args, device):
         optimizer.step()
 
         ended = (step + 1) % per_epoch == 0
-        saving, measured = ended or (step + 1) % args.save_every == 0, {}
+        saving, measured = ended or (step + 1) % args.save_every == 0 or log.stopping, {}
         if ended:
             began = time.perf_counter()
             if args.stage != "anticipation":
