@@ -618,11 +618,16 @@ def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]
         os.close(folder)
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what a process that was killed inside `write` has left in a folder."""
-    for f in folder.glob("*.tmp*"):
-        if re.fullmatch(r".+\.(json|jsonl|npz|pt|png|zip|mp4|MP4)\.tmp\d+", f.name) and f.is_file():
-            f.unlink()
+def remove_stale(folder: Path, name: str = "*", age: float = 0) -> None:
+    """Remove what a process that was killed inside `write` has left in a folder, of any name or of
+    this one. age: seconds it must have lain there, where other runs may be writing just now.
+    """
+    kinds = r".+\.(csv|json|jsonl|npz|pt|png|txt|zip|mp4|MP4)\.tmp\d+"
+    for f in folder.glob(f"{name}.tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            if re.fullmatch(kinds, f.name) and f.is_file() and (
+                    time.time() - f.stat().st_mtime >= age):
+                f.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

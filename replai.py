@@ -372,10 +372,12 @@ def scan(args):
     common.barrier()
     records = read_records(args) if missing else records
     common.barrier()
-    if common.rank() == 0 and missing:
+    parts = list(args.moments.glob("moments.part-*.jsonl"))
+    if common.rank() == 0 and (missing or parts):             # or of a job killed before this
         lines = (json.dumps(r) + "\n" for _, r in sorted(records.items()) if "segments" in r)
         common.write(args.moments / "moments.jsonl", "".join(lines))
-        for f in args.moments.glob("moments.part-*.jsonl"):   # ours, and those of dead jobs
+        common.remove_stale(args.moments, "moments.jsonl", age=3600)
+        for f in parts:                                       # ours, and those of dead jobs
             if job in f.name or time.time() - f.stat().st_mtime > 3600:
                 f.unlink(missing_ok=True)
     changed = [key[0] for key in keys if key not in records]
