@@ -175,8 +175,8 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         say("stopped; the same command continues from the last checkpoint, if there is one")
     except Exception as e:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)         # of torchrun, while others speak
-        lost = dist.is_initialized() and bool(re.search(LOST, f"{type(e).__name__} {e}"))
-        lost = lost and not isinstance(e, (UserError, OSError))
+        lost = not isinstance(e, (UserError, OSError)) and bool(
+            re.search(LOST, f"{type(e).__name__} {e}"))
         if not _asked or isinstance(e, UserError):
             take_turn(lost)
             print(_in_words(e, lost), file=sys.stderr)
@@ -236,9 +236,15 @@ def init_distributed(gpu: bool = True) -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if cuda else "gloo"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "RANK" in os.environ:
+        store, r, n = next(dist.rendezvous("env://"))
+        if n == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):   # one agent keeps its store when it
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # starts all anew, with
+            store = dist.PrefixStore(f"start {again}", store)             # the old addresses
+        group = {"store": store, "rank": r, "world_size": n}
     dist.init_process_group(backend, device_id=device if cuda else None, timeout=timedelta(days=1),
-                            **({} if "RANK" in os.environ else alone))
+                            **group)
     return device
 
 

@@ -82,7 +82,7 @@ def stages(data):
     f2c, ssdet = "f2c_oops", "ssdet_coarsefine"
     return {
         "cpctrans": [
-            train("cpctrans", "pretrain", f"{ucf} {net}", "cpctrans_ucf101_frames.json"),
+            train("cpctrans", "pretrain", f"{ucf} {net}"),
             train("cpctrans", "finetune", f"{ucf} {net} --stage finetune --pretrain "
                   "../pretrain/best.pt"),
             other("cpctrans", "test", f"--data {data}/ucf101 --test ../finetune/best.pt",
@@ -457,9 +457,7 @@ def lines_of(path):
 
 
 def worker_killed(world, stage, whole, rng):
-    """One process or the other gets SIGKILL; torchrun starts both again. Once, of the two restarts
-    that it has: Gloo may fail to connect in one.
-    """
+    """One process or the other gets SIGKILL; torchrun starts both again."""
     before(world, whole, stage)
     log, failed, worst, killed = world / stage.name / "log.jsonl", [], 0.0, 0
     (agent,) = started = torchrun(world / "q", stage, restarts=2)
