@@ -1,7 +1,7 @@
 PYTHON ?= python3
 NPROC ?= 1
 .DEFAULT_GOAL := help
-.PHONY: help install toy demo test bench claims lint clean
+.PHONY: help install toy demo test bench faults claims lint clean
 
 help:      ## this list
 	@grep -hE '^[a-z]+: .*##' Makefile | sed 's/:.*##/ \t/' | expand -t 12
@@ -24,6 +24,9 @@ demo: install  ## not there yet: all four papers on toy data, within ten minutes
 
 bench: install  ## speed and memory beside the alternatives, twenty minutes on two cores (ARGS=--help)
 	.venv/bin/python tests/bench.py $(ARGS)
+
+faults: install  ## kills, bad files, full disks, many machines: at most 30 minutes on two cores
+	.venv/bin/python tests/faults.py $(ARGS)
 
 claims: install  ## not there yet: each paper's main comparison at toy size, 3 seeds
 	@echo "make claims: not there yet; README has the figures so far"; exit 1

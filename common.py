@@ -31,6 +31,7 @@ import os
 import pickle
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,10 @@ class VideoError(UserError):
     """A media file that cannot be read; the text begins with its path."""
 
 
+class Stopped(Exception):
+    """SIGTERM has ended a training run, its checkpoint is written; process 0 has said so."""
+
+
 # ---- command line ----------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -76,11 +81,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class OneLine(argparse.ArgumentParser):
-    """argparse whose errors are one line, printed by one process only (exit status 2)."""
+    """argparse whose errors are one line, printed by the first process only (exit status 2)."""
 
     def error(self, message: str):
-        line = f"error: {message} ({self.prog} --help lists the flags)\n"
-        self.exit(2, line if int(os.environ.get("RANK", 0)) == 0 else None)
+        take_turn()
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
 
 class Parser(OneLine):
@@ -152,7 +157,12 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     """Run `main(args)` and leave: status 0, or 1 with one line `error: ...` on stderr.
 
     Where every process fails alike, process 0 speaks first and the others are ended by torchrun
-    while they wait. `os._exit` at the end: gloo may abort while an interpreter takes itself down.
+    while they wait; one that only lost another waits, too, and says no more than that. `os._exit`
+    at the end: gloo may abort while an interpreter takes itself down.
+
+    SIGTERM, from a user, a cluster or torchrun, which passes it on: training stops after a step,
+    the same on every process, with its checkpoint written, and leaves with status 143, see
+    `Log.steps`; all else ends at once (143 in a shell, too), every file whole or absent.
     """
     with contextlib.suppress(OSError, ValueError):            # of a stderr that is full or closed
         status = _status(main, args)
@@ -167,25 +177,52 @@ def _status(main, args):
     try:
         main(args)
         return 0
+    except Stopped:
+        return 143
     except KeyboardInterrupt:
         say("stopped; the same command continues from the last checkpoint, if there is one")
         return 130
-    except (UserError, OSError, dist.DistError) as e:
-        time.sleep(0 if rank() == 0 else 3)
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        text = lines[-1] if lines[0].startswith("Caught ") else " ".join(lines)   # of a worker
-        text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
-        if isinstance(e, OSError) and e.filename:
-            text = f"{e.filename}: {e.strerror}"
-        text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)     # of a file's: not for a terminal
-        print(f"error: {text:.2000}", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full: lower --batch_size", file=sys.stderr)
-    except Exception:
-        time.sleep(3 if world_size() > 1 else 0)              # most often another rank's fault
+    except Exception as e:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)         # of torchrun, while others speak
+        lost = not isinstance(e, (UserError, OSError)) and bool(
+            re.search(LOST, f"{type(e).__name__} {e}"))
+        if _asked and not isinstance(e, UserError):           # what worked for this process has
+            say("stopped by SIGTERM; the same command continues from the last checkpoint, if "
+                "there is one")                               # got the signal, too
+            return 143
+        take_turn(lost)
+        print(_in_words(e, lost), file=sys.stderr)
+        return 1
+
+
+# What collectives raise where another process of the group has ended.
+LOST = r"(?i)^Dist\w*Error|gloo|nccl|connection (closed|reset)"
+
+
+def take_turn(lost: bool = False) -> None:
+    """Process 0 speaks first, the others seconds later: where all fail alike, torchrun has ended
+    them by then. lost: nor does one speak, on its machine, that has but lost the one that failed.
+    """
+    time.sleep(3 * lost + (min(10, 2 + rank()) if rank() else 0))
+
+
+def _in_words(e: Exception, lost: bool) -> str:
+    """One line for what a user can mend, else the traceback."""
+    if lost:
+        return (f"error: process {rank()} cannot go on without the others, one of which tells "
+                f"why: {' '.join(str(e).split())}")
+    if isinstance(e, torch.OutOfMemoryError):
+        return "error: the GPU's memory is full: lower --batch_size"
+    if not isinstance(e, (UserError, OSError, dist.DistError)):
         import traceback
-        traceback.print_exc()
-    return 1
+        return traceback.format_exc()
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    text = lines[-1] if lines[0].startswith("Caught ") else " ".join(lines)       # of a worker
+    text = re.sub(r"^[\w.]*(Error|Exception): ", "", text)
+    if isinstance(e, OSError) and e.filename:
+        text = f"{e.filename}: {e.strerror}"
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text)         # of a file's: not for a terminal
+    return f"error: {text:.2000}"
 
 
 # ---- processes -------------------------------------------------------------------------------
@@ -207,9 +244,15 @@ def init_distributed(gpu: bool = True) -> torch.device:
     if dist.is_initialized():
         return device
     backend = "nccl" if cuda else "gloo"
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    group = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "RANK" in os.environ:
+        store, r, n = next(dist.rendezvous("env://"))
+        if n == int(os.environ.get("LOCAL_WORLD_SIZE", 0)):   # one agent keeps its store when it
+            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")     # starts all anew, with
+            store = dist.PrefixStore(f"start {again}", store)             # the old addresses
+        group = {"store": store, "rank": r, "world_size": n}
     dist.init_process_group(backend, device_id=device if cuda else None, timeout=timedelta(days=1),
-                            **({} if "RANK" in os.environ else alone))
+                            **group)
     return device
 
 
@@ -605,11 +648,16 @@ def write(path: Path, content: str | bytes | Callable[[io.BufferedWriter], None]
         os.close(folder)
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what a process that was killed inside `write` has left in a folder."""
-    for f in folder.glob("*.tmp*"):
-        if re.fullmatch(r".+\.(json|jsonl|npz|pt|png|zip|mp4|MP4)\.tmp\d+", f.name) and f.is_file():
-            f.unlink()
+def remove_stale(folder: Path, name: str = "*", age: float = 0) -> None:
+    """Remove what a process that was killed inside `write` has left in a folder, of any name or of
+    this one. age: seconds it must have lain there, where other runs may be writing just now.
+    """
+    kinds = r".+\.(csv|json|jsonl|npz|pt|png|txt|zip|mp4|MP4)\.tmp\d+"
+    for f in folder.glob(f"{name}.tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            if re.fullmatch(kinds, f.name) and f.is_file() and (
+                    time.time() - f.stat().st_mtime >= age):
+                f.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -894,6 +942,29 @@ def mean(values: dict[str, Any]) -> dict[str, float]:
     return dict(zip(values, x.tolist()))
 
 
+_asked = 0.0                              # when SIGTERM came, while training
+
+
+def _ask(*_: Any) -> None:
+    """Of SIGTERM: ask to stop. A second one ends at once, if it is no copy of the first: a cluster
+    tells every process, and so does torchrun, moments later.
+    """
+    global _asked
+    if _asked and time.monotonic() > _asked + 5:
+        os._exit(143)
+    _asked = _asked or time.monotonic()
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Processes started here never hear SIGTERM."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
 class Log:
     """Console line and `log.jsonl` object per log step; guard against NaN; count of broken files.
 
@@ -905,40 +976,58 @@ class Log:
         self.args, self.first, self.end, self.per_epoch = args, start, steps, steps_per_epoch
         self.path, self.broken, self.named = args.out / "log.jsonl", 0, set()
         self.waited, self.since, self.last = 0.0, time.perf_counter(), start - 1
+        self.stopping = False                                 # after this step, by SIGTERM
         if rank() == 0:                                       # drop lines of steps to be redone
             old = self.path.read_bytes().decode(errors="replace") if self.path.exists() else ""
             kept = [line for line in old.splitlines() if 0 <= _step_of(line) < start]
             write(self.path, "".join(line + "\n" for line in kept))
 
     def steps(self, loader: Iterable[dict]) -> Iterator[tuple[int, dict]]:
-        """Enumerate batches from the first step on, measuring how long each was waited for."""
-        batches = iter(loader)
-        for step in range(self.first, self.end):
-            t = time.perf_counter()
-            batch = next(batches)
-            self.waited += time.perf_counter() - t
-            faults = [b.split("\n") for b in batch.pop("broken", []) if b]
-            self.broken += len(faults)
-            for fault in dict.fromkeys(itertools.chain.from_iterable(faults)):
-                if fault not in self.named:
-                    self.named.add(fault)
-                    print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
-            yield step, batch
+        """Enumerate batches from the first step on, measuring how long each was waited for.
+
+        After SIGTERM `stopping` says, on every process in the same step, that this one is the
+        last: the loop saves its checkpoint, and Stopped is raised.
+        """
+        before = signal.signal(signal.SIGTERM, _ask)
+        try:
+            with deaf():                                      # its workers: a cluster tells all
+                batches = iter(loader)
+            for step in range(self.first, self.end):
+                t = time.perf_counter()
+                batch = next(batches)
+                self.waited += time.perf_counter() - t
+                faults = [b.split("\n") for b in batch.pop("broken", []) if b]
+                self.broken += len(faults)
+                for fault in dict.fromkeys(itertools.chain.from_iterable(faults)):
+                    if fault not in self.named:
+                        self.named.add(fault)
+                        print(f"warning: {fault}; sample replaced", file=sys.stderr, flush=True)
+                yield step, batch
+                if self.stopping:
+                    say(f"stopped by SIGTERM after step {step + 1} of {self.end}, checkpoint "
+                        "written; the same command continues from it")
+                    barrier()                                 # torchrun ends all with the first
+                    raise Stopped
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def guard(self, step: int, optimizer: torch.optim.Optimizer,
               **parts: torch.Tensor) -> torch.Tensor:
         """Between backward and update: UserError, on every process, if a part of the loss of any
-        of them is NaN or Inf, or the gradient. Returns the gradient's norm.
+        of them is NaN or Inf, or the gradient. Returns the gradient's norm; sets `stopping`.
 
         The device is waited for once, whatever the number of parts.
         """
         norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups
                                         for p in group["params"] if p.grad is not None])
         parts["gradient"] = norm
-        sums = torch.stack([v.detach().float() for v in parts.values()])
+        sums = torch.stack([*(v.detach().float() for v in parts.values()),
+                            torch.full_like(norm, _asked > 0, dtype=torch.float32)])
         if world_size() > 1:
             dist.all_reduce(sums)
-        for name, value in zip(parts, sums.tolist()):
+        *values, asked = sums.tolist()
+        self.stopping = asked > 0
+        for name, value in zip(parts, values):
             if not math.isfinite(value):
                 raise UserError(f"step {step}: {name} is {value}; stopped before the update, the "
                                 f"last checkpoint in {self.args.out} is from before")

@@ -473,6 +473,8 @@ def measure(args, folder, names, stamps, part):
     """
     cache = args.out.parent / f"cpctrans_{args.dataset}_frames.json"
     root = os.path.abspath(folder)
+    if common.rank() == 0:
+        common.remove_stale(cache.parent, cache.name, age=3600)
     with common.no_collector():
         keys = [f"{root}/{n} {size} {when}" for n, (size, when) in zip(names, stamps)]
         known = dict(counted(cache, cache.stat().st_mtime_ns)) if cache.exists() else {}
@@ -1291,7 +1293,7 @@ def train(args, device, model, data, losses, validate, history, classes):
         optimizer.step()
 
         ended, measured = (step + 1) % per_epoch == 0, {}
-        saving = ended or (step + 1) % args.save_every == 0
+        saving = ended or (step + 1) % args.save_every == 0 or log.stopping
         if ended:
             began = time.perf_counter()
             common.share_buffers(model)

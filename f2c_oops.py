@@ -1738,7 +1738,7 @@ def train(args, device, model, dataset, collate, losses, validate):
         optimizer.step()
 
         ended, measured = (step + 1) % per_epoch == 0, {}
-        saving = ended or (step + 1) % args.save_every == 0
+        saving = ended or (step + 1) % args.save_every == 0 or log.stopping
         if ended:
             began = time.perf_counter()
             measured = validate(model.eval())

@@ -372,13 +372,16 @@ def scan(args):
     common.barrier()
     records = read_records(args) if missing else records
     common.barrier()
-    if common.rank() == 0 and missing:
+    parts = list(args.moments.glob("moments.part-*.jsonl"))
+    if common.rank() == 0 and (missing or parts):             # or of a job killed before this
         kept = sorted(((k, r) for k, r in records.items() if "segments" in r
                        and isinstance(k[0], str) and all(type(x) in (int, float) for x in k[1:])),
                       key=lambda item: item[0])
-        lines = (json.dumps(r) + "\n" for _, r in kept)
+        lines = (json.dumps(r) + "
+" for _, r in kept)
         common.write(args.moments / "moments.jsonl", "".join(lines))
-        for f in args.moments.glob("moments.part-*.jsonl"):   # ours, and those of dead jobs
+        common.remove_stale(args.moments, "moments.jsonl", age=3600)
+        for f in parts:                                       # ours, and those of dead jobs
             if job in f.name or time.time() - f.stat().st_mtime > 3600:
                 f.unlink(missing_ok=True)
     changed = [key[0] for key in keys if key not in records]
@@ -1458,7 +1461,7 @@ def pretrain(args, device):
         optimizer.step()
 
         ended = k + 1 == per_epoch
-        saving = ended or (step + 1) % args.save_every == 0
+        saving = ended or (step + 1) % args.save_every == 0 or log.stopping
         log(step, saving, loss=loss, avc=avc, astc=astc, lr=schedule[epoch][0])
         parts = common.mean({"loss": loss, "avc": avc, "astc": astc})
         means = {n: v + (means.get(n, 0.0) if k else 0.0) for n, v in parts.items()}
@@ -1531,7 +1534,7 @@ def linear(args, device):
         loss.backward()
         log.guard(step, optimizer, verb=loss_verb, noun=loss_noun)
         optimizer.step()
-        saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0
+        saving = (step + 1) % per_epoch == 0 or (step + 1) % args.save_every == 0 or log.stopping
         log(step, saving, loss=loss, verb=loss_verb, noun=loss_noun, lr=lr)
         if saving:
             common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
@@ -1741,7 +1744,7 @@ def finetune(args, device):
         optimizer.step()
 
         ended = (step + 1) % per_epoch == 0
-        saving, measured = ended or (step + 1) % args.save_every == 0, {}
+        saving, measured = ended or (step + 1) % args.save_every == 0 or log.stopping, {}
         if ended:
             began = time.perf_counter()
             if args.stage != "anticipation":

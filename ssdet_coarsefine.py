@@ -1916,7 +1916,7 @@ def train(args, device, model, dataset, pack, forward, validate):
         optimizer.step()
 
         validating = (step + 1) % (args.val_every * per_epoch) == 0 or step + 1 == steps
-        saving, measured = validating or (step + 1) % args.save_every == 0, {}
+        saving, measured = validating or (step + 1) % args.save_every == 0 or log.stopping, {}
         if saving:
             common.merge_splits(model)
         if validating:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -75,9 +76,10 @@ def context():
 def quick(folder, *args, n=1, die=None, kill=None, timeout=100, script="replai"):
     """As `command`, from forked processes; what they print goes to files in `folder`.
 
-    die   (event, k): process 0 ends itself by SIGKILL at the k-th such event, see `arm`
+    die   (event, k): process 0 ends itself by SIGKILL at the k-th such event, see `arm`; with
+          (event, k, rank) another process does
     kill  (file, lines, seconds): all are ended by SIGKILL, from outside, so long after the file
-          has so many lines
+          has so many lines; (file, lines, seconds, signal): all get another signal, once
     With n > 1 the first process to fail ends the others, as under torchrun.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,13 +89,17 @@ def quick(folder, *args, n=1, die=None, kill=None, timeout=100, script="replai")
     for p in running:
         p.start()
     began = time.monotonic()
-    codes, until = [None] * n, began + timeout
+    codes, until, due, how = [None] * n, began + timeout, math.inf, ()
     while None in codes:
         time.sleep(0.01)
         codes = [p.exitcode for p in running]
         if kill and kill[0].exists() and kill[0].read_bytes().count(b"\n") >= kill[1]:
-            time.sleep(kill[2])
-            until = 0
+            due, kill, how = time.monotonic() + kill[2], None, kill[3:]
+        if time.monotonic() > due:
+            due, until = math.inf, until if how else 0
+            for p in running if how else ():
+                if p.is_alive():
+                    os.kill(p.pid, *how)
         late = time.monotonic() > until
         if late or any(codes):
             if not late and any(codes) and None in codes and codes[0] is None:
@@ -122,8 +128,8 @@ def _main(script, rank, n, port, argv, die, folder):
     if n > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if die and rank == 0:
-        arm(*die)
+    if die and rank == (*die, 0)[2]:
+        arm(*die[:2])
     sys.argv = [f"{script}.py", *argv]
     module = importlib.import_module(script)
     common.launch(module.main, module.parse_args())
@@ -138,12 +144,13 @@ def arm(event, k):
 
     step     a step is done and logged, its checkpoint not yet written
     line     half of a log line is written
+    term     a step is done and logged, and SIGTERM comes, not SIGKILL
     torn     half of a new last.pt (of `torn:NAME`, of NAME) is in the temporary file
     renamed  last.pt has just got its name
     """
     event, _, wanted = event.partition(":")
     seen = 0
-    if event in ("step", "line"):
+    if event in ("step", "line", "term"):
         plain = common.Log.__call__
 
         def call(self, step, *now, **values):
@@ -155,7 +162,7 @@ def arm(event, k):
                 suicide()
             plain(self, step, *now, **values)
             if seen == k:
-                suicide()
+                os.kill(os.getpid(), signal.SIGTERM if event == "term" else signal.SIGKILL)
         common.Log.__call__ = call
     else:
         write = common.write
