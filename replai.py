@@ -377,8 +377,7 @@ def scan(args):
         kept = sorted(((k, r) for k, r in records.items() if "segments" in r
                        and isinstance(k[0], str) and all(type(x) in (int, float) for x in k[1:])),
                       key=lambda item: item[0])
-        lines = (json.dumps(r) + "
-" for _, r in kept)
+        lines = (json.dumps(r) + "\n" for _, r in kept)
         common.write(args.moments / "moments.jsonl", "".join(lines))
         common.remove_stale(args.moments, "moments.jsonl", age=3600)
         for f in parts:                                       # ours, and those of dead jobs
