@@ -1,6 +1,4 @@
-"""Full and read-only disks, NaN and Inf, and any number of processes: `fault_limits`, and what its
-parts rest on, piece by piece.
-"""
+"""Disks that are full, and numbers that are none: piece by piece."""
 
 import argparse
 import errno
@@ -22,40 +20,6 @@ from common import UserError, VideoError
 
 SCRIPTS = ("replai", "f2c_oops", "cpctrans", "ssdet_coarsefine")
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("limits")
-
-
-def held(part, folder):
-    """The figures of a part, all of whose promises must hold."""
-    rows = list(fault_limits.PARTS[part](folder, 0, False))
-    assert not [f for row in rows for f in row.failed], [f for row in rows for f in row.failed][:5]
-    return [row.figures for row in rows]
-
-
-def test_every_number_of_processes_predicts_every_item_once_and_alike(folder):
-    figures, = held("equality", folder)
-    assert figures["stages"] == 18 and figures["cases"] == 90
-    assert figures["items predicted"] > 500 and figures["files compared"] > 250
-
-
-def test_nan_and_inf_stop_before_the_update_and_keep_the_checkpoint(folder):
-    stopped, huge, again = held("numbers", folder)
-    assert stopped["loops"] == 11 and stopped["runs"] == 44 and stopped["worst seconds"] < 60
-    assert huge["runs"] == 11 and huge["stopped"] >= 6 and again["runs"] == 2
-
-
-def test_a_full_disk_costs_one_line_and_no_more(folder):
-    refused, again, two, stdout = held("disk", folder)
-    assert refused["stages"] == 12 and refused["operations refused"] > 300
-    assert refused["of them inside FFmpeg"] >= 10 and refused["worst seconds"] < 60
-    assert again["runs refused and continued"] == 7 and two["worst seconds"] < 60
-    assert stdout["runs"] == 8
-
-
-# ---- piece by piece --------------------------------------------------------------------------
 
 def test_a_file_that_cannot_be_written_is_named_with_the_reason(tmp_path):
     def full(f, kind):

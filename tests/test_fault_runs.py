@@ -1,56 +1,14 @@
-"""Runs that are killed, told to stop or robbed of a process: see fault_runs.py."""
+"""SIGTERM, what a killed process leaves, and who tells of a failure: piece by piece."""
 
 import os
 import signal
 import time
 
-import fault_runs
 import pytest
 import torch
 
 import common
 
-
-@pytest.fixture(scope="module")
-def root(ucf101, oops, kinetics400, charades, tmp_path_factory):
-    """Where the parts work, the toy datasets of all tests in it."""
-    root = tmp_path_factory.mktemp("faults")
-    (root / "data").mkdir()
-    for folder in (ucf101, oops, kinetics400, charades):
-        (root / "data" / folder.name).symlink_to(folder)
-    return root
-
-
-def rows_of(part, root, seed):
-    (root / part).mkdir()
-    rows = list(fault_runs.PARTS[part](root / part, seed, False))
-    for row in rows:
-        print(row.promise, row.figures)
-        assert not row.failed, "\n".join(row.failed)
-    return rows
-
-
-def test_runs_killed_at_any_moment_end_in_the_same_bytes(root):
-    rows = rows_of("kill", root, int(time.time()))            # other moments in every test run
-    assert len(rows) == 4
-    for row in rows:
-        assert row.figures["kills"] >= 20 and row.figures["in_preparation"] >= 3, row
-    assert sum(row.figures["in_checkpoints"] for row in rows) >= 4
-
-
-def test_sigterm_stops_all_processes_at_one_step_with_its_checkpoint(root):
-    rows = rows_of("sigterm", root, 1)
-    assert len(rows) == 4 and all(row.figures["stopped"] >= 2 for row in rows), rows
-
-
-def test_torchrun_of_two_agents_a_killed_worker_and_one_that_fails(root):
-    rows = rows_of("torchrun", root, 0)
-    assert [list(row.figures) for row in rows] == [
-        ["seconds"], ["cases", "worst_s"], ["killed", "worst_recovery_s"]]
-    assert 0 < rows[1].figures["worst_s"] < 60 and rows[1].figures["cases"] == 2
-
-
-# ---- the parts of it -----------------------------------------------------------------------------
 
 def log_of(tmp_path, steps):
     args = common.Parser("", ["a"], ["b"])
