@@ -270,7 +270,8 @@ def starts(kind, n, span=1.0):
 class Turns:
     """What readers took for the same clips of a file, by turns.
 
-    table  seconds, one row per clip, three of short ones; own: {name: path} of ours; others: {name: reader}
+    own, others  {name: path} of ours, {name: reader}
+    table  seconds, one row per clip, three of short ones
     wrong  {name: pictures that are not the wanted ones}
     fails  {name: exception of another reader}; its seconds mean nothing
     """

@@ -154,9 +154,7 @@ def make_world(folder, data):
 # ---- what is left ------------------------------------------------------------------------------
 
 def left(world, keep):
-    """{file: content} of the files of these patterns. Of .npz the arrays: zip notes the time. Of
-    films the length and the sound: x264's macroblock tree is not the same bits every time.
-    """
+    """{file: content} of the files of these patterns; of .npz the arrays, as zip notes the time."""
     found = {}
     for pattern in keep:
         for f in sorted(world.glob(pattern.removeprefix("!"))):
@@ -164,17 +162,13 @@ def left(world, keep):
             if pattern[0] == "!":
                 found.pop(name)
             elif f.is_file() and ".tmp" not in f.name:
-                found[name] = {".npz": arrays, ".mp4": film}.get(f.suffix, Path.read_bytes)(f)
+                found[name] = arrays(f) if f.suffix == ".npz" else f.read_bytes()
     return found
 
 
 def arrays(path):
     with np.load(path) as z:
         return {k: (z[k].dtype.str, z[k].shape, z[k].tobytes()) for k in z}
-
-
-def film(path):
-    return common.count_frames(path), common.read_audio(path)[0].tobytes()
 
 
 def differ(world, whole, keep):
