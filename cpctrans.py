@@ -28,6 +28,7 @@ file differ, grep NOTE in this file.
 
 import argparse
 import itertools
+import json
 import math
 import os
 import re
@@ -191,13 +192,14 @@ class Videos(NamedTuple):
 
 
 GAP = r"[^\S\n]"                          # a space within a line, whatever its kind
+NAME = r"(?!\.{1,2}(?:\.avi|[/\\]|$))[^/\\\x00-\x1f]{1,200}"       # of a file, and nothing else
 
 
 def read_rows(path, pattern, form):
-    """(line number, groups of the pattern) of each row of a text file, whatever its line ends.
+    """A tuple per group of the pattern, with an item for each line of a text file, "" for an empty
+    line. UserError names the line that is not of the form.
 
-    Empty lines are left out; UserError names the line that is not of the form. The pattern must not
-    match a line end, nor its first group nothing: all rows are searched in one go.
+    All lines are searched in one go, they may be a million: the pattern must not match a line end.
     """
     try:
         data = path.read_bytes()
@@ -208,30 +210,23 @@ def read_rows(path, pattern, form):
         line = data[:e.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: is not in UTF-8 ({e.reason})") from e
     text = "\n".join(map(str.strip, text.splitlines()))
-    rows = re.findall(rf"^(?:{pattern}|(\S.*))?$", text, re.MULTILINE)
-    for line, (*groups, strange) in enumerate(rows, 1):
-        if strange:
-            raise UserError(f"{path}:{line}: {strange!r:.80} is not `{form}`")
-        if groups[0]:
-            yield line, groups
+    *columns, strange = zip(*re.findall(rf"^(?:{pattern}|(\S.*))?$", text, re.MULTILINE))
+    if any(strange):
+        line = next(n for n, x in enumerate(strange, 1) if x)
+        raise UserError(f"{path}:{line}: {strange[line - 1]!r:.80} is not `{form}`")
+    return columns
 
 
-FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]{1,200}").fullmatch
-
-
-def checked(path, line, name):
-    """NAME, if it can be the name of a file and nothing else."""
-    if not FILE_NAME(name):
-        raise UserError(f"{path}:{line}: {name!r:.80} is no file name")
-    return name
 
 
 def read_classes(path):
     """{class in lower case: label} of classInd.txt, whose rows are `<number from 1> <Class>`."""
-    classes = {}
-    for line, (number, name) in read_rows(path, rf"([1-9]\d{{0,3}})[ ,]{GAP}*(.*\S)",
-                                          "<number> <Class>"):
-        name, label = checked(path, line, name).lower(), int(number) - 1
+    classes, form = {}, "<number> <Class>"
+    columns = read_rows(path, rf"([1-9]\d{{0,3}})[ ,]{GAP}*({NAME})", form)
+    for line, (number, name) in enumerate(zip(*columns), 1):
+        if not number:
+            continue
+        name, label = name.lower(), int(number) - 1
         if name in classes or label in classes.values():
             raise UserError(f"{path}:{line}: {f'{number} {name}'!r:.80} stands there twice")
         classes[name] = label
@@ -246,25 +241,24 @@ def read_ucf101(folder, part, split):
     Names are compared in lower case: HandstandPushups holds v_HandStandPushups_g01_c01.avi.
     Test lists carry no number; that of a training list must agree with classInd.txt.
     """
-    classes, names, labels, good = read_classes(folder / "classInd.txt"), [], [], {}
+    classes, labels = read_classes(folder / "classInd.txt"), {}
     path = folder / f"{part}list{split:02d}.txt"
-    rows = read_rows(path, rf"([^/\n]+)/(.+)\.avi(?:{GAP}+(\d{{1,4}}))?", "<Class>/<video>.avi")
-    for line, (group, video, number) in rows:
-        if (group, number) not in good:
-            label = classes.get(checked(path, line, group).lower())
-            if label is None or number and int(number) != label + 1:
-                raise UserError(f"{path}:{line}: {group!r:.80} {number} disagrees with "
-                                "classInd.txt")
-            good[group, number] = label
-        names.append(f"{group}/{checked(path, line, video)}")
-        labels.append(good[group, number])
-    return tuple(names), labels, classes
+    groups, videos, numbers = read_rows(
+        path, rf"({NAME})/({NAME})\.avi(?:{GAP}+(\d{{1,4}}))?", "<Class>/<video>.avi")
+    for group, number in filter(any, dict.fromkeys(zip(groups, numbers))):
+        label = labels[group, number] = classes.get(group.lower())
+        if label is None or number and int(number) != label + 1:
+            line = list(zip(groups, numbers)).index((group, number)) + 1
+            raise UserError(f"{path}:{line}: {group!r:.80} {number} disagrees with classInd.txt")
+    return (tuple(f"{group}/{video}" for group, video in zip(groups, videos) if group),
+            [labels[key] for key in zip(groups, numbers) if key[0]], classes)
 
 
 def read_hmdb51_file(path):
     """[(line, video, code)] of <class>_test_splitK.txt; codes 1: train, 2: test, 0: neither."""
-    rows = read_rows(path, rf"(.+)\.avi{GAP}+([012])", "<video>.avi <0, 1 or 2>")
-    found = [(line, checked(path, line, video), int(code)) for line, (video, code) in rows]
+    columns = read_rows(path, rf"({NAME})\.avi{GAP}+([012])", "<video>.avi <0, 1 or 2>")
+    found = [(line, video, int(code)) for line, (video, code) in enumerate(zip(*columns), 1)
+             if video]
     if not found:
         raise UserError(f"{path}: is empty")
     return found
@@ -288,11 +282,10 @@ def read_hmdb51(folder, part, split):
 
 def read_frame_csv(path):
     """[(line, class, video, frames)] of the author's rows `<root>/<Class>/<video>/,<frames>`."""
-    name = r"[/\\]([^/\\\n]+)"
-    rows = read_rows(path, rf'"?.*{name}{name}[/\\]?"?{GAP}*,{GAP}*(\d{{1,9}})',
-                     "<folder of pictures>,<number>")
-    return [(line, checked(path, line, group), checked(path, line, video), int(frames))
-            for line, (group, video, frames) in rows]
+    columns = read_rows(path, rf'"?.*[/\\]({NAME})[/\\]({NAME})[/\\]?"?{GAP}*,{GAP}*(\d{{1,9}})',
+                        "<folder of pictures>,<number>")
+    return [(line, group, video, int(frames))
+            for line, (group, video, frames) in enumerate(zip(*columns), 1) if group]
 
 
 def read_csv_list(folder, part, split):
@@ -351,7 +344,8 @@ def hold_out(dataset, names):
     """
     if dataset == "ucf101":
         groups = re.findall(r"^(?:.*_g(\d+)_c\d+|.*)$", "\n".join(names), re.MULTILINE)
-        return np.array([g != "" and int(g) in HELD_OUT for g in groups])
+        held = {g: g != "" and int(g) in HELD_OUT for g in set(groups)}
+        return np.array([held[g] for g in groups])
     sources = [v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)]
     count, held, n = Counter(sources), set(), 0
     for source in sorted(count, key=lambda s: (crc32(s.encode()), s)):
@@ -458,7 +452,10 @@ class Lengths(Dataset):
 @lru_cache(1)
 def counted(cache, _):
     """What `measure` has kept, as of a time: of training and of validation videos alike."""
-    found = common.read_json(cache)
+    try:
+        found = json.loads(cache.read_bytes())                # ours, of a million rows perhaps
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2 ** 31
                                               for n in found.values()):
         raise UserError(f"{cache}: holds more than numbers of pictures; delete it, and they are "

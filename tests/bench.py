@@ -1,6 +1,6 @@
 """`make bench`: how fast and how large, beside the alternatives, as ratios from one run.
 
-    python tests/bench.py [--only decode,audio,augment,data,step,memory,scale] [--out runs/bench]
+    python tests/bench.py [--only decode,audio,augment,data,step,memory,scale,choices] [--out DIR]
 
 One row per measurement: ours, a reference that ran in turn with it, their ratio (median of at
 least five pairs), the ratio that must be reached, and whether it is. On the CPU one thread computes
@@ -35,10 +35,11 @@ PARTS = {
     "augment": [bench_media.augment_rows],
     "data": [bench_runs.data_rows, bench_runs.wait_rows],
     "step": [bench_steps.step_rows, bench_steps.backbone_rows, bench_steps.attention_rows,
-             bench_steps.choice_rows, bench_cuda.gpu_rows],
+             bench_cuda.gpu_rows],
     "memory": [bench_media.open_rows, bench_steps.memory_rows],
     "scale": [bench_steps.frame_rows, bench_steps.batch_rows, bench_runs.rank_rows,
               bench_runs.list_rows, bench_runs.equality_rows],
+    "choices": [bench_steps.choice_rows],
 }
 COLUMNS = ("what", "against", "ours", "reference", "ratio", "target", "met", "note")
 
@@ -65,7 +66,7 @@ def survived(part, function, *arguments):
 def measured(part, args):
     """The rows of a part, printed as they come."""
     rows, functions = [], [*PARTS[part]]
-    if part == "step" and args.compile:
+    if part == "choices" and args.compile:
         functions.append(bench_steps.compile_rows)
     print(f"\n| {part}: " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|",
           flush=True)
@@ -79,8 +80,9 @@ def measured(part, args):
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, prog="bench.py",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", default=",".join(PARTS), metavar="PARTS",
-                   help=f"some of {','.join(PARTS)} (all)")
+    p.add_argument("--only", default=",".join(list(PARTS)[:-1]), metavar="PARTS",
+                   help=f"some of {','.join(PARTS)} (all but choices: what the scripts do against "
+                        "what they might, for networks of the paper's size)")
     p.add_argument("--repeats", type=int, default=measure.REPEATS,
                    help=f"pairs per comparison, at least {measure.REPEATS} ({measure.REPEATS})")
     p.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR",

@@ -413,7 +413,7 @@ def frame_rows(folder, repeats):
     """Milliseconds and MB per frame of long videos."""
     for make, what in ((encoder_job, "f2c_oops encoder"),
                        (video_job, "ssdet detector, tiny, 64 px")):
-        table = paired(*map(make, FRAMES), repeats=repeats)
+        table = paired(*map(make, FRAMES), repeats=repeats, least=1.0)     # as long as the longest
         table = [[t / n for t, n in zip(row, FRAMES)] for row in table]
         for k, n in enumerate(FRAMES[1:], 1):
             yield compare("scale", f"{what}, {n} frames, per frame", table, "64 frames", k=0,
