@@ -454,7 +454,7 @@ def counted(cache, _):
     """What `measure` has kept, as of a time: of training and of validation videos alike."""
     try:
         found = json.loads(cache.read_bytes())                # ours, of a million rows perhaps
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2 ** 31
                                               for n in found.values()):
