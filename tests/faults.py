@@ -36,7 +36,8 @@ def guarded(part, folder, seed):
 
 
 def figures(row):
-    return ", ".join(f"{k} {v:.4g}" for k, v in row.figures.items())
+    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.3g}"
+                     for k, v in row.figures.items())
 
 
 def table(rows):
