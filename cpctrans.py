@@ -217,12 +217,10 @@ def read_rows(path, pattern, form):
     return columns
 
 
-
-
 def read_classes(path):
     """{class in lower case: label} of classInd.txt, whose rows are `<number from 1> <Class>`."""
-    classes, form = {}, "<number> <Class>"
-    columns = read_rows(path, rf"([1-9]\d{{0,3}})[ ,]{GAP}*({NAME})", form)
+    classes = {}
+    columns = read_rows(path, rf"([1-9]\d{{0,3}})[ ,]{GAP}*({NAME})", "<number> <Class>")
     for line, (number, name) in enumerate(zip(*columns), 1):
         if not number:
             continue

@@ -646,20 +646,22 @@ def read_actions(root, split):
 
 def read_subsets(root):
     """(tail verb classes, tail noun classes, unseen participants) of the validation split."""
-    def column(name, key, kind=str, n=0):
-        path, values = root / "annotations" / f"EPIC_100_{name}.csv", set()
-        for r in common.read_table(path, [key]):
-            where = f"{path}:{r['_line']}: {key} {r[key]!r:.60}"
-            if n and not re.fullmatch(r"[0-9]{1,3}", r[key]) or n and int(r[key]) >= n:
-                raise UserError(f"{where} is no class number below {n}")
-            if not n and not re.fullmatch(r"P\d+", r[key]):
-                raise UserError(f"{where} is not of the form P01")
-            values.add(kind(r[key]))
-        if not values:
+    def column(name, key, form, why):
+        path = root / "annotations" / f"EPIC_100_{name}.csv"
+        rows = common.read_table(path, [key])
+        if not rows:
             raise UserError(f"{path}: has no rows")
-        return values
-    return (column("tail_verbs", "verb", int, VERBS), column("tail_nouns", "noun", int, NOUNS),
-            column("unseen_participant_ids_validation", "participant_id"))
+        for r in rows:
+            if not form(r[key]):
+                raise UserError(f"{path}:{r['_line']}: {key} {r[key]!r:.60} is {why}")
+        return {r[key] for r in rows}
+
+    def classes(name, key, n):
+        return set(map(int, column(name, key, lambda x: re.fullmatch(r"[0-9]{1,3}", x)
+                                   and int(x) < n, f"no class number below {n}")))
+    return (classes("tail_verbs", "verb", VERBS), classes("tail_nouns", "noun", NOUNS),
+            column("unseen_participant_ids_validation", "participant_id",
+                   re.compile(r"P\d+").fullmatch, "not of the form P01"))
 
 
 def epic_videos(root):

@@ -22,7 +22,7 @@ def held(ucf101, oops, kinetics400, charades, tmp_path_factory):
         (root / part).mkdir()
         rows = list(faults.PARTS[part](root / part, seed, False))
         broken = [f"{row.promise}: {f}" for row in rows for f in row.failed]
-        assert not broken, "\n".join(broken[:5])
+        assert not broken, "\n".join([f"seed {seed}", *broken[:5]])
         return [row.figures for row in rows]
     return figures
 
