@@ -677,6 +677,7 @@ def claim(folder: Path, net: nn.Module, about: dict, strange: str = "") -> None:
         check = zlib.crc32(x.cpu().numpy().tobytes(), check)
     about, path, fault = {**about, "crc32": f"{check:08x}"}, folder / "about.json", [None]
     if rank() == 0:
+        remove_stale(folder, path.name, age=3600)
         before = read_json(path) if path.exists() else about
         known = {k: before.get(k) for k in about} if isinstance(before, dict) else before
         if known != about:

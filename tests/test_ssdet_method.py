@@ -1,10 +1,12 @@
 """SSDet and Coarse-Fine: augmentations, losses, networks, schedules and metrics, by slow versions.
 """
 
+import ctypes
 import itertools
 import math
 import re
 import resource
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -1009,7 +1011,11 @@ def test_the_coarse_stream_equals_one_that_fuses_at_its_stages(fusion, pool, mon
 
 
 def fusion_memory(stages, _rank):
-    """Outputs of X3D-M's fusion, and MB by which the process has grown in forward and backward."""
+    """Outputs of X3D-M's fusion, and MB by which the process has grown in forward and backward;
+    every block of 64 KB goes back to the system when it is freed, so that growth is what is in use.
+    """
+    if sys.platform == "linux":
+        assert ctypes.CDLL(None).mallopt(-3, 65536)           # M_MMAP_THRESHOLD
     torch.set_num_threads(1)
     torch.manual_seed(0)
     m, T, steps, L = sc.Coarse(classes=20, norm=nn.BatchNorm3d, dropout=0.0), 64, 64, 17
