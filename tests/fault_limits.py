@@ -699,7 +699,7 @@ def differing(a, b):
 
 def disk(folder, seed, long):
     """Every write of short runs of every kind of stage, refused once."""
-    root = trained(folder)
+    root = trained(folder.parent)
     failed, points, files, slowest, bytewise = [], 0, 0, 0.0, 0
     probed = PROBED_LONG if long else PROBED
     for name in probed:
@@ -773,7 +773,7 @@ def disk(folder, seed, long):
 
 def numbers(folder, seed, long):
     """NaN and Inf in the loss, in a gradient, in parameters, and a learning rate beyond all."""
-    root, failed, worst, count = trained(folder), [], 0.0, 0
+    root, failed, worst, count = trained(folder.parent), [], 0.0, 0
     loops = [k for k, s in stages(root).items() if s.trains]
     kinds = {1: [("loss", "inf"), ("gradient", "nan"), ("update", "inf")], 2: [("loss", "nan")]}
     if long:
@@ -854,7 +854,7 @@ def equality(folder, seed, long):
     than processes, or a number that none divides. Shorter: 7 on all; 2 on three, for one stage of
     each script.
     """
-    root, failed, worst, items, count, files = trained(folder), [], 0.0, 0, 0, 0
+    root, failed, worst, items, count, files = trained(folder.parent), [], 0.0, 0, 0, 0
     named, unlike = [k for k, s in stages(root).items() if s.items], 0
     left, base = {}, {}
     few_too = ("replai_linear", "cpctrans_test", "f2c_evaluate", "ssdet_extract")

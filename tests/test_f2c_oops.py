@@ -898,11 +898,9 @@ def test_two_processes_train_as_one_does(stage, flags, chain, feats, tmp_path):
     assert one["val_top1"] == pytest.approx(two["val_top1"], abs=1e-6)
 
 
-@pytest.mark.parametrize("name, n", [("f2c", 2), ("f2c2v", 1), ("clip", 1), ("crf", 2)])
+@pytest.mark.parametrize("name, n", [("f2c", 2), ("f2c2v", 1), ("crf", 2)])
 def test_a_killed_run_ends_in_the_same_bytes(name, n, chain, feats, tmp_path):
     flags = {"f2c": [], "f2c2v": ["--stage", "f2c2v", "--init", chain / "f2c" / "best.pt"],
-             "clip": ["--stage", "classify", "--init", chain / "f2c" / "best.pt", "--batch_size",
-                      64, "--save_every", 2],
              "crf": ["--stage", "classify", "--level", "video", "--loss", "crf", "--init",
                      chain / "f2c2v" / "best.pt", "--save_every", 1]}[name]
     flags = [*MINI, *feats, *flags, "--dropout", 0.1]

@@ -806,10 +806,11 @@ def busy(k, w, h):
 
 
 @pytest.mark.parametrize("suffix, most, arguments", [
-    (".mp4", 1.0, args(n=250, size=(340, 256), gop=250, bf=3, options={
+    (".mp4", 1.15, args(n=250, size=(340, 256), gop=250, bf=3, options={
         "preset": "veryfast", "x264-params": "keyint=250:min-keyint=250:scenecut=0"})),
     (".avi", 2.5, args(codec="mpeg4", n=175, size=(320, 240), gop=12, options=Q))])
 def test_a_clip_costs_about_as_much_as_its_decoding(tmp_path, suffix, most, arguments):
+    """With room for a busy machine; `make bench` has the targets."""
     path = write_video(tmp_path / f"a{suffix}", image=busy, **arguments)
     starts = [2.9, 4.1, 5.0] if suffix == ".avi" else [4.1, 5.9, 7.7]
 

@@ -957,23 +957,21 @@ def test_extraction_goes_on_where_it_was_killed(chain, score, tmp_path):
     assert not left, "temporary files of a killed process"
 
 
-@pytest.mark.parametrize("name", ["detect", "multigrid", "coarse"])
+@pytest.mark.parametrize("name", ["multigrid", "coarse"])
 def test_a_killed_run_ends_in_the_same_bytes(name, chain, by_two, kinetics, tune, tmp_path):
     n, flags = {
-        "detect": (1, [*kinetics, "--aug_prob", 1]),
         "multigrid": (1, [*kinetics, "--task", "classify", "--multigrid", "x3d", "--iters", 8,
                           "--batch_size", 1, "--groups", 1]),
         "coarse": (2, [*tune, "--stream", "coarse", "--init",
                        chain / "detect/last.pt", "--features", chain / "features"])}[name]
-    whole = chain / "detect" if name == "detect" else by_two / "coarse"
+    whole = by_two / "coarse"
     if name == "multigrid":
         whole = tmp_path / "whole"
         here(*flags, "--out", whole)
         assert len(log(whole)) == 8
-    for kill in {"detect": [("torn:last.pt", 2), ("line", 1)], "multigrid": [("step", 5)],
-                 "coarse": [("step", 4)]}[name]:
-        r = quick(tmp_path / "q", *flags, "--out", tmp_path / "killed", n=n, die=kill)
-        assert r.code == -9, (kill, r)
+    r = quick(tmp_path / "q", *flags, "--out", tmp_path / "killed", n=n,
+              die=("step", 5 if name == "multigrid" else 4))
+    assert r.code == -9, r
     r = run(tmp_path / "killed", *flags, n=n)
     assert "continuing" in r.out
     for file in ("last.pt", "best.pt", "metrics.json"):
