@@ -241,15 +241,15 @@ def read_ucf101(folder, part, split):
     """
     classes, labels = read_classes(folder / "classInd.txt"), {}
     path = folder / f"{part}list{split:02d}.txt"
-    groups, videos, numbers = read_rows(
-        path, rf"({NAME})/({NAME})\.avi(?:{GAP}+(\d{{1,4}}))?", "<Class>/<video>.avi")
+    names, groups, numbers = read_rows(
+        path, rf"(({NAME})/{NAME})\.avi(?:{GAP}+(\d{{1,4}}))?", "<Class>/<video>.avi")
     for group, number in filter(any, dict.fromkeys(zip(groups, numbers))):
         label = labels[group, number] = classes.get(group.lower())
         if label is None or number and int(number) != label + 1:
             line = list(zip(groups, numbers)).index((group, number)) + 1
             raise UserError(f"{path}:{line}: {group!r:.80} {number} disagrees with classInd.txt")
-    return (tuple(f"{group}/{video}" for group, video in zip(groups, videos) if group),
-            [labels[key] for key in zip(groups, numbers) if key[0]], classes)
+    return (tuple(filter(None, names)), [labels[key] for key in zip(groups, numbers) if key[0]],
+            classes)
 
 
 def read_hmdb51_file(path):
@@ -341,9 +341,10 @@ def hold_out(dataset, names):
     the names before _<class>_, in an arbitrary fixed order until a tenth of the videos is held out.
     """
     if dataset == "ucf101":
-        groups = re.findall(r"^(?:.*_g(\d+)_c\d+|.*)$", "\n".join(names), re.MULTILINE)
-        held = {g: g != "" and int(g) in HELD_OUT for g in set(groups)}
-        return np.array([held[g] for g in groups])
+        ends = [n.rpartition("_g")[2] for n in names]         # 24_c01 of v_Archery_g24_c01
+        groups = {end: re.fullmatch(r"(\d+)_c\d+", end) for end in set(ends)}
+        held = {end: bool(g) and int(g[1]) in HELD_OUT for end, g in groups.items()}
+        return np.array([held[end] for end in ends])
     sources = [v.split(f"_{c}_")[0] for c, v in (n.split("/") for n in names)]
     count, held, n = Counter(sources), set(), 0
     for source in sorted(count, key=lambda s: (crc32(s.encode()), s)):
@@ -381,19 +382,18 @@ def choose(args, names, part, tested):
 
 
 def stamps_of(folder, names):
-    """(bytes, time) of each file or folder of a folder, None where there is none."""
-    where = os.open(folder, os.O_RDONLY)                      # shorter paths to follow
-
-    def stamp(name):
-        try:
-            found = os.stat(name, dir_fd=where)
-        except OSError:
-            return None
-        return found.st_size, found.st_mtime_ns
+    """"bytes time" of each file or folder of a folder, "" where there is none."""
+    stamps, where = [], os.open(folder, os.O_RDONLY)          # shorter paths to follow
     try:
-        return list(map(stamp, names))
+        for name in names:
+            try:
+                found = os.stat(name, dir_fd=where)
+                stamps.append(f"{found.st_size} {found.st_mtime_ns}")
+            except OSError:
+                stamps.append("")
     finally:
         os.close(where)
+    return stamps
 
 
 def read_videos(args, part):
@@ -410,7 +410,7 @@ def read_videos(args, part):
     with common.no_collector():
         files = [names[i] + ending for i in which.tolist()]
         stamps = stamps_of(folder, files)
-    here = np.array([s is not None for s in stamps])
+    here = np.array(list(map(bool, stamps)))
     if not here.all():
         if part != "train":
             raise UserError(f"{folder}/{files[np.argmin(here)]}: no such file; of {len(which)} "
@@ -418,7 +418,7 @@ def read_videos(args, part):
         which, files = which[here], list(itertools.compress(files, here))
     lengths = (np.array(frames, np.int32)[which] if frames and not ending
                else measure(args, folder, files, list(filter(None, stamps)), part))
-    paths = os.fsencode("\0".join(f"{folder}/{f}" for f in files)).split(b"\0")
+    paths = os.fsencode(f"{folder}/" + f"\0{folder}/".join(files)).split(b"\0")
     videos = Videos(np.array(paths), np.array(labels)[which], lengths)
     broken, short = lengths == 0, (lengths > 0) & (lengths <= clip_span(args))
     keep = ~broken & ~short if args.short == "drop" else ~broken
@@ -449,16 +449,23 @@ class Lengths(Dataset):
 
 @lru_cache(1)
 def counted(cache, _):
-    """What `measure` has kept, as of a time: of training and of validation videos alike."""
+    """{folder: {(name, stamp): pictures}} that `measure` has kept, as of a time: of training and
+    of validation videos alike. The file has a column for each, as there may be a million.
+    """
     try:
-        found = json.loads(cache.read_bytes())                # ours, of a million rows perhaps
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(type(n) is int and 0 < n < 2 ** 31
-                                              for n in found.values()):
-        raise UserError(f"{cache}: holds more than numbers of pictures; delete it, and they are "
-                        "counted anew")
-    return found
+        found = {folder: (t["files"], t["stamps"], t["frames"])
+                 for folder, t in json.loads(cache.read_bytes()).items()}
+        for files, stamps, frames in found.values():
+            if not (set(map(type, files)) | set(map(type, stamps)) <= {str}
+                    and set(map(type, frames)) <= {int}
+                    and len(files) == len(stamps) == len(frames)
+                    and 0 < min(frames, default=1) <= max(frames, default=1) < 2 ** 31):
+                raise ValueError
+        return {folder: dict(zip(zip(files, stamps), frames))
+                for folder, (files, stamps, frames) in found.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{cache}: holds other than numbers of pictures; delete it, and they are "
+                        "counted anew") from None
 
 
 def measure(args, folder, names, stamps, part):
@@ -471,9 +478,9 @@ def measure(args, folder, names, stamps, part):
     if common.rank() == 0:
         common.remove_stale(cache.parent, cache.name, age=3600)
     with common.no_collector():
-        keys = [f"{root}/{n} {size} {when}" for n, (size, when) in zip(names, stamps)]
-        known = dict(counted(cache, cache.stat().st_mtime_ns)) if cache.exists() else {}
-    plan = [[known.get(k) for k in keys]]
+        found = counted(cache, cache.stat().st_mtime_ns) if cache.exists() else {}
+        known = dict(found.get(root, {}))
+        plan = [list(map(known.get, zip(names, stamps)))]
     if common.world_size() > 1:           # one plan for all: other jobs may be filling the file
         dist.broadcast_object_list(plan)
     lengths = plan[0]
@@ -489,9 +496,12 @@ def measure(args, folder, names, stamps, part):
         for k, (n, fault) in rows.items():
             lengths[block[k]] = n
             faults += [fault] if fault else []
-        known |= {keys[i]: lengths[i] for i in block if lengths[i]}
+        known |= {(names[i], stamps[i]): lengths[i] for i in block if lengths[i]}
         if common.rank() == 0 and (time.perf_counter() - written > 60 or block[-1] == missing[-1]):
-            common.write_json(cache, known)
+            common.write_json(cache, {
+                folder: {"files": [name for name, _ in rows], "stamps": [s for _, s in rows],
+                         "frames": list(rows.values())}
+                for folder, rows in {**found, root: known}.items()})
             written = time.perf_counter()
         left = (time.perf_counter() - began) / (first + len(block)) * (
             len(missing) - first - len(block))

@@ -46,7 +46,7 @@ def plant(content, folder, names):
 
 def cpctrans(folder, n):
     """UCF101: 100 classes, a training list and the cache of numbers of pictures."""
-    lists, known = folder / "ucfTrainTestlist", {}
+    lists, files = folder / "ucfTrainTestlist", []
     lists.mkdir()
     classes = [f"Class{c:03d}" for c in range(100)]
     (lists / "classInd.txt").write_text("".join(f"{k} {c}\n" for k, c in enumerate(classes, 1)))
@@ -56,10 +56,12 @@ def cpctrans(folder, n):
                  for i in range(2 + n // 100)]
         plant(b"x", folder / c, names)
         rows += [f"{c}/{v} {k}\n" for v in names]
-        known |= {f"{folder}/{c}/{v} 1 {10 ** 18}": 180 for v in names}
+        files += [f"{c}/{v}" for v in names]
     (lists / "trainlist01.txt").write_text("".join(rows))
     (folder / "runs").mkdir()
-    (folder / "runs" / "cpctrans_ucf101_frames.json").write_text(json.dumps(known))
+    (folder / "runs" / "cpctrans_ucf101_frames.json").write_text(json.dumps({
+        str(folder): {"files": files, "stamps": [f"1 {10 ** 18}"] * len(files),
+                      "frames": [180] * len(files)}}))
     return ["--dataset", "ucf101"]
 
 

@@ -742,7 +742,7 @@ def ucf_forms(root):
     shown(counts)
     path = root / "runs" / "cpctrans_ucf101_frames.json"
     yield Form("counts", path, list(json.loads(path.read_bytes()).items()), as_object, counts,
-               "cache")
+               "cache", rows=False)
 
 
 def ucf_lists(lists, names, videos):

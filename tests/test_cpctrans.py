@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,25 @@ def test_pictures_are_counted_once(ucf, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "count_frames", None)         # would raise if it were called
     _, videos = dataset(ucf, tmp_path)
     assert set(videos.frames) == {LENGTHS[g] for g in (8, 9, 15, 16)}
+
+
+def test_numbers_of_several_folders_stay_and_a_changed_file_is_counted_again(ucf, tmp_path):
+    other = shutil.copytree(ucf, tmp_path / "other", symlinks=False)
+    (_, a), (_, b) = dataset(ucf, tmp_path), dataset(other, tmp_path)
+    cache = tmp_path / "runs" / "cpctrans_ucf101_frames.json"
+    kept = json.loads(cache.read_text())
+    assert len(kept) == 2 and a.frames.tolist() == b.frames.tolist()
+    long, short = (Path(os.fsdecode(b.name[np.flatnonzero(b.frames == n)[0]]))
+                   for n in (b.frames.max(), b.frames.min()))
+    shutil.copyfile(short, long)
+    os.utime(long, (1, 1))
+    _, c = dataset(other, tmp_path)
+    assert sorted(b.frames.tolist()) != sorted(c.frames.tolist())
+    assert (c.frames != b.frames).sum() == 1 and c.frames.min() == b.frames.min()
+    now = json.loads(cache.read_text())
+    assert now[next(iter(kept))] == kept[next(iter(kept))]
+    cpctrans.counted.cache_clear()
+    assert dataset(other, tmp_path)[1].frames.tolist() == c.frames.tolist()
 
 
 @pytest.mark.parametrize("crops", [1, 5, 10])
@@ -866,7 +886,8 @@ def test_counting_that_was_killed_goes_on(ucf, tmp_path):
     r = quick(tmp_path / "q", *flags, "--out", tmp_path / "a", die=("torn:_frames.json", 1))
     assert r.code == -9 and not list(tmp_path.glob("*_frames.json"))
     run(tmp_path / "a", *flags)
-    assert len(json.loads((tmp_path / "cpctrans_ucf101_frames.json").read_text())) == 24
+    kept, = json.loads((tmp_path / "cpctrans_ucf101_frames.json").read_text()).values()
+    assert {len(column) for column in kept.values()} == {24}
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -276,9 +276,18 @@ def test_lists_of_cpctrans_may_begin_with_a_byte_order_mark_and_are_not_empty(tm
     refused(lambda: cpctrans.read_classes(path), f"{path}:2: is not in UTF-8")
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"a": "5"}', '{"a": 0}', '{"a": -3}', '{"a": 1.5}',
-                                  '{"a": true}', '{"a": [1]}', '{"a": 3000000000}'])
-def test_numbers_of_pictures_that_are_none_are_refused(text, tmp_path):
+@pytest.mark.parametrize("files, stamps, frames", [
+    ("a", "1 2", x) for x in ('"5"', "0", "-3", "1.5", "true", "[1]", "3000000000", "5, 6", "")] + [
+    ("a", 5, "7"), (5, "1 2", "7")])
+def test_numbers_of_pictures_that_are_none_are_refused(files, stamps, frames, tmp_path):
+    path = tmp_path / "cpctrans_ucf101_frames.json"
+    path.write_text(f'{{"x": {{"files": [{json.dumps(files)}], "stamps": [{json.dumps(stamps)}], '
+                    f'"frames": [{frames}]}}}}')
+    refused(lambda: cpctrans.counted.__wrapped__(path, 0), path, "delete it")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", '{"x": 5}', '{"x": {"files": []}}', "[" * 999])
+def test_a_cache_of_numbers_that_is_of_another_form_is_refused(text, tmp_path):
     path = tmp_path / "cpctrans_ucf101_frames.json"
     path.write_text(text)
     refused(lambda: cpctrans.counted.__wrapped__(path, 0), path, "delete it")
