@@ -1181,8 +1181,8 @@ def annotations(folder, seed, long):
             continue
         mutations = itertools.chain(
             whole_files(form, rng), whole_units(form, rng),
-            single_values(form, rng, 1500 if long else 40),
-            scattered_bytes(form, rng, 500 if long else 20))
+            single_values(form, rng, 1000 if long else 40),
+            scattered_bytes(form, rng, 400 if long else 20))
         for mutation in mutations:
             form.path.write_bytes(mutation.data)
             os.utime(form.path, ns=(n, time.time_ns()))

@@ -419,7 +419,8 @@ def torchruns(folder, seed, long):
             yield worker_killed(folder / f"{script}_restarts", chain[first], whole,
                                 np.random.default_rng((seed, k)))
         if long or k == 0:
-            yield failing(folder / f"{script}_fails", chain[:first + 1], whole, long)
+            yield failing(folder / f"{script}_fails", chain[:first + 1], whole, MORE if long and
+                          script == "cpctrans" else ())
     if long:
         yield told_to_all(folder / "told", data, scripts["cpctrans"][0])
 
@@ -474,17 +475,15 @@ def worker_killed(world, stage, whole, rng):
 
 
 PLANTED = "planted: no such luck"
+MORE = (("Log.guard", 0), ("Log.guard", -1), ("gather", 1), ("start_run", 1))
 
 
-def failing(world, chain, whole, long):
+def failing(world, chain, whole, more):
     """Of two processes one fails: all end, and the cause is told once."""
     stage, figures, failed = chain[-1], {"cases": 0, "worst_s": 0.0}, []
     before(world, whole, *chain[-1:])
-    cases = [("Log.guard", 1, stage), ("flag", -1, stage)]
-    if long:
-        cases += [("Log.guard", 0, stage), ("Log.guard", -1, stage), ("gather", 1, stage),
-                  ("start_run", 1, stage),
-                  *(("barrier", 1, s) for s in chain if s.name in PREPARATION)]
+    cases = [("Log.guard", 1, stage), ("flag", -1, stage), *((*case, stage) for case in more),
+             *(("barrier", 1, s) for s in chain if s.name in PREPARATION)]
     for k, (where, rank, stage) in enumerate(cases):
         undo(world, stage)
         logs = world / f"q{k}"
