@@ -480,7 +480,12 @@ def find(root: Path, name: str) -> Path | None:
 
 @no_collector()
 def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
-    """Rows of an official CSV as dictionaries with `_line`; UserError names file and line."""
+    """Rows of an official CSV as dictionaries of these columns and `_line`, for few of them."""
+    return [dict(zip(("_line", *columns), row)) for row in table_rows(path, columns)]
+
+
+def table_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple]:
+    """Rows (line, value of each column) of an official CSV; UserError names file and line."""
     try:
         data = path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -494,21 +499,19 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict]:
         raise UserError(f"{path}:{line}: holds a NUL byte")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        names, rows = next(reader, []), []
+        names = next(reader, [])
         lacking = [c for c in columns if c not in names]
         if lacking:
             raise UserError(f"{path}:1: column {lacking[0]} is missing")
         if len(set(names)) < len(names):
             twice = next(n for k, n in enumerate(names) if n in names[:k])
             raise UserError(f"{path}:1: column {twice!r:.60} stands there twice")
-        keys = [*names, "_line"]
+        at, width = [names.index(c) for c in columns], len(names)
         for row in filter(None, reader):                      # not the empty lines
-            if len(row) != len(names):
+            if len(row) != width:
                 raise UserError(f"{path}:{reader.line_num}: has another number of fields than "
-                                f"the {len(names)} columns")
-            row.append(reader.line_num)
-            rows.append(dict(zip(keys, row)))
-        return rows
+                                f"the {width} columns")
+            yield (reader.line_num, *[row[k] for k in at])
     except csv.Error as e:
         raise UserError(f"{path}:{reader.line_num}: not in CSV form ({e})") from e
 

@@ -381,19 +381,28 @@ def choose(args, names, part, tested):
     return which[np.linspace(0, len(which) - 1, n).round().astype(int)]
 
 
-def stamps_of(folder, names):
-    """"bytes time" of each file or folder of a folder, "" where there is none."""
-    stamps, where = [], os.open(folder, os.O_RDONLY)          # shorter paths to follow
-    try:
-        for name in names:
-            try:
-                found = os.stat(name, dir_fd=where)
-                stamps.append(f"{found.st_size} {found.st_mtime_ns}")
-            except OSError:
-                stamps.append("")
-    finally:
-        os.close(where)
-    return stamps
+class Stamps(Dataset):
+    """"bytes time" of each file or folder of a folder, "" where there is none, in blocks."""
+
+    def __init__(self, folder, names, block=50_000):
+        self.folder = folder
+        self.blocks = [names[k:k + block] for k in range(0, len(names), block)]
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, k):
+        stamps, where = [], os.open(self.folder, os.O_RDONLY)                 # a shorter way
+        try:
+            for name in self.blocks[k]:
+                try:
+                    found = os.stat(name, dir_fd=where)
+                    stamps.append(f"{found.st_size} {found.st_mtime_ns}")
+                except OSError:
+                    stamps.append("")
+        finally:
+            os.close(where)
+        return stamps
 
 
 def read_videos(args, part):
@@ -409,7 +418,10 @@ def read_videos(args, part):
     folder, ending = locate(args, names)
     with common.no_collector():
         files = [names[i] + ending for i in which.tolist()]
-        stamps = stamps_of(folder, files)
+        several = args.workers if len(files) > 100_000 else 0
+        stamps = list(itertools.chain.from_iterable(DataLoader(
+            Stamps(folder, files), batch_size=None, num_workers=several,
+            generator=torch.Generator())))
     here = np.array(list(map(bool, stamps)))
     if not here.all():
         if part != "train":

@@ -533,8 +533,7 @@ def with_files(args, videos, split):
 def kinetics_rows(path):
     """[(label, youtube id, "_START_END" as in the names of files)] of Kinetics' CSV or JSON."""
     if path.suffix == ".csv":
-        rows = ((r["_line"], r["label"], r["youtube_id"], r["time_start"], r["time_end"])
-                for r in common.read_table(path, ["label", "youtube_id", "time_start", "time_end"]))
+        rows = common.table_rows(path, ["label", "youtube_id", "time_start", "time_end"])
     else:
         table, rows = common.read_json(path), []
         for name, entry in table.items() if isinstance(table, dict) else [("", None)]:
@@ -543,17 +542,18 @@ def kinetics_rows(path):
             segment = notes.get("segment") if isinstance(notes, dict) else None
             if not isinstance(segment, list) or len(segment) != 2:
                 raise UserError(f"{where}.annotations.segment: is not [start, end]")
-            rows.append((where, notes.get("label"), name, *map(str, segment)))
+            rows.append((where, kinetics_label(where, notes.get("label")), name,
+                         *map(str, segment)))
     found, labels, spans = [], set(), {}                      # many rows share a label, or a span
-    for where, label, name, start, end in rows:
-        known = isinstance(label, str) and label in labels and (start, end) in spans
-        if not known or not common.IDENTIFIER(name):
+    for where, label, name, *times in rows:
+        span = spans.get(" ".join(times))
+        if not span or label not in labels or not common.IDENTIFIER(name):
             where = f"{path}:{where}" if isinstance(where, int) else where
             labels.add(kinetics_label(where, label))
             common.Fields(where, {"youtube_id": name}).name("youtube_id")
-            first, last = (int(seconds(where, t)) for t in (start, end))
-            spans[start, end] = f"_{first:06d}_{last:06d}"
-        found.append((label, name, spans[start, end]))
+            first, last = (int(seconds(where, t)) for t in times)
+            span = spans[" ".join(times)] = f"_{first:06d}_{last:06d}"
+        found.append((label, name, span))
     return found
 
 
@@ -562,6 +562,13 @@ def kinetics_label(where, label):
     if not isinstance(label, str) or not re.fullmatch(r"(?!\.)[^/\\\x00-\x1f]{1,100}", label):
         raise UserError(f"{where}: label: {label!r:.60} is no label")
     return label
+
+
+def files_of(tree, label):
+    """{name without what follows its first dot: FOLDER/FILE} of a class of Kinetics."""
+    folder = next((f for f in (label.replace(" ", "_"), label) if (tree / f).is_dir()), None)
+    return {f.partition(".")[0]: f"{folder}/{f}" for f in os.listdir(tree / folder)} if (
+        folder) else {}
 
 
 @common.no_collector()
@@ -586,19 +593,13 @@ def read_kinetics(args, split):
     if len(set(names)) < len(names):
         twice, count = Counter(names).most_common(1)[0]
         raise UserError(f"{listing}: {twice!r:.60} stands there {count} times")
-    index, folders, paths, labels = {n: c for c, n in enumerate(names)}, {}, [], []
-    for label, name, span in rows:
-        if label not in index:
-            raise UserError(f"{path}: label {label!r:.60} is not in {listing}")
-        if label not in folders:
-            places = [tree / label.replace(" ", "_"), tree / label]
-            folder = next((d for d in places if d.is_dir()), None)
-            folders[label] = {f.partition(".")[0]: f"{folder.name}/{f}" for f in
-                              os.listdir(folder)} if folder else {}
-        file = folders[label].get(name + span) or folders[label].get(name)
-        if file:
-            paths.append(file)
-            labels.append(index[label])
+    index, listed = {n: c for c, n in enumerate(names)}, {label for label, *_ in rows}
+    if strange := listed - index.keys():
+        raise UserError(f"{path}: label {min(strange)!r:.60} is not in {listing}")
+    files = {label: files_of(tree, label) for label in sorted(listed)}
+    found = [files[label].get(name + span) or files[label].get(name) for label, name, span in rows]
+    labels = [index[row[0]] for row in itertools.compress(rows, found)]
+    paths = list(filter(None, found))
     common.say(f"{split}: {len(paths)} of {len(rows)} clips of {path} have a file below {tree}, "
                f"{len(names)} classes")
     if len(set(paths)) < len(paths):
@@ -1507,7 +1508,7 @@ class KineticsClips(Dataset):
 
     def __init__(self, args, tree, files, labels):
         self.args, self.tree, self.labels = args, tree, labels
-        self.files = np.array([os.fsencode(f) for f in files])
+        self.files = np.array(os.fsencode("\0".join(files)).split(b"\0"))
 
     def __len__(self):
         return len(self.files)

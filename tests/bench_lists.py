@@ -272,7 +272,9 @@ def measure(name, folder, flags, context):
     torch.optim.SGD([torch.zeros(1)], lr=0.1)                 # imports, a second's worth
     Loader, seen = torch.utils.data.DataLoader, {}
 
-    def loader(dataset, batch_sampler=None, **_):
+    def loader(dataset, batch_sampler=None, **flags):
+        if batch_sampler is None:                             # of files that are looked at
+            return Loader(dataset, **flags)
         seen["keys"], seen["dataset"] = next(iter(batch_sampler)), dataset
         seen["seconds"], seen["cpu"] = time.perf_counter() - began, time.process_time() - busy
         raise Ready

@@ -13,6 +13,7 @@ script of which one process fails at a chosen place:
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -253,10 +254,11 @@ def kill(folder, seed, long):
                                  "worst_recovery_s"), 0)
         first = next(stage for stage in chain if stage.steps)
         main = [s for s in chain if s is first or s.name in PREPARATION]
+        total, few = (20, 3) if long else (10, 1)             # of all stages, of one not in `main`
         for stage in chain:
             whole, seconds = undisturbed(folder, data, stage)
-            share = 20 - 3 * (len(chain) - len(main)) if stage in main else 3 * len(main)
-            wanted, landed, tried = -(-share // len(main)) * (2 if long else 1), 0, 0
+            landed, tried, wanted = 0, 0, few if stage not in main else math.ceil(
+                (total - few * (len(chain) - len(main))) / len(main))
             while landed < wanted and tried < 4 * wanted:
                 tried += 1
                 how, writing = moment(rng, stage, seconds)
