@@ -416,19 +416,21 @@ def read_videos(args, part):
     names, labels, classes, frames = read_list(args, "test" if tested else "train", number)
     which = choose(args, names, part, tested)
     folder, ending = locate(args, names)
+    lengths_known = bool(frames) and not ending               # the author's list of folders
     with common.no_collector():
         files = [names[i] + ending for i in which.tolist()]
-        several = args.workers if len(files) > 100_000 else 0
-        stamps = list(itertools.chain.from_iterable(DataLoader(
-            Stamps(folder, files), batch_size=None, num_workers=several,
-            generator=torch.Generator())))
+        looks = iter(DataLoader(Stamps(folder, files), batch_size=None, generator=torch.Generator(),
+                                num_workers=args.workers if len(files) > 100_000 else 0))
+        if common.rank() == 0 and not lengths_known:
+            kept(args)                                        # is read while others look
+        stamps = list(itertools.chain.from_iterable(looks))
     here = np.array(list(map(bool, stamps)))
     if not here.all():
         if part != "train":
             raise UserError(f"{folder}/{files[np.argmin(here)]}: no such file; of {len(which)} "
                             f"videos to evaluate {(~here).sum()} are absent")
         which, files = which[here], list(itertools.compress(files, here))
-    lengths = (np.array(frames, np.int32)[which] if frames and not ending
+    lengths = (np.array(frames, np.int32)[which] if lengths_known
                else measure(args, folder, files, list(filter(None, stamps)), part))
     paths = os.fsencode(f"{folder}/" + f"\0{folder}/".join(files)).split(b"\0")
     videos = Videos(np.array(paths), np.array(labels)[which], lengths)
@@ -480,17 +482,21 @@ def counted(cache, _):
                         "counted anew") from None
 
 
+def kept(args):
+    """(file of the numbers of pictures, what it holds): beside the run folders, for all of them."""
+    cache = args.out.parent / f"cpctrans_{args.dataset}_frames.json"
+    return cache, counted(cache, cache.stat().st_mtime_ns) if cache.exists() else {}
+
+
 def measure(args, folder, names, stamps, part):
     """Numbers of pictures of videos, each counted once and kept in a file beside the run folders.
 
     Shared among the processes; killed at any time, a new start goes on with the rest.
     """
-    cache = args.out.parent / f"cpctrans_{args.dataset}_frames.json"
-    root = os.path.abspath(folder)
+    root, (cache, found) = os.path.abspath(folder), kept(args)
     if common.rank() == 0:
         common.remove_stale(cache.parent, cache.name, age=3600)
     with common.no_collector():
-        found = counted(cache, cache.stat().st_mtime_ns) if cache.exists() else {}
         known = dict(found.get(root, {}))
         plan = [list(map(known.get, zip(names, stamps)))]
     if common.world_size() > 1:           # one plan for all: other jobs may be filling the file

@@ -63,17 +63,19 @@ def survived(part, function, *arguments):
         yield measure.failed(part, f"{function.__name__} broke off", e)
 
 
-def measured(part, args):
-    """The rows of a part, printed as they come."""
+def measured(part, args, took):
+    """The rows of a part, printed as they come; took: gets the seconds of each function."""
     rows, functions = [], [*PARTS[part]]
     if part == "choices" and args.compile:
         functions.append(bench_steps.compile_rows)
     print(f"\n| {part}: " + " | ".join(COLUMNS) + " |\n" + "| --- " * len(COLUMNS) + "|",
           flush=True)
     for function in functions:
+        began = time.time()
         for row in survived(part, function, args.out.resolve(), args.repeats):
             rows.append(row)
             print("| " + " | ".join(c.replace("|", "/") for c in cells(row)) + " |", flush=True)
+        took[function.__name__] = round(time.time() - began)
     return rows
 
 
@@ -103,18 +105,18 @@ def main(argv=None):
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
     print(measure.machine())
-    began, rows, done = time.time(), [], []
+    began, rows, done, took = time.time(), [], [], {}
     common.init_distributed()
     for part in args.only.split(","):
-        rows += measured(part, args)
+        rows += measured(part, args, took)
         done.append(part)
         minutes = (time.time() - began) / 60
         common.write_json(args.out / "bench.json", {
             "machine": measure.machine(), "minutes": round(minutes, 1), "repeats": args.repeats,
-            "parts": done, "rows": [row.as_json() for row in rows]})
+            "parts": done, "seconds": took, "rows": [row.as_json() for row in rows]})
     print(f"\n{len(rows)} rows, {sum(row.met is not None for row in rows)} with a target, "
           f"{sum(row.met is False for row in rows)} missed; {minutes:.1f} minutes; "
-          f"{args.out}/bench.json")
+          f"{args.out}/bench.json\nseconds: {', '.join(f'{k} {v}' for k, v in took.items())}")
     unexplained = [f"{row.what} {row.against}".strip() for row in rows if row.unexplained]
     print("missed without an excuse:", "; ".join(unexplained) or "none", flush=True)
     return int(bool(unexplained))
