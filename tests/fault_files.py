@@ -496,7 +496,7 @@ def growth(folder, paths, opens):
 def media(folder, seed, long):
     """Damaged and unusual files: refused by name or read, never anything else."""
     folder.mkdir(parents=True, exist_ok=True)
-    bases, jobs = damaged_files(folder, seed, 40 if long else 5)
+    bases, jobs = damaged_files(folder, seed, 15 if long else 5)
     odd = odd_files(folder, bases)
     every = [*jobs, *((p, False) for p in odd), *((p, True) for p in bases.values())]
     found = watched(folder, every)
@@ -512,14 +512,14 @@ def media(folder, seed, long):
     yield Row("damaged media files are read or refused by name", {
         "files": len(every), "reads": len(said), "read": said.count("read"),
         "refused": said.count("refused"), "worst_s": round(max(s for _, s in found), 2)}, faults)
-    pictures, faults = picture_folders(folder, seed, 40 if long else 5)
+    pictures, faults = picture_folders(folder, seed, 15 if long else 5)
     yield Row("damaged pictures in folders are read or refused by name", {"folders": pictures},
               faults)
     n, faults = unusual_pictures(folder)
     m, more = unusual_sound(folder)
     yield Row("unusual media files are read right", {"files": n + m}, faults + more)
     some = [*bases.values(), *(p for p, _ in jobs[::5]), *odd][:100]
-    opens = 10000 if long else 2000
+    opens = 5000 if long else 2000
     grown = growth(folder, some, opens)
     faults = [] if grown and grown[0] <= 0 and grown[1] <= 0 and grown[2] < 20 else [f"{grown}"]
     figures = zip(("descriptors", "threads", "megabytes"), grown or ())
@@ -1181,8 +1181,8 @@ def annotations(folder, seed, long):
             continue
         mutations = itertools.chain(
             whole_files(form, rng), whole_units(form, rng),
-            single_values(form, rng, 1000 if long else 40),
-            scattered_bytes(form, rng, 400 if long else 20))
+            single_values(form, rng, 500 if long else 40),
+            scattered_bytes(form, rng, 200 if long else 20))
         for mutation in mutations:
             form.path.write_bytes(mutation.data)
             os.utime(form.path, ns=(n, time.time_ns()))

@@ -704,7 +704,7 @@ def disk(folder, seed, long):
     probed = PROBED_LONG if long else PROBED
     for name in probed:
         where = folder / "disk" / name
-        r, _ = start(where, root, name, "disk", most=12 if long else 3)
+        r, _ = start(where, root, name, "disk", most=6 if long else 3)
         if r.code:
             failed.append(f"{name}: exit status {r.code}, {r.err[-1500:]}")
             continue
@@ -850,9 +850,9 @@ def once(found, of):
 
 
 def equality(folder, seed, long):
-    """Every stage that goes item by item, on 1, 2 and 3 processes, with 1, 2 and 7 items: fewer
-    than processes, or a number that none divides. Shorter: 7 on all; 2 on three, for one stage of
-    each script.
+    """Every stage that goes item by item: 7 items, a number that none divides, on 1, 2 and 3
+    processes; fewer items than processes, 2 on three for one stage of each script, and 1 and 2 for
+    all if `long`.
     """
     root, failed, worst, items, count, files = trained(folder.parent), [], 0.0, 0, 0, 0
     named, unlike = [k for k, s in stages(root).items() if s.items], 0
@@ -860,7 +860,7 @@ def equality(folder, seed, long):
     few_too = ("replai_linear", "cpctrans_test", "f2c_evaluate", "ssdet_extract")
     for n in (1, 2, 3):
         grid = [(name, few) for name in named for few in (1, 2, ITEMS)
-                if long or few == ITEMS or few == 2 and n != 2 and name in few_too]
+                if few == ITEMS or n != 2 and (long or few == 2 and name in few_too)]
         count += len(grid)
         todo = [case(root, name, folder / f"by{n}" / f"{name}_{few}" / "out", few, copy=True)
                 for name, few in grid]

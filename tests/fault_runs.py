@@ -313,7 +313,7 @@ def sigterm(folder, seed, long):
                 if not chosen(stage, first, n, long):
                     continue
                 ours = before(folder / f"{script}_{stage.name}{n}", whole, stage)
-                for _ in range(4 if long else 1 if n == 2 else 2):
+                for _ in range(3 if long else 1 if n == 2 else 2):
                     stop = stop_training if stage.steps else stop_preparation
                     ended, lines = stop(stage, ours, n, rng, seconds)
                     figures["stopped"] += ended > 0
@@ -331,7 +331,8 @@ def sigterm(folder, seed, long):
 
 def chosen(stage, first, n, long):
     """Whether this stage is stopped: the first that trains, preparation, or, if long, all loops."""
-    return stage is first or (stage.steps and long) or (stage.name in PREPARATION and n == 1)
+    return stage is first or (n == 1 and (long or stage.name in PREPARATION) and (
+        stage.steps or stage.name in PREPARATION))
 
 
 def stop_training(stage, world, n, rng, _):
@@ -406,7 +407,9 @@ def printed(folder):
 
 
 def torchruns(folder, seed, long):
-    """Of the first training stage of each script; `long` for all of them and all ways to fail."""
+    """Of the first training stage of two scripts; `long`: a worker of each script killed, more ways
+    to fail.
+    """
     data = make_data(folder.parent / "data")
     scripts = stages(data)
     names = list(scripts) if long else [list(scripts)[seed % 4], list(scripts)[(seed + 1) % 4]]
@@ -415,14 +418,14 @@ def torchruns(folder, seed, long):
         first = next(i for i, stage in enumerate(chain) if stage.steps)
         for stage in chain[:first + 1]:
             whole, _ = undisturbed(folder, data, stage, n=2)
-        if long or k == 0:
+        if k < 1 + long:
             yield two_agents(folder / f"{script}_agents", chain[first], whole)
         if long or k == 1:
             yield worker_killed(folder / f"{script}_restarts", chain[first], whole,
                                 np.random.default_rng((seed, k)))
-        if long or k == 0:
-            yield failing(folder / f"{script}_fails", chain[:first + 1], whole, MORE if long and
-                          script == "cpctrans" else ())
+        if k < 1 + long:
+            yield failing(folder / f"{script}_fails", chain[:first + 1], whole,
+                          MORE if long and k == 0 else ())
     if long:
         yield told_to_all(folder / "told", data, scripts["cpctrans"][0])
 
