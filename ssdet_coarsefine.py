@@ -2464,10 +2464,12 @@ def read_submission(args, videos, classes):
     if len(rows) == strange:
         raise UserError(f"{args.submission}: holds no row of a test video")
     given = {(name, frame) for name, frame, *_ in rows if name in place}
-    if strange or len(given) < 25 * len(videos):
-        common.say(f"warning: {args.submission}: {25 * len(videos) - len(given)} of "
-                   f"{25 * len(videos)} frames are missing and count as last; {strange} rows are "
-                   "of no test video")
+    for count, what in ((25 * len(videos) - len(given), f"of {25 * len(videos)} frames are missing "
+                         "and count as last"), (strange, "rows are of no test video"),
+                        (len(rows) - strange - len(given), "frames stand there twice, the later "
+                         "row counts")):
+        if count:
+            common.say(f"warning: {args.submission}: {count} {what}")
     scores = np.full((len(videos), 25, classes), -math.inf)
     first = min((frame for _, frame, *_ in rows), default=1) and 1        # or 0, where one is
     for name, frame, row, where in rows:

@@ -789,8 +789,8 @@ def numbers(folder, seed, long):
         for c, found in zip(todo, run_cases(folder / f"numbers{n}", todo, n)):
             out, poisoned = Path(c["flags"][-1]), c["poison"]
             count, worst = count + 1, max(worst, *(x["seconds"] for x in found))
-            words = {"loss": r"step 1: (?!gradient)\w+ is (nan|inf);",
-                     "gradient": r"step 1: gradient is (nan|inf);",
+            words = {"loss": r"step 1: (?!gradient)\w+ is (nan|-?inf);",
+                     "gradient": r"step 1: gradient is (nan|-?inf);",
                      "update": r"step 1: [\w.]+ is nan or inf after the update|"
                                r"val: the network's output is not finite"}
             for x in found:
@@ -814,7 +814,7 @@ def numbers(folder, seed, long):
         todo.append({**c, "flags": [*c["flags"], "--lr", "4e9"]})
     for c, (x,) in zip(todo, run_cases(folder / "hugely", todo)):
         stopped += x["fault"] is not None                     # the others' losses stay finite
-        if x["fault"] and not re.match(r"step [0-3]: [\w.]+ is (nan|inf)|"
+        if x["fault"] and not re.match(r"step [0-3]: [\w.]+ is (nan|-?inf)|"
                                        r"\w+: the network's output is not finite", x["fault"]):
             failed.append(f"{c['name']}: {x['fault']}")
         for f in Path(c["flags"][-3]).glob("*.pt"):

@@ -1307,6 +1307,23 @@ def test_a_submission_needs_no_videos(chain, charades, tmp_path):
                                                               abs=0.02)
 
 
+def test_rows_that_a_submission_lacks_or_has_twice_are_counted(tmp_path, capsys):
+    file, videos = tmp_path / "l.txt", [sc.Video(n, "", 9.0, ()) for n in "AB"]
+    rows = [f"{v.name} {j} 0.5 {j}e-3" for v in videos for j in range(1, 26)]
+
+    def read(*rows):
+        file.write_text("\n".join(rows))
+        found = sc.read_submission(types.SimpleNamespace(submission=file), videos, 2)
+        return found, capsys.readouterr().out.splitlines()
+
+    assert read(*rows)[1] == []
+    (a, b), told = read(*rows[1:], "B 7 1 2", "C 1 0 0")
+    assert [line.partition(f"{file}: ")[2] for line in told] == [
+        "1 of 50 frames are missing and count as last", "1 rows are of no test video",
+        "1 frames stand there twice, the later row counts"]
+    assert np.isneginf(a[0]).all() and b[6].tolist() == [1, 2] and b[5].tolist() == [0.5, 0.006]
+
+
 def test_a_broken_video_is_replaced_in_training_and_named_in_the_test(chain, charades, kinetics400,
                                                                       tune, score, kinetics,
                                                                       tmp_path, capsys):
