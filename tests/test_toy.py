@@ -407,8 +407,8 @@ def test_the_same_seed_makes_the_same_files_with_any_number_of_workers(name, tmp
 
     def two(*a):                                              # the two shortest are enough
         tasks = sorted(plain(*a), key=lambda v: v["seconds"] * len(v["files"]))[:2]
-        return [{**v, "seconds": min(v["seconds"], 14.0),
-                 "strikes": [s for s in v.get("strikes", ()) if s[0] < 12.5]} for v in tasks]
+        return [{**v, "seconds": min(v["seconds"], 8.0),
+                 "strikes": [s for s in v.get("strikes", ()) if s[0] < 6.5]} for v in tasks]
     monkeypatch.setitem(toy.MAKERS, name, two)
     for folder, seed, workers in (("one", 3, 1), ("two", 3, 2), ("other", 4, 2)):
         toy.make(name, tmp_path / folder, seed=seed, scale=0.01, workers=workers)
