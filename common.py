@@ -69,15 +69,26 @@ class Stopped(Exception):
 
 # ---- command line ----------------------------------------------------------------------------
 
+DEFAULT = " (default: "                                       # at the end of help texts
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Docstring as it stands, default behind every help text that has one."""
+    """Docstring as it stands, default behind every help text that has one.
+
+    A text may end in "(default: VALUE, SOURCE)": for VALUE stands the default, where there is one.
+    """
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=30, width=100)
 
     def _get_help_string(self, action):
-        silent = action.default in (None, False, argparse.SUPPRESS)
-        return action.help if silent else super()._get_help_string(action)
+        value, (text, _, rest) = action.default, action.help.partition(DEFAULT)
+        if value is None or value is False or value == argparse.SUPPRESS:
+            return text if rest.startswith("%") else action.help
+        values = value if isinstance(value, list) else [value]
+        words = " ".join(f"{x:g}" if isinstance(x, float) else f"{x}" for x in values) or "none"
+        _, comma, source = rest.partition(",")
+        return text + DEFAULT + words.replace("%", "%%") + (comma + source or ")")
 
 
 class OneLine(argparse.ArgumentParser):
@@ -91,7 +102,8 @@ class OneLine(argparse.ArgumentParser):
 class Parser(OneLine):
     """argparse with the flags that mean the same in every script: the groups `data` and `run`.
 
-    The first stage and the first dataset are the defaults.
+    The first stage and the first dataset are the defaults. A script's own groups, between these
+    two: clips, method, what only it has, optimization, evaluation, faults of the release.
     """
 
     def __init__(self, description: str, stages: Sequence[str], datasets: Sequence[str]):
@@ -100,27 +112,38 @@ class Parser(OneLine):
         self.data = g = self.add_argument_group("data")
         g.add_argument("--stage", choices=stages, default=stages[0], metavar="STAGE",
                        help=f"what to do: {', '.join(stages)}")
-        g.add_argument("--dataset", choices=datasets, default=datasets[0],
-                       help="which videos; its published recipe becomes the defaults below")
+        g.add_argument("--dataset", choices=datasets, default=datasets[0], help="which videos; "
+                       "the published recipe of stage and dataset becomes the defaults below")
         g.add_argument("--data", type=Path, metavar="DIR",
-                       help="its folder, in the official layout (README)")
-        g.add_argument("--limit", type=int, metavar="N", help="use only N samples of each split")
-        g.add_argument("--workers", type=int, default=8, help="decoding processes per GPU")
+                       help="folder of the dataset, in the official layout (README)")
+        g.add_argument("--limit", type=int, metavar="N",
+                       help="use only N samples of each split (default: all)")
+        g.add_argument("--workers", type=int, default=8, metavar="N",
+                       help="decoding processes per GPU (default: %(default)s, ours)")
 
     def add_run_flags(self):
         g = self.add_argument_group("run")
         g.add_argument("--out", type=Path, metavar="DIR",
-                       help="run folder, continued if used before (runs/SCRIPT_DATASET_STAGE)")
+                       help="run folder, continued if used before (default: "
+                       "runs/SCRIPT_DATASET_STAGE)")
         g.add_argument("--tiny", action="store_true", help="CPU size: small pictures, narrow "
                        "network, short recipe, one thread; not the paper's")
-        g.add_argument("--seed", type=int, default=0, help="all randomness follows from it")
+        g.add_argument("--seed", type=int, default=0, metavar="N",
+                       help="all randomness follows from it (default: %(default)s, ours)")
         g.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-                       help="of the networks; auto: bf16 on CUDA, else fp32; losses are fp32")
+                       help="of the networks; auto: bf16 on CUDA, else fp32; losses are fp32 "
+                       "(default: %(default)s, ours)")
         g.add_argument("--compile", action="store_true", help="torch.compile the networks")
-        g.add_argument("--save_every", type=int, default=500, metavar="N",
-                       help="steps between checkpoints; one more ends each epoch")
+        g.add_argument("--save_every", type=int, default=500, metavar="N", help="steps between "
+                       "checkpoints; one more ends each epoch (default: %(default)s, ours)")
         g.add_argument("--log_every", type=int, default=20, metavar="N",
-                       help="steps between log lines")
+                       help="steps between log lines (default: %(default)s, ours)")
+
+    def mark_tiny(self, values: dict, published: dict):
+        """Say in the help texts which of the recipe's values are but --tiny's."""
+        for a in self._actions:
+            if values.get(a.dest, a.default) != published.get(a.dest, a.default):
+                a.help = a.help.partition(DEFAULT)[0] + f"{DEFAULT}%(default)s, ours for --tiny)"
 
 
 def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
@@ -134,7 +157,11 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     argv = sys.argv[1:] if argv is None else list(argv)
     parser.add_run_flags()
     chosen, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    parser.set_defaults(**recipe(chosen))
+    values = recipe(chosen)
+    if chosen.tiny and {"-h", "--help"} & {*argv}:
+        chosen.tiny = False
+        parser.mark_tiny(values, recipe(chosen))
+    parser.set_defaults(**values)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         least = 0 if name in ("seed", "workers", "warmup") or isinstance(value, float) else 1
@@ -2795,9 +2822,10 @@ def parse_command(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("dst", type=Path, metavar="DST", help="new folder, or one to be continued")
     p.add_argument("--short_side", type=int, default=256, metavar="N", help="pixels, even; larger "
                    "videos are scaled down to it, smaller ones stay; 256 holds the scripts' crops "
-                   "of 224, README lists the stages that read more")
+                   "of 224, README lists the stages that read more (default: %(default)s, ours)")
     p.add_argument("--crf", type=float, default=20, metavar="Q", help="x264's quality: less is "
-                   "better and larger, 6 less about twice as large; 20: ours, README has its PSNR")
+                   "better and larger, 6 less about twice as large; README has the PSNR of 20 "
+                   "(default: %(default)s, ours)")
     args = parser.parse_args(argv)
     if args.short_side < 16 or args.short_side % 2:
         p.error(f"--short_side {args.short_side}: must be an even number, at least 16")
