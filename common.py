@@ -126,7 +126,7 @@ class Parser(OneLine):
         g.add_argument("--out", type=Path, metavar="DIR",
                        help="run folder, continued if used before (default: "
                        "runs/SCRIPT_DATASET_STAGE)")
-        g.add_argument("--tiny", action="store_true", help="CPU size: small pictures, narrow "
+        g.add_argument("--tiny", action="store_true", help="CPU size: small frames, narrow "
                        "network, short recipe, one thread; not the paper's")
         g.add_argument("--seed", type=int, default=0, metavar="N",
                        help="all randomness follows from it (default: %(default)s, ours)")

@@ -16,16 +16,16 @@ the change from before to after, not the reversed change, agrees with the sound.
 
 Pre-train    torchrun --nproc_per_node 8 replai.py --dataset ego4d --data data/ego4d
              torchrun --nproc_per_node 4 replai.py --dataset epic --data data/epic
-EPIC         torchrun --nproc_per_node 4 replai.py --stage linear --dataset epic --init CKPT
-Ego4D        torchrun --nproc_per_node 8 replai.py --stage statechange --init CKPT
+EPIC         torchrun --nproc_per_node 4 replai.py --stage linear --dataset epic --init FILE
+Ego4D        torchrun --nproc_per_node 8 replai.py --stage statechange --init FILE
              ... --stage recognition, --stage anticipation         the same way
 Prepare      python replai.py --stage segments --dataset epic      cut 10 s pieces (optional)
              python replai.py --stage moments --dataset ego4d      detect moments (else at start)
-Exchange     python replai.py --stage convert --init CKPT          for AVID's and Ego4D's tools
-Try it       python replai.py --dataset ego4d --data data/toy/ego4d --tiny  (CPU; `make toy` first)
+Exchange     python replai.py --stage convert --init FILE          for AVID's and Ego4D's tools
+Try it       python replai.py --data data/toy/ego4d --tiny         (CPU, minutes; `make toy` first)
 
-The paper's body could not be opened while this was written: files named here are those of the
-official code. Where paper, official code and this file differ, grep NOTE in this file.
+The paper's text was not at hand, only its abstract: files named here are those of the official
+code, `ours` is from neither. Where the sources and this file differ, grep NOTE in this file.
 """
 
 import argparse
@@ -79,80 +79,99 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, ["pretrain", "linear", *EGO4D_STAGES, "segments", "moments",
                                 "convert"], ["ego4d", "epic"])
     p.data.add_argument("--moments", type=Path, metavar="DIR", help="cache of detected moments")
+    tools = "configs/data_augm; Ego4D's tasks: ego4d-forecasting/, hands-and-objects/"
+
+    g = p.add_argument_group("clips")
+    g.add_argument("--num_frames", type=int, default=8, metavar="N",
+                   help="frames per clip, T, half a second at 16 fps; Ego4D's tasks 32, "
+                        f"statechange 16 (default: %(default)s, {tools})")
+    g.add_argument("--crop", type=int, default=112, metavar="N",
+                   help="height and width in pixels; Ego4D's tasks 224, statechange 225 (default: "
+                        f"%(default)s, {tools})")
 
     g = p.add_argument_group("method")
     g.add_argument("--init", default="avid", metavar="FILE",
-                   help="weights to start from: avid (AudioSet, fetched once; the paper's), none "
-                        "(the paper's scratch row), or a RepLAI, AVID, linear-probe or bare file")
+                   help="weights to start from: none (the paper's scratch row), avid (AudioSet, "
+                        "fetched once; the paper's), or a file: ours, RepLAI's, AVID's, a linear "
+                        "probe or bare weights")
     g.add_argument("--moi", choices=["peaks", "random"], default="peaks",
-                   help="moments from peaks in the sound, or at random (the paper's row w/o MoI)")
-    g.add_argument("--prominence", type=float, default=1.0,
-                   help="least height of a peak over its surroundings (audio_event_prominence)")
-    g.add_argument("--delta_non_overlap", type=float, default=0.1, metavar="D",
-                   help="seconds between the moment and either clip, d (commands/*.sh)")
-    g.add_argument("--clr_coeff", type=float, default=0.5,
-                   help="weight of L_AVC (commands/*.sh); 0: the row w/o AVC")
-    g.add_argument("--aot_coeff", type=float, default=0.5,
-                   help="weight of L_AStC (commands/*.sh); 0: the row w/o AStC")
-    g.add_argument("--tau", type=float, default=0.07,
-                   help="temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)")
-    g.add_argument("--num_frames", type=int, default=8,
-                   help="pictures per clip, T: half a second at 16 fps (configs/data_augm); "
-                        "Ego4D's tasks 32, statechange 16")
-    g.add_argument("--crop", type=int, default=112,
-                   help="pixels, H and W (configs/data_augm); Ego4D's tasks 224, statechange 225")
-    g.add_argument("--width", type=int, default=64,
-                   help="channels of both networks' first stage (AVID, models/)")
+                   help="moments of interaction: peaks in the sound; random: the paper's row w/o "
+                        "MoI, inferred (default: %(default)s, the paper's)")
+    g.add_argument("--prominence", type=float, default=1.0, metavar="X",
+                   help="least height of a peak over its surroundings, in z-scores (default: "
+                        "%(default)s, official audio_event_prominence)")
+    g.add_argument("--delta_non_overlap", type=float, default=0.1, metavar="SECONDS",
+                   help="from the moment to either clip, d (default: %(default)s, commands/*.sh)")
+    g.add_argument("--clr_coeff", type=float, default=0.5, metavar="X",
+                   help="weight of L_AVC; 0: the row w/o AVC, inferred (default: %(default)s, "
+                        "commands/*.sh)")
+    g.add_argument("--aot_coeff", type=float, default=0.5, metavar="X",
+                   help="weight of L_AStC; 0: the row w/o AStC, inferred (default: %(default)s, "
+                        "commands/*.sh)")
+    g.add_argument("--tau", type=float, default=0.07, metavar="X",
+                   help="temperature of L_AVC, τ (default: %(default)s, ssrl_audiopeak_aotv2.py)")
     g.add_argument("--depth", type=int, choices=[10, 18], default=18,
-                   help="layers of the R(2+1)D (AVID, models/video)")
+                   help="layers of the R(2+1)D (default: %(default)s, AVID's, models/video)")
+    g.add_argument("--width", type=int, default=64, metavar="N",
+                   help="channels of both networks' first stage (default: %(default)s, AVID's, "
+                        "models/)")
 
     g = p.add_argument_group("Ego4D's tasks")
     g.add_argument("--aggregator", choices=["transformer", "concat", "mean"],
-                   default="transformer", help="of anticipation's 4 input clips (lta_models.py)")
+                   default="transformer", help="what joins anticipation's 4 input clips (default: "
+                                               "%(default)s, lta_models.py)")
     g.add_argument("--samples", type=int, default=5, metavar="K",
-                   help="futures that anticipation draws, the best counts; 1: the likeliest")
+                   help="futures that anticipation draws, the best counts; 1: the likeliest "
+                        "(default: %(default)s, ego4d-forecasting/)")
     g.add_argument("--extra_window", action="store_true",
-                   help="anticipation trains on each clip's last window too (its later tools)")
-    g.add_argument("--groups", type=int, default=8, metavar="N",
-                   help="parts of a batch that batch norm sees apart, as far as batch and "
-                        "processes divide: the release's 8 GPUs")
+                   help="anticipation trains on each clip's last window, too, as its later tools")
     g.add_argument("--pnr_frame", choices=["absolute", "relative"], default="absolute",
-                   help="submitted key frames count in the video, or from the clip's start (which "
-                        "of them the challenge wants is unverified)")
+                   help="submitted key frames count in the video, or from the clip's start; which "
+                        "the challenge wants is unverified (default: %(default)s, ours)")
+
+    g = p.add_argument_group("optimization", "SGD with momentum, for anticipation Adam")
+    scripts = "commands/*.sh; statechange: the benchmark's"
+    g.add_argument("--epochs", type=int, metavar="N",
+                   help="passes over the training segments or annotations; OneCycle needs ten or "
+                        f"more (default: %(default)s, {scripts})")
+    g.add_argument("--batch_size", type=int, metavar="N",
+                   help="samples per step over all GPUs; batch norm sees one GPU's share (default: "
+                        f"%(default)s, {scripts})")
+    g.add_argument("--groups", type=int, default=8, metavar="N",
+                   help="Ego4D's tasks: parts of a batch that batch norm sees apart, as far as "
+                        "batch and processes divide (default: %(default)s, the release's GPUs)")
+    g.add_argument("--lr", type=float, metavar="X",
+                   help="learning rate. pretrain: peak of OneCycle; linear: first value, x0.1 at "
+                        "3/5 and 4/5 of the epochs; Ego4D's tasks: first value of a cosine, after "
+                        "1000 steps of warm-up (at most a tenth of all) but in statechange "
+                        f"(default: %(default)s, {scripts})")
+    g.add_argument("--weight_decay", type=float, metavar="X",
+                   help="on all parameters, norms and biases, too; Ego4D's tasks: none on "
+                        "parameters named bn (default: %(default)s, configs/optim/sgd.yaml; other "
+                        "stages: their official recipes)")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--clips", type=int, default=1, metavar="N",
                    help="evenly spaced clips per action, scores averaged, in linear and "
-                        "recognition; 1: the centre (ours)")
+                        "recognition; 1: the centre (default: %(default)s, ours)")
     g.add_argument("--clip", choices=["even", "random"], default="even",
-                   help="random: at random places fixed by --seed (released protocol, with N 1)")
+                   help="where these are; random: fixed by --seed, the released protocol with "
+                        "--clips 1 (default: %(default)s, ours)")
     g.add_argument("--eval_resize", choices=["nearest", "bilinear"], default="nearest",
-                   help="of the linear evaluation; nearest is what the release uses")
+                   help="how linear's evaluation scales frames (default: %(default)s, as released)")
     g.add_argument("--normalize_feats", choices=["off", "l2", "sign"], default="off",
-                   help="of its features; sign: what the release's switch did (off in its runs)")
+                   help="features of the linear evaluation; sign: what the release's switch does "
+                        "(default: %(default)s, as in the release's runs)")
 
     g = p.add_argument_group("faults of the release")
     g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
-                   help="released: all of these, and `state_change: null` counts as a change")
+                   help="released: with all faults below, and `state_change: null` counts as a "
+                        "change (default: %(default)s, ours)")
     g.add_argument("--legacy_aspect", action="store_true",
-                   help="training pictures with width and height swapped")
+                   help="training frames with width and height swapped")
     g.add_argument("--legacy_bn", action="store_true", help="batch statistics in frozen networks")
     g.add_argument("--raw_pixels", action="store_true",
-                   help="statechange on pictures of 0..255, not normalised")
-
-    g = p.add_argument_group("optimization", "SGD with momentum, for anticipation Adam; values of "
-                             "commands/*.sh,\nfor statechange the benchmark's")
-    g.add_argument("--epochs", type=int,
-                   help="passes over the segments or annotations; OneCycle needs ten or more")
-    g.add_argument("--batch_size", type=int,
-                   help="samples per step over all GPUs; batch norm sees one GPU's share")
-    g.add_argument("--lr", type=float,
-                   help="peak of OneCycle; linear: first value, x0.1 at 3/5 and 4/5 of the epochs; "
-                        "Ego4D's tasks: first value of a cosine, after 1000 steps of warm-up "
-                        "(at most a tenth of all) but in statechange")
-    g.add_argument("--weight_decay", type=float,
-                   help="on every parameter, norms and biases too (configs/optim/sgd.yaml); "
-                        "Ego4D's tasks: none on parameters named bn")
+                   help="statechange on frames of 0..255, not normalised")
     args = common.parse(p, recipe, argv)
     if args.stage == "linear" and args.dataset != "epic":
         p.error("--stage linear is EPIC-KITCHENS-100's verb and noun evaluation: --dataset epic")
