@@ -15,15 +15,14 @@ videos in the batch, so it has to know what moves where. Then it is fine-tuned t
     class = Linear(BN(mean over cells of GRU(relu Enc(relu F))))      fine-tuning, all N pictures
 
 Pre-train    torchrun --nproc_per_node 8 cpctrans.py --dataset ucf101 --data data/ucf101
-Fine-tune    python cpctrans.py --stage finetune --dataset hmdb51 --init runs/.../best.pt
-Probe        python cpctrans.py --stage finetune --train_what last --init runs/.../best.pt
-Test         python cpctrans.py --test SPLIT1.pt SPLIT2.pt SPLIT3.pt
-             A --pretrain FILE or --test FILE without --stage says which stage is meant.
-Try it       python cpctrans.py --data data/toy/ucf101 --tiny       (CPU, minutes; `make toy` first)
+Fine-tune    python cpctrans.py --stage finetune --dataset hmdb51 --init FILE
+Probe        python cpctrans.py --stage finetune --train_what last --init FILE
+Test         python cpctrans.py --test FILE [FILE FILE]       one per split
+Try it       python cpctrans.py --data data/toy/ucf101 --tiny      (CPU, minutes; `make toy` first)
 
-The paper was not at hand, only its abstract; files named here are those of the official code, and
-DPC is arXiv:1909.04656, commit 1592e5f of TengdaHan/DPC (--method dpc). Where the sources and this
-file differ, grep NOTE in this file.
+DPC (--method dpc) is arXiv:1909.04656, commit 1592e5f of TengdaHan/DPC; MemDPC arXiv:2008.01065.
+The paper's text was not at hand, only its abstract: files named here are those of the official
+code, `ours` is from neither. Where the sources and this file differ, grep NOTE in this file.
 """
 
 import argparse
@@ -70,73 +69,108 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, ["pretrain", "finetune", "test"], ["ucf101", "hmdb51"])
     p.set_defaults(stage=None)                # --pretrain and --test imply one
     p.data.add_argument("--split", type=int, choices=[1, 2, 3],
-                        help="official split, the same in all stages (that of --init or --test, "
-                             "else 1)")
+                        help="official split, the same in all stages (default: that of --init or "
+                             "--test, else 1, test.py)")
     p.data.add_argument("--frames", type=Path, metavar="DIR",
                         help="read DIR/<Class>/<video>/image_00001.jpg ... instead of videos")
     p.data.add_argument("--lists", type=Path, metavar="DIR",
                         help="folder of the split lists, official ones or the author's "
-                             "train_split01.csv (searched in --data)")
-    p.data.add_argument("--short", choices=["pad", "drop"], default="pad",
-                        help="videos too short for a clip: repeat the last picture, or leave them "
-                             "out, of the test as well (dataset_3d_lc.py)")
+                             "train_split01.csv (default: searched for below --data)")
+    p.data.add_argument("--force", action="store_true",
+                        help="go on where the checkpoint's split, dataset or clip differs")
+
+    g = p.add_argument_group("clips")
+    g.add_argument("--num_seq", type=int, metavar="N",
+                   help="frames per clip, the predicted ones included (default: 5 to pre-train, 7 "
+                        "to fine-tune, official README; dpc 8; test: the checkpoint's)")
+    g.add_argument("--pred_step", type=int, default=3, metavar="P",
+                   help="the last P of them are predicted; no meaning after pre-training (default: "
+                        "%(default)s, official README)")
+    g.add_argument("--seq_len", type=int, metavar="N",
+                   help="frames per block, with --method dpc (default: 1 or the checkpoint's, as "
+                        "released; dpc 5)")
+    g.add_argument("--ds", type=int, metavar="N",
+                   help="frames from one sampled frame to the next (default: 3 or the "
+                        "checkpoint's, main.py)")
+    g.add_argument("--img_dim", type=int, metavar="N",
+                   help="height and width in pixels; 128, 196 and 224 in the official table "
+                        "(default: 224 or the checkpoint's, official README; dpc 128)")
+    g.add_argument("--crop", type=int, metavar="N",
+                   help="pixels cut from frames 15/14 as high, and scaled to --img_dim (default: "
+                        "224 or the checkpoint's, main.py)")
+    g.add_argument("--resize", choices=["nearest", "bilinear"],
+                   help="how they are scaled (default: nearest or the checkpoint's, as released)")
+    g.add_argument("--short", choices=["pad", "drop"], default="pad",
+                   help="videos too short for a clip: repeat the last frame, or leave them out, of "
+                        "the test, too, as dataset_3d_lc.py (default: %(default)s, ours)")
 
     g = p.add_argument_group("method")
+    g.add_argument("--init", metavar="FILE",
+                   help="weights to start from: none, or a file: ours, the release's, CPCTR's or "
+                        "DPC's (default: none)")
+    g.add_argument("--pretrain", metavar="FILE",
+                   help="the same as --stage finetune --init FILE; random: none")
     g.add_argument("--method", choices=["cpctrans", "dpc"],
-                   help="dpc: blocks of 5 pictures, 3-D kernels, no transformer (cpctrans)")
+                   help="dpc: blocks of 5 frames, 3-D kernels, no transformer (default: cpctrans "
+                        "or the checkpoint's)")
     g.add_argument("--net", choices=["resnet10", "resnet18", "resnet34"],
-                   help="backbone, of the checkpoint, else resnet18")
-    g.add_argument("--img_dim", type=int, help="pixels: 128, 196 or 224 in the table (224)")
-    g.add_argument("--num_seq", type=int, metavar="N",
-                   help="pictures of a clip, those to be predicted included: 5 to pre-train, 7 to "
-                        "fine-tune and test (README)")
-    g.add_argument("--pred_step", type=int, default=3, metavar="P",
-                   help="the last P of them are predicted (README); no meaning after pre-training")
-    g.add_argument("--ds", type=int, help="step from one picture to the next, in frames (3)")
-    g.add_argument("--layers", type=int, help="of the transformer (2; 1 in CPCTR)")
-    g.add_argument("--heads", type=int, help="of its attention (4; 2 in CPCTR)")
+                   help="backbone (default: resnet18 or the checkpoint's, main.py)")
+    g.add_argument("--width", type=int, metavar="N",
+                   help="channels of the backbone's first stage (default: 64 or the checkpoint's, "
+                        "resnet.py)")
+    g.add_argument("--layers", type=int, metavar="N",
+                   help="layers of the transformer (default: 2 or the checkpoint's, "
+                        "transformer_encoder.py; 1 in CPCTR)")
+    g.add_argument("--heads", type=int, metavar="N",
+                   help="heads of its attention (default: 4 or the checkpoint's, "
+                        "transformer_encoder.py; 2 in CPCTR)")
     g.add_argument("--attn", choices=["full", "causal", "frame"],
-                   help="which cells a cell attends to. full: of all pictures, those to be "
-                        "predicted too, as released; causal: of no later one; frame: of its own "
-                        "(full)")
+                   help="which cells a cell attends to. full: of all frames, the predicted ones, "
+                        "too; causal: of no later frame; frame: of its own (default: full or the "
+                        "checkpoint's, as released)")
     g.add_argument("--pos", choices=["none", "sin"],
-                   help="positional encoding; the release computes one and leaves it out (none)")
-    g.add_argument("--width", type=int, help="channels of the backbone's first stage (64)")
+                   help="positional encoding; the release computes one and leaves it out (default: "
+                        "none or the checkpoint's, as released)")
+    g.add_argument("--dropout", type=float, default=0.5, metavar="X",
+                   help="share dropped before the classifier (default: %(default)s, test.py)")
     g.add_argument("--negatives", choices=["all", "local"], default="all",
-                   help="of the whole batch, or of each process's share of it, as DPC's")
+                   help="of the whole batch, or of each process's share of it, as DPC's (default: "
+                        "%(default)s, ours; the release has one GPU)")
 
-    g = p.add_argument_group("classification")
-    g.add_argument("--init", metavar="FILE", help="weights to start from, ours or released, or "
-                   "none; fine-tuning: runs/cpctrans_ucf101_pretrain/best.pt")
-    g.add_argument("--pretrain", metavar="FILE", help="--stage finetune --init FILE (random: none)")
+    g = p.add_argument_group("optimization", "Adam")
+    scripts = "main.py and test.py"
     g.add_argument("--train_what", choices=["ft", "last", "all"], default="ft",
-                   help="ft: backbone and transformer at a tenth of --lr; last: linear probe, all "
-                        "but the classifier is frozen; all: everything at --lr")
-    g.add_argument("--dropout", type=float, default=0.5, help="before the classifier (test.py)")
+                   help="fine-tuning. ft: backbone and transformer at a tenth of --lr; last: "
+                        "linear probe, all but the classifier is frozen; all: everything at --lr "
+                        "(default: %(default)s, test.py)")
+    g.add_argument("--epochs", type=int, metavar="N",
+                   help=f"passes over the training videos (default: %(default)s, {scripts}; "
+                        "--train_what last: as MemDPC)")
+    g.add_argument("--batch_size", type=int, metavar="N",
+                   help=f"videos per step over all GPUs (default: %(default)s, {scripts}; dpc: its "
+                        "README)")
+    g.add_argument("--lr", type=float, metavar="X",
+                   help="learning rate, first value; halved (fine-tuning: x0.1) every 100 epochs; "
+                        "--train_what last: x0.1 after 60 and 80, as MemDPC (default: "
+                        f"%(default)s, {scripts})")
+    g.add_argument("--weight_decay", "--wd", type=float, metavar="X",
+                   help="on all parameters, norms and biases, too; added to the gradient "
+                        f"(default: %(default)s, {scripts})")
+
+    g = p.add_argument_group("evaluation")
     g.add_argument("--test", type=Path, nargs="+", metavar="FILE",
-                   help="--stage test of fine-tuned files, one per split; of a pre-trained one: "
-                        "retrieval alone")
+                   help="the same as --stage test, of fine-tuned files, one per split; of a "
+                        "pre-trained one: retrieval alone")
     g.add_argument("--crops", type=int, choices=[1, 5, 10], default=1,
-                   help="of a test clip: the centre; and the corners; and mirrored")
+                   help="of a test clip: the centre; and the corners; and mirrored (default: "
+                        "%(default)s, test.py)")
 
     g = p.add_argument_group("faults of the release")
     g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
                    help="released: pre-train on train list 3, choose the checkpoint on test "
-                        "videos, drop short videos, last means all")
-    g.add_argument("--force", action="store_true",
-                   help="go on where the checkpoint's split, dataset or clip differs")
-    g.add_argument("--resize", choices=["nearest", "bilinear"],
-                   help="of the 224-pixel crop to --img_dim (nearest)")
-    g.add_argument("--crop", type=int, help="pixels cut from pictures 15/14 as high (224)")
-    g.add_argument("--seq_len", type=int, help="pictures of a block, with --method dpc (1; 5)")
+                        "videos, drop short videos, --train_what last means all (default: "
+                        "%(default)s, ours)")
     g.add_argument("--gpu", metavar="IDS", help="ignored: torchrun deals out the GPUs")
-
-    g = p.add_argument_group("optimization", "Adam; values of main.py and test.py")
-    g.add_argument("--epochs", type=int, help="passes over the training videos")
-    g.add_argument("--batch_size", type=int, help="videos per step over all GPUs")
-    g.add_argument("--lr", type=float, help="first value; halved (fine-tuning: x0.1) every 100 "
-                   "epochs; last: x0.1 at 60 and 80 of them")
-    g.add_argument("--weight_decay", "--wd", type=float, help="added to the gradient")
     args = common.parse(p, recipe, argv)
     if args.gpu is not None:
         common.say(f"note: --gpu {args.gpu} is ignored; CUDA_VISIBLE_DEVICES chooses GPUs")
