@@ -23,14 +23,14 @@ Features     python f2c_oops.py --stage features --data data/oops --weights vit.
 F2C          torchrun --nproc_per_node 8 f2c_oops.py
 F2C2V        torchrun --nproc_per_node 8 f2c_oops.py --stage f2c2v
 Classify     torchrun --nproc_per_node 8 f2c_oops.py --stage classify --level video
-Localize     python f2c_oops.py --stage localize --init runs/f2c_oops_oops_classify_video/best.pt
+Localize     python f2c_oops.py --stage localize --init FILE
 Anticipate   torchrun --nproc_per_node 8 f2c_oops.py --stage classify --anticipate 1.5
-Evaluate     python f2c_oops.py --stage evaluate --init CHECKPOINT
+Evaluate     python f2c_oops.py --stage evaluate --init FILE
 Try it       python f2c_oops.py --stage features --data data/toy/oops --tiny, then
              python f2c_oops.py --data data/toy/oops --tiny      (CPU, minutes; `make toy` first)
 
 The paper's text was not at hand, only its abstract: files named here are those of the official
-code. Where the sources and this file differ, grep NOTE in this file.
+code, `ours` is from neither. Where the sources and this file differ, grep NOTE in this file.
 """
 
 import contextlib
@@ -89,76 +89,114 @@ BACKBONES = ["vit_b16", "resnet50", "resnet18", *OF_CLIPS]
 
 def parse_args(argv=None):
     p = common.Parser(__doc__, STAGES, ["oops"])
-    g = p.data
-    g.add_argument("--features", type=Path, metavar="DIR", help="features, in train/ and val/: "
-                   "written by that stage, read by the others (DATA/features/BACKBONE)")
-    g.add_argument("--list", type=Path, metavar="FILE", help="names of the videos to pre-train on, "
-                   ".txt or .csv (train_all_org.csv of --data, else its train.txt)")
-    g.add_argument("--val_list", type=Path, metavar="FILE", help="and to validate the pre-training "
-                   "on (val_all_org.csv, else val.txt)")
-    g.add_argument("--allow_missing", action="store_true",
-                   help="evaluate though some validation videos have no features")
+    p.data.add_argument("--list", type=Path, metavar="FILE",
+                        help="names of the videos to pre-train on, .txt or .csv (default: "
+                             "train_all_org.csv of --data, else its train.txt)")
+    p.data.add_argument("--val_list", type=Path, metavar="FILE",
+                        help="and of those to validate the pre-training on (default: "
+                             "val_all_org.csv of --data, else its val.txt)")
 
-    g = p.add_argument_group("features")
-    g.add_argument("--backbone", choices=BACKBONES, default=BACKBONES[0],
-                   help="φ, frozen; the last three make vectors of clips, not of pictures")
-    g.add_argument("--weights", metavar="W", help="of φ: none, torchvision, timm (vit_b16: 21k, "
-                   "then 1k, as released) or a FILE")
-    g.add_argument("--float16", action="store_true", help="half the size on disk")
-    g.add_argument("--naming", choices=["plain", "mp4"], default="plain",
-                   help="files NAME.npz or NAME.mp4.npz; both are read")
+    g = p.add_argument_group("clips")
+    g.add_argument("--clip_len", type=int, default=20, metavar="L",
+                   help="frames per clip of f2c, at the video's own rate (default: %(default)s, "
+                        "configs/)")
+    g.add_argument("--step", type=float, metavar="SECONDS",
+                   help="from one labelled clip to the next; 0.25 at clip level, 1 at video level "
+                        "(default: %(default)s, as released)")
+    g.add_argument("--crops", choices=["half", "full"], default="half",
+                   help="clips begin in the first half of the possible places, or anywhere "
+                        "(default: %(default)s, as released)")
 
     g = p.add_argument_group("method")
-    g.add_argument("--transforms", type=str, metavar="LIST", help="that the pre-training tells "
-                   f"apart: of {','.join(CLIP_TRANSFORMS)} (f2c), {','.join(VIDEO_TRANSFORMS)} "
-                   "(f2c2v); all by default, leave some out for the ablations")
-    g.add_argument("--clip_len", type=int, default=20, metavar="L", help="frames of a clip of f2c, "
-                   "at the video's own rate (configs/)")
-    g.add_argument("--crops", choices=["half", "full"], default="half",
-                   help="clips begin in the first half of the possible places, as released, or "
-                        "anywhere")
-    g.add_argument("--init", metavar="FILE", help="weights to start from, ours or released, or "
-                   "none (the run before in the chain)")
-    for key, text in (("layers", "of each encoder"), ("heads", "of its attention"),
-                      ("window", "of the attention, in tokens: half of it to each side"),
-                      ("ff", "width of the feed-forward layers"), ("mlp", "width of the head"),
-                      ("positions", "rows of the position table")):
-        g.add_argument(f"--{key}", type=int, help=f"{text} ({SHAPE[key]}, or the checkpoint's)")
-    g.add_argument("--dropout", type=float, default=0.1, help="of the encoders (Longformer); "
-                   "0: also none in the head, which has 0.2")
-    g.add_argument("--init_std", type=float, default=0.02, help="of their first weights")
+    g.add_argument("--init", metavar="FILE",
+                   help="weights to start from: none, or a file: ours or of the release's form "
+                        "(default: none; else the run before in the chain)")
+    g.add_argument("--transforms", type=str, metavar="LIST",
+                   help="what the pre-training tells apart. f2c: "
+                        f"{','.join(CLIP_TRANSFORMS)}; f2c2v: {','.join(VIDEO_TRANSFORMS)}; leave "
+                        "some out for the ablations (default: all, as released)")
+    for key, text, source in (
+            ("layers", "layers of each encoder", "configs/"),
+            ("heads", "heads of its attention", "configs/"),
+            ("window", "tokens that attention reaches, half of them to each side", "configs/"),
+            ("ff", "width of the feed-forward layers", "configs/"),
+            ("mlp", "width of the head", "as released"),
+            ("positions", "rows of the position table", "configs/")):
+        g.add_argument(f"--{key}", type=int, metavar="N", help=f"{text} (default: {SHAPE[key]} or "
+                       f"the checkpoint's, {source})")
+    g.add_argument("--dropout", type=float, default=0.1, metavar="X",
+                   help="share dropped in the encoders; 0: also none in the head, which has 0.2 "
+                        "(default: %(default)s, configs/)")
+    g.add_argument("--init_std", type=float, default=0.02, metavar="X",
+                   help="standard deviation of the encoders' first weights (default: %(default)s, "
+                        "Longformer's)")
 
-    g = p.add_argument_group("classification")
+    g = p.add_argument_group("features")
+    g.add_argument("--features", type=Path, metavar="DIR",
+                   help="features, in train/ and val/: written by --stage features, read by the "
+                        "others")
+    g.add_argument("--backbone", choices=BACKBONES, default=BACKBONES[0],
+                   help="φ, frozen; the last three make vectors of clips, not of frames (default: "
+                        "%(default)s, models/vit.py)")
+    g.add_argument("--weights", metavar="W",
+                   help="of φ: none, torchvision, timm (vit_b16: 21k, then 1k, as models/vit.py; "
+                        "the official README says 21k) or a file; which of them the paper used is "
+                        "unverified")
+    g.add_argument("--naming", choices=["plain", "mp4"], default="plain",
+                   help="files NAME.npz or NAME.mp4.npz; both are read (default: %(default)s, "
+                        "ours; the release has both)")
+    g.add_argument("--float16", action="store_true", help="half precision, half the size on disk")
+
+    g = p.add_argument_group("classification", "localize and evaluate take --level, --loss and "
+                             "--step from the checkpoint")
     g.add_argument("--level", choices=["clip", "video"],
-                   help="one clip at a time, or all clips of a video (clip)")
-    g.add_argument("--step", type=float, metavar="SECONDS", help="from one clip to the next "
-                   "(clip level 0.25, video level 1.0)")
-    g.add_argument("--loss", choices=["ce", "crf", "regression"], help="crf: over a video's "
-                   "clips; regression: of the transition time by one number per video (ce)")
+                   help="one clip at a time, or all clips of a video (default: %(default)s, ours)")
+    g.add_argument("--loss", choices=["ce", "crf", "regression"],
+                   help="ce: cross entropy; crf: over a video's clips; regression: of the "
+                        "transition time by one number per video (default: %(default)s, ours; "
+                        "configs/ have crf at video level)")
     g.add_argument("--class_weights", choices=["none", "computed", "published"],
-                   help="of ce: from the training labels, or as the release has them (video "
-                        "level computed, else none)")
+                   help="of the labels in ce. none: clip level, as released; computed: from the "
+                        "training labels, ours at video level; published: transformer2x/vtn.py's")
     g.add_argument("--unbalanced", action="store_true",
                    help="clip level: without the copies of clips of rarer labels")
     g.add_argument("--freeze", action="store_true", help="train head and CRF alone")
     g.add_argument("--finetune_frames", action="store_true",
                    help="f2c2v and video level: the frame encoder learns, too")
     g.add_argument("--anticipate", type=float, metavar="SECONDS",
-                   help="foresee the label of what follows so much later (1.5 in the benchmark)")
+                   help="foresee the label of what follows so much later; 0.5, 1, 1.5 or 2 in the "
+                        "official code, 1.5 in the benchmark; which the paper has is unverified")
     g.add_argument("--anticipate_protocol", choices=["paper", "oops"], default="paper",
-                   help="which clips count, and how they are labelled (README)")
-    g.add_argument("--tolerance", type=float, nargs="+", default=[0.25, 1.0], metavar="SECONDS",
-                   help="localization counts a time that is so near to one of the annotated")
-    g.add_argument("--select", choices=["val", "last"], default="val", help="best.pt is of the "
-                   "epoch that is best on the validation videos, as published, or of the last")
-    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
-                   help="released: with the faults of the release (README), for its checkpoints")
+                   help="which clips count, and how they are labelled (README); oops: the "
+                        "benchmark's (default: %(default)s, the official code)")
 
-    g = p.add_argument_group("optimization", "AdamW, gradients cut to norm 1; values of configs/")
-    g.add_argument("--epochs", type=int, help="passes over the training videos")
-    g.add_argument("--batch_size", type=int, help="videos, at clip level clips, over all GPUs")
-    g.add_argument("--lr", type=float, help="first value, half a cosine to 1e-6, by epoch")
-    g.add_argument("--weight_decay", type=float, default=1e-4, help="on all parameters")
+    g = p.add_argument_group("optimization", "AdamW, gradients cut to norm 1")
+    g.add_argument("--epochs", type=int, metavar="N",
+                   help="passes over the training videos (default: %(default)s, configs/)")
+    g.add_argument("--batch_size", type=int, metavar="N",
+                   help="videos, at clip level clips, per step over all GPUs (default: "
+                        "%(default)s, configs/; video level: the official code)")
+    g.add_argument("--lr", type=float, metavar="X",
+                   help="learning rate, first value; half a cosine to 1e-6, by epoch (default: "
+                        "%(default)s, configs/)")
+    g.add_argument("--weight_decay", type=float, default=1e-4, metavar="X",
+                   help="on all parameters, norms and biases, too (default: %(default)s, configs/; "
+                        "backbones of clips: r21d/mainr21d.py)")
+    g.add_argument("--select", choices=["val", "last"], default="val",
+                   help="best.pt is of the best validation, or of the last (default: %(default)s, "
+                        "as published)")
+
+    g = p.add_argument_group("evaluation")
+    g.add_argument("--tolerance", type=float, nargs="+", default=[0.25, 1.0], metavar="SECONDS",
+                   help="localization counts a time that is so near to one of the annotated "
+                        "(default: %(default)s, the benchmark's)")
+    g.add_argument("--allow_missing", action="store_true",
+                   help="go on though some validation videos have no features")
+
+    g = p.add_argument_group("faults of the release")
+    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
+                   help="released: with the faults of the release (README), for its checkpoints "
+                        "(default: %(default)s, ours)")
     args = common.parse(p, recipe, argv)
     check(p, args)
     return args
