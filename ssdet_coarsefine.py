@@ -24,13 +24,19 @@ Fine         torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage finetune --
 Features     torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage extract
 Coarse-Fine  torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage finetune --stream coarse
 End to end   torchrun --nproc_per_node 4 ssdet_coarsefine.py --stage finetune --stream two
-Evaluate     python ssdet_coarsefine.py --stage evaluate --init CHECKPOINT [CHECKPOINT ...]
+Evaluate     python ssdet_coarsefine.py --stage evaluate --init FILE [FILE ...]
 Try it       python ssdet_coarsefine.py --data data/toy/kinetics400 --tiny, then
              python ssdet_coarsefine.py --stage finetune --stream fine --data data/toy/charades
              --tiny      (CPU, minutes; `make toy` first)
 
+Official scripts are, for pretrain, train_x3d_kinetics_multigrid.py of SSDet and (--task classify)
+of X3D-Multigrid; for x3d train_x3d_charades_loc.py; for fine train_fine.py; for coarse
+train_coarse_fineFEAT.py; for two the distributed one of branch `weak`. There is none for slowfast
+and multithumos: these are ours, after fine and charades.
+
 The papers' texts were not at hand, only abstracts, figures and READMEs: files named here are those
-of the official code. Where the sources and this file differ, grep NOTE in this file.
+of the official code, `ours` is from neither. Where the sources and this file differ, grep NOTE in
+this file.
 """
 
 import contextlib
@@ -131,78 +137,121 @@ TINY_RECIPES = {
 
 def parse_args(argv=None):
     p = common.Parser(__doc__, STAGES, DATASETS)
-    g = p.data
-    g.add_argument("--annotations", type=Path, metavar="FILE", help="JSON or CSV of the dataset, "
-                   "or the folder of its annotation files (searched for below --data)")
-    g.add_argument("--features", type=Path, metavar="DIR", help="of the fine stream: written by "
-                   "extract, read by --stream coarse (DATA/features)")
-    g.add_argument("--num_frames", type=int, metavar="T", help="sampled frames of a training clip")
-    g.add_argument("--stride", type=int, help="frames from one sampled frame to the next")
-    g.add_argument("--crop", type=int, help="pixels, height and width (224; S 160; L, XL 312)")
-    g.add_argument("--norm_values", choices=list(NORMS), help="mean and deviation of colours (the "
-                   "dataset's); fair: of the FAIR checkpoints, which the release ignores")
+    p.data.add_argument("--annotations", type=Path, metavar="FILE",
+                        help="JSON or CSV of the dataset, or the folder of its annotation files "
+                             "(default: searched for below --data)")
+    scripts = "(default: %(default)s, official scripts)"
+
+    g = p.add_argument_group("clips")
+    g.add_argument("--num_frames", type=int, metavar="T",
+                   help=f"frames per training clip; 64 of Coarse-Fine also in its Fig. 1 {scripts}")
+    g.add_argument("--stride", type=int, metavar="N",
+                   help=f"frames from one sampled frame to the next {scripts}")
+    g.add_argument("--crop", type=int, metavar="N",
+                   help="height and width in pixels; S 160; L, XL 312 (default: %(default)s, "
+                        "official code; XS, L: SlowFast's zoo)")
+    g.add_argument("--norm_values", choices=list(NORMS),
+                   help="whose mean and deviation of colours; fair: of the FAIR checkpoints, which "
+                        "the release ignores (default: %(default)s, as released)")
 
     g = p.add_argument_group("method")
+    g.add_argument("--init", nargs="+", metavar="FILE",
+                   help="weights to start from: none, fair (X3D, fetched once; as released), "
+                        "pytorchvideo (SlowFast, fetched once), or a file: ours or a released one; "
+                        "evaluate: several are an ensemble")
+    g.add_argument("--init_fine", metavar="FILE",
+                   help="the same for the fine stream of --stream two")
     g.add_argument("--task", choices=["detect", "classify"], default="detect",
-                   help="of the pre-training: SSDet, or the clips' classes")
+                   help="pre-training. detect: SSDet; classify: the clips' classes (default: "
+                        "%(default)s, SSDet)")
     g.add_argument("--augment", default="freeze,mixup,cutmix", metavar="LIST",
-                   help="volume augmentations of SSDet, or none")
-    g.add_argument("--aug_prob", type=float, default=0.5, help="with which each is applied to a "
-                   "batch")
+                   help="volume augmentations of SSDet, or none; its published models have one "
+                        f"each {scripts}")
+    g.add_argument("--aug_prob", type=float, default=0.5, metavar="X",
+                   help=f"probability with which each is applied to a batch {scripts}")
     g.add_argument("--cutmix", choices=["growing", "sliding"], default="growing",
-                   help="windows change (README of SSDet), or contents slide (its active code)")
-    g.add_argument("--stream", choices=STREAMS, help="of the detector: fine, coarse on stored "
-                   "features, two: both end to end, or the baselines x3d and slowfast (fine)")
+                   help="growing: windows change, as SSDet's README; sliding: contents slide, as "
+                        "its active code")
+    g.add_argument("--stream", choices=STREAMS,
+                   help="detector: fine, coarse on stored features, two: both end to end, or the "
+                        "baselines x3d and slowfast")
     g.add_argument("--version", choices=["XS", "S", "M", "L", "XL", "tiny"], default="M",
-                   help="of X3D")
+                   help=f"size of X3D {scripts}")
     g.add_argument("--pool", choices=["grid", "avg", "max", "stride"], default="grid",
-                   help="of the coarse stream, in time")
-    g.add_argument("--fusion", choices=["mixed", "own", "none"], default="mixed", help="of fine "
-                   "features: all levels at each stage, each at its own, or coarse alone")
-    g.add_argument("--feature_cap", type=int, metavar="T'", help="fine steps that are read, from a "
-                   "video's first on (128; multithumos 1024, unverified)")
-    g.add_argument("--init", nargs="+", metavar="FILE", help="weights to start from, or none; "
-                   "evaluate: several are an ensemble (the run before in the chain)")
-    g.add_argument("--init_fine", metavar="FILE", help="of the fine stream of --stream two")
-    g.add_argument("--batch_norm", choices=["split", "sync"], default="split", help="by parts of "
-                   "the batch, or over all of it (on CUDA also across processes)")
-    g.add_argument("--groups", type=int, metavar="N", help="parts of a batch, for batch norm and "
-                   "partners of MixUp and CutMix: as many as the release had GPUs times splits; "
-                   "at least the number of processes")
-    g.add_argument("--dropout", type=float, help="before the classifiers")
-    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
-                   help="released: with the faults of the release (README)")
+                   help="pooling in time of the coarse stream (default: %(default)s, Coarse-Fine)")
+    g.add_argument("--fusion", choices=["mixed", "own", "none"], default="mixed",
+                   help="fine features in the coarse stream: all levels at each stage, each at its "
+                        "own, or none (default: %(default)s, Coarse-Fine)")
+    g.add_argument("--dropout", type=float, metavar="X",
+                   help=f"share dropped before the classifiers {scripts}")
 
-    g = p.add_argument_group("optimization", "SGD, momentum 0.9; the official scripts' values")
-    g.add_argument("--iters", type=int, help="steps of the pre-training")
-    g.add_argument("--epochs", type=int, help="passes over the videos; of the pre-training instead "
-                   "of --iters")
-    g.add_argument("--batch_size", type=int, help="clips per step over all GPUs")
-    g.add_argument("--lr", type=float, help="peak learning rate")
+    g = p.add_argument_group("features")
+    g.add_argument("--features", type=Path, metavar="DIR",
+                   help="features of the fine stream: written by --stage extract, read by --stream "
+                        "coarse")
+    g.add_argument("--feature_cap", type=int, metavar="T'",
+                   help="fine steps that are read, from a video's first on (default: %(default)s, "
+                        "Coarse-Fine, Fig. 1; multithumos: ours, unverified)")
+    g.add_argument("--float16", action="store_true", help="half precision, half the size on disk")
+
+    g = p.add_argument_group("optimization", "SGD, momentum 0.9; no official script has slowfast "
+                             "or multithumos: ours, after fine and charades")
+    g.add_argument("--iters", type=int, metavar="N",
+                   help="steps of the pre-training (default: %(default)s, detect: from the names "
+                        "of the released files, unverified; classify: X3D-Multigrid)")
+    g.add_argument("--epochs", type=int, metavar="N",
+                   help="passes over the training videos; in the pre-training instead of --iters "
+                        f"{scripts}")
+    g.add_argument("--batch_size", type=int, metavar="N",
+                   help=f"clips per step over all GPUs {scripts}")
+    g.add_argument("--groups", type=int, metavar="N",
+                   help="parts of a batch that batch norm sees apart, and in which MixUp and "
+                        "CutMix find partners; at least the number of processes (default: "
+                        "%(default)s, the release's GPUs times splits)")
+    g.add_argument("--batch_norm", choices=["split", "sync"], default="split",
+                   help="by parts of the batch, or over all of it, on CUDA also across processes "
+                        "(default: %(default)s, as released)")
+    g.add_argument("--lr", type=float, metavar="X", help=f"learning rate, its peak {scripts}")
     g.add_argument("--backbone_lr", type=float, default=1.0, metavar="FACTOR",
-                   help="of the backbone's learning rate in the pre-training (0.1 in SSDet)")
-    g.add_argument("--weight_decay", type=float, help="on all parameters, batch norms too")
-    g.add_argument("--warmup", type=int, metavar="STEPS", help="linear")
+                   help=f"of the backbone's learning rate in the pre-training {scripts}")
+    g.add_argument("--weight_decay", type=float, metavar="X",
+                   help=f"on all parameters, norms and biases, too {scripts}")
+    g.add_argument("--warmup", type=int, metavar="STEPS",
+                   help=f"steps in which the learning rate rises linearly {scripts}")
     g.add_argument("--schedule", choices=["constant", "cosine", "steps", "plateau"],
-                   help="of the rate; plateau: x 0.1 after 10 validations without progress")
-    g.add_argument("--milestones", type=int, nargs="*", metavar="N", help="of steps: x 0.1 from "
-                   "these epochs on, steps in the pre-training")
-    g.add_argument("--multigrid", choices=["off", "x3d", "fair"], help="long and short cycles of "
-                   "the clips' shapes (X3D-Multigrid), or the schedule of SlowFast's authors")
-    g.add_argument("--val_every", type=int, metavar="EPOCHS", help="validation")
-    g.add_argument("--select", choices=["val", "last"], default="val", help="best.pt is of the "
-                   "best validation, as published, or of the last")
+                   help="course of the learning rate; plateau: x0.1 after 10 validations without "
+                        "progress (default: %(default)s, official scripts; detect: ours, after the "
+                        "released run)")
+    g.add_argument("--milestones", type=int, nargs="*", metavar="N",
+                   help="of --schedule steps: x0.1 from these epochs on, steps in the pre-training "
+                        f"{scripts}")
+    g.add_argument("--multigrid", choices=["off", "x3d", "fair"],
+                   help="x3d: long and short cycles of the clips' shapes, as X3D-Multigrid; fair: "
+                        f"the schedule of SlowFast's authors {scripts}")
+    g.add_argument("--val_every", type=int, metavar="EPOCHS",
+                   help="epochs from one validation to the next (default: %(default)s, official "
+                        "Charades scripts)")
+    g.add_argument("--select", choices=["val", "last"], default="val",
+                   help="best.pt is of the best validation, or of the last (default: %(default)s, "
+                        "as published)")
 
     g = p.add_argument_group("evaluation")
     g.add_argument("--chunk", type=int, default=1000, metavar="STEPS",
-                   help="longer videos are read in pieces of so many sampled frames")
+                   help="longer videos are read in pieces of so many sampled frames (default: "
+                        "%(default)s, as released)")
     g.add_argument("--frames25", choices=["official", "legacy"], default="official",
-                   help="which frames stand for Charades' 25 times: the nearest, or the release's")
+                   help="frames for Charades' 25 times. official: the nearest, as "
+                        "Charades_v1_localize.m; legacy: the release's")
     g.add_argument("--eval_fps", type=float, default=10.0, metavar="FPS",
-                   help="rate of the labels in the dense mAP of MultiTHUMOS (unverified)")
+                   help="labels per second in the dense mAP of MultiTHUMOS (default: %(default)s, "
+                        "ours; the papers' is unverified)")
     g.add_argument("--submission", type=Path, metavar="FILE",
-                   help="evaluate: score this file of Charades' official form, without a network")
-    g.add_argument("--float16", action="store_true", help="extract: half the size on disk")
+                   help="score this file of Charades' official form, without a network")
+
+    g = p.add_argument_group("faults of the release")
+    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
+                   help="released: with the faults of the release (README) (default: %(default)s, "
+                        "ours)")
     args = common.parse(p, recipe, argv)
     words = sys.argv[1:] if argv is None else map(str, argv)
     args.given = " ".join(sorted({w[2:].split("=")[0] for w in words if w.startswith("--")}))
