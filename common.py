@@ -124,8 +124,7 @@ class Parser(OneLine):
     def add_run_flags(self):
         g = self.add_argument_group("run")
         g.add_argument("--out", type=Path, metavar="DIR",
-                       help="run folder, continued if used before (default: "
-                       "runs/SCRIPT_DATASET_STAGE)")
+                       help="run folder, continued if used before")
         g.add_argument("--tiny", action="store_true", help="CPU size: small frames, narrow "
                        "network, short recipe, one thread; not the paper's")
         g.add_argument("--seed", type=int, default=0, metavar="N",
@@ -158,9 +157,11 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     parser.add_run_flags()
     chosen, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     values = recipe(chosen)
+    stage, dataset = (values.get(k, getattr(chosen, k)) for k in ("stage", "dataset"))
     if chosen.tiny and {"-h", "--help"} & {*argv}:
         chosen.tiny = False
         parser.mark_tiny(values, recipe(chosen))
+    values.setdefault("out", Path("runs") / f"{Path(parser.prog).stem}_{dataset}_{stage}")
     parser.set_defaults(**values)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -176,7 +177,6 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
                      "return uninitialised gradients for short clips; use fp32")
     if args.precision == "auto":
         args.precision = "bf16" if torch.cuda.is_available() else "fp32"
-    args.out = args.out or Path("runs") / f"{Path(parser.prog).stem}_{args.dataset}_{args.stage}"
     return args
 
 

@@ -147,8 +147,8 @@ def parse_args(argv=None):
                    help=f"passes over the training videos (default: %(default)s, {scripts}; "
                         "--train_what last: as MemDPC)")
     g.add_argument("--batch_size", type=int, metavar="N",
-                   help=f"videos per step over all GPUs (default: %(default)s, {scripts}; dpc: its "
-                        "README)")
+                   help=f"videos per step over all GPUs (default: %(default)s, {scripts}; dpc: "
+                        "DPC's README)")
     g.add_argument("--lr", type=float, metavar="X",
                    help="learning rate, first value; halved (fine-tuning: x0.1) every 100 epochs; "
                         "--train_what last: x0.1 after 60 and 80, as MemDPC (default: "

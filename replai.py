@@ -82,7 +82,7 @@ def parse_args(argv=None):
     tools = "configs/data_augm; Ego4D's tasks: ego4d-forecasting/, hands-and-objects/"
 
     g = p.add_argument_group("clips")
-    g.add_argument("--num_frames", type=int, default=8, metavar="N",
+    g.add_argument("--num_frames", type=int, default=8, metavar="T",
                    help="frames per clip, T, half a second at 16 fps; Ego4D's tasks 32, "
                         f"statechange 16 (default: %(default)s, {tools})")
     g.add_argument("--crop", type=int, default=112, metavar="N",
@@ -138,7 +138,7 @@ def parse_args(argv=None):
                    help="samples per step over all GPUs; batch norm sees one GPU's share (default: "
                         f"%(default)s, {scripts})")
     g.add_argument("--groups", type=int, default=8, metavar="N",
-                   help="Ego4D's tasks: parts of a batch that batch norm sees apart, as far as "
+                   help="parts of a batch that batch norm sees apart in Ego4D's tasks, as far as "
                         "batch and processes divide (default: %(default)s, the release's GPUs)")
     g.add_argument("--lr", type=float, metavar="X",
                    help="learning rate. pretrain: peak of OneCycle; linear: first value, x0.1 at "

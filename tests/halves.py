@@ -15,7 +15,7 @@ SECONDS = {"test_faults": 350, "test_f2c_oops": 160, "test_replai": 150, "test_e
            "test_parity": 140, "test_cpctrans": 110, "test_ssdet_coarsefine": 110, "test_toy": 110,
            "test_prepare": 60, "test_ssdet_method": 60, "test_media": 55, "test_fault_files": 20,
            "test_lists": 20, "test_bench": 15, "test_fault_limits": 10,
-           "test_fault_runs": 5}              # about, of one core; only the balance depends on it
+           "test_fault_runs": 5, "test_help": 5}               # about, of one core; for the balance
 
 
 def halves():
