@@ -18,6 +18,7 @@ import torch
 import toy
 from running import command
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import f2c_oops as f
@@ -311,21 +312,23 @@ def padded(e, x, multiple=64):
     return h[:, 0]
 
 
-def test_a_step_at_the_published_size_is_three_times_faster_than_padded():
+def test_a_step_at_the_published_size_takes_a_third_of_the_padded_work():
+    """Of the products; how long they take, `make bench` measures: here the machine may be busy."""
     torch.manual_seed(0)
     model = f.F2C(768, 8, **{k: v for k, v in f.SHAPE.items() if k != "mlp"}).eval()
     x, label = torch.randn(24, 20, 768), torch.arange(24) % 8
     assert torch.allclose(model.embed(x[:2]), padded(model.frames, x[:2]), atol=1e-5)
-    optimizer, seconds = torch.optim.AdamW(model.parameters(), 1e-4), {True: [], False: []}
+    work, seconds = {}, {True: [], False: []}
+    model.train()
     for ours in (True, False) * 2:
-        model.train()
         began = time.process_time()
-        logits = model(x) if ours else model.head(padded(model.frames, x))
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits, label).backward()
-        optimizer.step()
+        with FlopCounterMode(display=False) as counter:
+            logits = model(x) if ours else model.head(padded(model.frames, x))
+            F.cross_entropy(logits, label).backward()
         seconds[ours].append(time.process_time() - began)
-    assert min(seconds[False]) > 3 * min(seconds[True]), seconds
+        work[ours] = counter.get_total_flops()
+    assert work[False] > 3 * work[True], work
+    assert min(seconds[False]) > 2 * min(seconds[True]), seconds
 
 
 def test_as_released_the_last_frame_and_the_last_clip_are_never_seen():
