@@ -25,7 +25,7 @@ demo: install  ## not there yet: all four papers on toy data, within ten minutes
 bench: install  ## speed and memory beside the alternatives, twenty minutes on two cores (ARGS=--help)
 	.venv/bin/python tests/bench.py $(ARGS)
 
-faults: install  ## promises broken on purpose, more of them than in make test (ARGS=--help)
+faults: install  ## promises broken on purpose, more of them than in make test, twenty minutes (ARGS=--help)
 	.venv/bin/python tests/faults.py $(ARGS)
 
 claims: install  ## not there yet: each paper's main comparison at toy size, 3 seeds

@@ -1,6 +1,6 @@
 """Faults on purpose: what is promised for killed runs, bad files, full disks and many machines.
 
-    make faults                                  everything; meant for half an hour on two cores
+    make faults                                  everything; some twenty minutes on two cores
     python tests/faults.py --only kill,media     some parts; --help lists them
 
 One line per promise while it runs, then a table; all figures go to faults.json. Two lanes of parts
