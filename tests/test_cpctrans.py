@@ -893,7 +893,7 @@ def test_counting_that_was_killed_goes_on(ucf, tmp_path):
 # ---- command line --------------------------------------------------------------------------------
 
 def test_help_answers_with_the_method_and_all_flags():
-    r = command("--help", timeout=20)
+    r = command("--help", timeout=60)
     assert r.code == 0 and "tell the true cell" in r.out
     for flag in ("--num_seq", "--pred_step", "--train_what", "--pretrain", "--test", "--compat"):
         assert flag in r.out

@@ -848,7 +848,7 @@ def test_every_flag_is_explained(monkeypatch):
 def test_help_answers_with_the_method_and_all_flags():
     began = time.monotonic()
     r = command("--help")
-    assert r.code == 0 and r.err == "" and time.monotonic() - began < 15
+    assert r.code == 0 and r.err == "" and time.monotonic() - began < 60
     for words in ("L_AVC", "L_AStC", "arXiv:2209.13583", "torchrun", "--delta_non_overlap",
                   "(default: 512, commands/*.sh", "--normalize_feats"):
         assert words in r.out
