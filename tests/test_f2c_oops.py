@@ -1094,7 +1094,7 @@ def test_features_of_clips_train_the_baseline(oops, tmp_path):
 
 
 def test_help_answers_with_the_method_and_all_flags():
-    r = command("--help", timeout=20, script="f2c_oops")
+    r = command("--help", timeout=60, script="f2c_oops")
     assert r.code == 0 and "L_F2C2V" in r.out
     for flag in ("--transforms", "--level", "--anticipate", "--weights", "--compat"):
         assert flag in r.out
