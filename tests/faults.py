@@ -59,6 +59,7 @@ def side_by_side(lanes, work, seed):
     """As `run`, each lane in a process of its own."""
     rows, started = [], []
     for k, parts in enumerate(lanes):
+        (work / f"lane{k}" / "faults.json").unlink(missing_ok=True)           # of an earlier run
         started.append(subprocess.Popen([
             sys.executable, __file__, "--only", ",".join(parts), "--seed", str(seed), "--out",
             str(work / f"lane{k}"), "--lane"]))

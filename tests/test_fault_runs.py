@@ -4,6 +4,7 @@ import os
 import signal
 import time
 
+import faults
 import pytest
 import torch
 
@@ -65,3 +66,12 @@ def test_a_process_that_only_lost_another_says_so_in_one_line():
         "[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
     assert common._in_words(common.UserError("a.mp4: broken"), False) == "error: a.mp4: broken"
     assert common._in_words(OSError(2, "No such file", "x"), False) == "error: x: No such file"
+
+
+def test_a_lane_that_ends_without_figures_is_a_promise_broken(tmp_path, capfd):
+    stale = tmp_path / "lane0" / "faults.json"                # of an earlier run in this folder
+    stale.parent.mkdir()
+    stale.write_text('{"rows": [{"part": "x", "promise": "y", "figures": {}, "failed": []}]}')
+    (part, row), = faults.side_by_side([["no such part"]], tmp_path, 0)
+    assert part == "no such part" and "ended with 2" in row.failed[0]
+    assert "choose of" in capfd.readouterr().err
