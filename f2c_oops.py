@@ -73,7 +73,7 @@ PUBLISHED_WEIGHTS = (19670 / 18069, 19670 / 4137, 1.0)        # of the labels, c
 HALF = ((0.5,) * 3, (0.5 + 1e-8,) * 3)      # mean and std of timm's ViT; the ε is the release's
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 KINETICS = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
-DENSE = 600                          # tokens up to which one masked attention beats blocks
+DENSE = 450                          # tokens up to which one masked attention beats blocks
 PAD = -1
 SHAPE = {"layers": 3, "heads": 16, "window": 32, "ff": 3072, "mlp": 1024, "positions": 7200}
 common.FREE_FLAGS |= {"features", "list", "val_list", "allow_missing", "tolerance"}
@@ -2176,7 +2176,7 @@ def write_predictions(args, videos, found, step, name):
     write_csv(args.out / name, rows)
 
 
-def draw_timeline(args, videos, found, times, count=4, wide=900, high=300, side=96):
+def draw_timeline(args, videos, found, times, count=4, wide=900, high=312, side=96):
     """timeline.png: pictures of some videos, class probabilities over time, the annotated and the
     predicted transition.
     """
@@ -2185,12 +2185,12 @@ def draw_timeline(args, videos, found, times, count=4, wide=900, high=300, side=
     left, right = 60, wide - 20
     image = Image.new("RGB", (wide, 30 + high * len(chosen)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((60, 8), "Class probabilities of clips 0.25 s apart; red: annotated transition, "
-              "black, dotted: predicted", "black", common.font(15))
+    draw.text((60, 8), "Probabilities of clips 0.25 s apart; transition: annotated solid red, "
+              "predicted dotted black", "black", common.font(15))
     for n, i in enumerate(chosen):
         video, (prob, _), top = videos[i], found[i], 30 + high * n
         centre = cut(video, 4)[1].mean(1)
-        box = (left, top + 28 + side, right, top + high - 50)
+        box = (left, top + 44 + side, right, top + high - 50)
 
         def place(t, first=centre[0], last=centre[-1]):
             return left + (t - first) / max(1e-9, last - first) * (right - left)
@@ -2208,11 +2208,9 @@ def draw_timeline(args, videos, found, times, count=4, wide=900, high=300, side=
             for x, picture in zip(places, pictures):
                 image.paste(Image.fromarray(picture).resize((w, h)), (int(x - w / 2), top + 20))
         marks = [t for t in video.note.t if centre[0] <= t <= centre[-1]]
-        x = np.linspace(centre[0], centre[-1], 400)           # dense: dashes are of these
-        lines = {name: np.interp(x, centre, p) for name, p in zip(LABELS, prob.T)}
-        common.draw_panel(draw, box, x, lines, "seconds", marks, (0.0, 1.0))
-        for y in range(box[1], box[3], 6):
-            draw.line([(place(times[i]), y), (place(times[i]), y + 3)], fill="black", width=2)
+        common.draw_panel(draw, box, centre, dict(zip(LABELS, prob.T)), "seconds", marks,
+                          (0.0, 1.0))
+        common.dashed(draw, [(place(times[i]), y) for y in (box[1], box[3])], 3, 4, "black", 3)
     common.save_picture(image, args.out / "timeline.png")
 
 

@@ -2176,7 +2176,7 @@ def draw_segment(args, index, i, path):
     found = find_moments(x, rate, args.prominence)
     kept = index.peaks[index.offset[i]:index.offset[i + 1]] - start
 
-    image = Image.new("RGB", (900, 640), "white")
+    image = Image.new("RGB", (900, 660), "white")
     draw = ImageDraw.Draw(image)
     title = f"{media.name}, {start:.0f}-{stop:.0f} s: {len(kept)} moments of interaction"
     draw.text((70, 8), title, "black", common.font(15))
@@ -2186,8 +2186,8 @@ def draw_segment(args, index, i, path):
     image.paste(grey.resize((810, 160), Image.Resampling.BILINEAR), (70, 34))
     for k, name in ((34, "8 kHz"), (186, "0")):
         draw.text((64, k), name, "#333333", common.font(), anchor="rt")
-    common.draw_panel(draw, (70, 210, 880, 370), found.times, {"mean z-score": found.curve},
-                      "s, lines: moments with both clips inside", kept)
+    common.draw_panel(draw, (70, 222, 880, 376), found.times, {"mean z-score": found.curve},
+                      "seconds; upright lines: moments with both clips inside", kept)
     t = kept[len(kept) // 2] + start
     d = args.delta_non_overlap
     sides = common.read_clip(media, [Window(t - d - CLIP_SECONDS, CLIP_SECONDS, 4),
@@ -2196,9 +2196,9 @@ def draw_segment(args, index, i, path):
                                             f"{d:.1f}-{d + CLIP_SECONDS:.1f} s after"), sides)):
         strip = Image.fromarray(np.concatenate(list(frames), 1))
         strip = strip.resize((400, max(1, round(400 * strip.height / strip.width))))
-        image.paste(strip, (70 + 410 * k, 430))
-        draw.text((70 + 410 * k, 410), f"{side} {t - start:.2f} s", "#333333", common.font())
-    common.save_picture(image.crop((0, 0, 900, 440 + strip.height)), path)
+        image.paste(strip, (70 + 410 * k, 442))
+        draw.text((70 + 410 * k, 422), f"{side} {t - start:.2f} s", "#333333", common.font())
+    common.save_picture(image.crop((0, 0, 900, 452 + strip.height)), path)
 
 
 def main(args):

@@ -2538,8 +2538,8 @@ def draw_timeline(args, videos, models, names, count=3, most=8, wide=900):
     left, right, row, font = 230, wide - 20, 22, common.font()
     image = Image.new("RGB", (wide, 40 + len(busy) * (most * row + 90)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((10, 8), "Grey: predicted probability. Blue line: annotated. Ticks: where Grid Pool "
-              "sampled", "black", common.font(15))
+    draw.text((10, 8), "Shade: predicted probability. Bar below it: annotated. Lowest ticks: "
+              "times at which Grid Pool looked", "black", common.font(15))
     for n, i in enumerate(busy):
         video, found = videos[i], [m[i] for m in models]
         prob = label_logits(found, slice(None)).sigmoid().numpy()
@@ -2556,6 +2556,7 @@ def draw_timeline(args, videos, models, names, count=3, most=8, wide=900):
             shade = prob[c][at.clip(0, prob.shape[1] - 1)]
             strip = np.repeat((255 - 220 * shade).astype(np.uint8)[None], row - 8, 0)
             image.paste(Image.fromarray(strip), (left, y + 2))
+            draw.rectangle((left, y + 1, right, y + row - 6), outline="#cccccc")
             for cc, s, e in video.actions:
                 if cc == c:
                     x = [left + (right - left) * min(max(t, 0), length) / length for t in (s, e)]
@@ -2564,9 +2565,9 @@ def draw_timeline(args, videos, models, names, count=3, most=8, wide=900):
         for t in found[0].sampled:
             x = left + (right - left) * float(t) * found[0].length / found[0].n
             draw.line([(x, bottom), (x, bottom + 8)], fill="#c65a11", width=2)
-        for k in range(5):
-            x = left + (right - left) * k / 4
-            draw.text((x, bottom + 10), f"{length * k / 4:.1f}", "#333333", font, anchor="ma")
+        for t in common.round_numbers(0, length, 9):
+            x = left + (right - left) * t / length
+            draw.text((x, bottom + 10), f"{t:g}", "#333333", font, anchor="ma")
         draw.text(((left + right) / 2, bottom + 26), "seconds", "#333333", font, anchor="ma")
     common.save_picture(image, args.out / "timeline.png")
 

@@ -1,0 +1,131 @@
+"""Every command that README prints is run, in its order, on tiny videos; flags that it names exist.
+
+The commands run as printed, on data under the folders that they name by default, with flags behind
+them that make everything small: see SMALLER. A name in capitals stands for a file or a number: see
+STANDS_FOR. So a flag that has gone, a default that does not find the run before it, or a file that
+is called otherwise, fails here.
+"""
+
+import importlib
+import re
+import shutil
+from pathlib import Path
+
+import fault_limits
+import pytest
+import running
+
+TEXT = (running.REPO / "README.md").read_text()
+SCRIPTS = ("replai", "cpctrans", "f2c_oops", "ssdet_coarsefine")
+FEW = "--tiny --workers 0 --log_every 1 --epochs 1"
+SMALLER = {
+    "replai": f"{FEW} --crop 32 --width 8 --groups 2 --batch_size 6 --limit 12",
+    "cpctrans": f"{FEW} --batch_size 4 --limit 4",
+    "f2c_oops": f"{FEW} --batch_size 8 --limit 12",
+    "ssdet_coarsefine": f"{FEW} --crop 32 --num_frames 8 --groups 2 --batch_size 4 --limit 8"}
+STANDS_FOR = {
+    "S": "0", "CKPT": "runs/replai_ego4d_pretrain/last.pt", "DIR": "runs/DIR", "SRC": "data/videos",
+    "DST": "data/prepared", "runs/ROW/last.pt": "runs/replai_ego4d_pretrain/last.pt",
+    "runs/ROW_STAGE": "runs/row_statechange",
+    "SPLIT1/best.pt": "runs/cpctrans_ucf101_finetune/best.pt", "SPLIT2/best.pt": "",
+    "SPLIT3/best.pt": "",                                     # one of each split is asked for
+    **dict.fromkeys(("BG.pt", "MU.pt", "CM.pt"),
+                    "runs/ssdet_coarsefine_charades_finetune_coarse/best.pt"),
+    "fine_charades_039000_SAVE.pt": "runs/ssdet_coarsefine_charades_finetune_fine/best.pt",
+    "localization.txt": "runs/ssdet_coarsefine_charades_evaluate_coarse/localization.txt"}
+
+
+def commands():
+    """[(script, flags)], those in sentences and tables first, none twice; `... FLAGS` adds to the
+    command before it.
+    """
+    text, found, before = re.sub(r"\\\n\s*", " ", TEXT), {}, None
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```\n.*?^```", "", text, flags=re.M | re.S))
+    for line in [*inline, *blocks.splitlines()]:
+        line = re.split(r"\s+#|, then ", line)[0].strip()
+        m = re.match(r"((?:\S*/)?python |srun .*torchrun |torchrun |)(?:.* )?(tests/)?(\w+)\.py(.*)",
+                     line)
+        if m and (m[1] or m[4]) and (running.REPO / f"{m[2] or ''}{m[3]}.py").exists():
+            before = (m[2] or "") + m[3], " ".join(m[4].split())
+            found[before] = True
+        elif line.startswith("... --") and before:
+            found[before[0], f"{before[1]} {line[4:]}".strip()] = True
+    return [c for c in found if c not in (("common", "prepare"),)]
+
+
+COMMANDS = commands()
+
+
+def of(script):
+    return [flags for s, flags in COMMANDS if s == script]
+
+
+def test_the_commands_are_found():
+    """As many as README has, about; and every stage of every script is among them."""
+    assert {s: len(of(s)) for s in ("common", *SCRIPTS)} == pytest.approx(
+        {"common": 1, "replai": 30, "cpctrans": 15, "f2c_oops": 35, "ssdet_coarsefine": 30}, rel=0.4)
+    for script in SCRIPTS:
+        module, said = importlib.import_module(script), " ".join(of(script))
+        first, *others = module.STAGES
+        for stage in others:
+            assert f"--stage {stage}" in said or stage in ("finetune", "test") and (
+                "--pretrain" in said and "--test" in said), (script, stage)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, multithumos):
+    """A folder with data/NAME and data/toy/NAME, as after `make toy`."""
+    root = tmp_path_factory.mktemp("readme")
+    world = fault_limits.world(root)
+    (root / "data" / "toy").mkdir(parents=True)
+    for name in ("epic", "ego4d", "ucf101", "oops", "kinetics400", "charades", "videos"):
+        (root / "data" / name).symlink_to(world / name)
+        (root / "data" / "toy" / name).symlink_to(world / name)
+    for where in ("data", "data/toy"):
+        (root / where / "multithumos").symlink_to(multithumos)
+    for k in range(fault_limits.ITEMS):                       # to pre-train on
+        (world / "ego4d" / f"v{k}.mp4").hardlink_to(world / "videos" / f"v{k}.mp4")
+    return root
+
+
+def filled(flags):
+    """The flags with what the names in capitals stand for."""
+    return [w for w in (STANDS_FOR.get(w, w) for w in flags.split()) if w]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_command_runs(script, place):
+    module, failed = importlib.import_module(script), []
+    for flags in of(script):
+        words = filled(f"{flags} statechange" if flags.endswith("--stage") else flags)
+        if "--help" in words:
+            continue
+        args = module.parse_args([*words, *SMALLER[script].split()])
+        shutil.rmtree(place / args.out, ignore_errors=True)   # of a command with other flags
+        r = running.quick(place, *words, *SMALLER[script].split(), script=script)
+        if r.code or not (place / args.out).is_dir():
+            failed.append(f"{script}.py {' '.join(words)}\n    {r.err.strip()[-600:]}")
+    assert not failed, "\n".join(failed)
+
+
+def test_the_tools_understand_their_commands(place):
+    for script, flags in COMMANDS:
+        if script == "common":
+            r = running.command(*filled(flags), cwd=place, script="common")
+            assert r.code == 0 and (place / "data/prepared/v0.mp4").exists(), r
+        elif script.startswith("tests/") and script != "tests/toy":
+            importlib.import_module(script[6:]).parse_args(flags.split())
+    targets = re.findall(r"^(\w+):", Path(running.REPO / "Makefile").read_text(), re.M)
+    named = set(re.findall(r"^make (\w+)|`make (\w+)", TEXT, re.M))
+    assert len(named) > 4 and {a or b for a, b in named} <= {*targets}
+
+
+def test_every_flag_that_readme_names_exists():
+    known = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts",
+             "--nodes", "--ntasks-per-node", "--shm-size", "--gpus-per-node", "--cpus-per-task",
+             "--only", "--out", "--seed", "--seeds", "--list", "--short_side", "--help"}
+    for script in SCRIPTS:
+        known |= set(re.findall(r"--\w+", running.command("--help", script=script).out))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))
+    assert len(named) > 60 and named <= known, named - known

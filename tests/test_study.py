@@ -1,0 +1,193 @@
+"""The runner behind `make demo` and `make claims`: order, once only, choice of rates, failures."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import running
+import study
+
+STEP = """
+import argparse, json, pathlib, sys, time
+p = argparse.ArgumentParser()
+p.add_argument("--out", type=pathlib.Path)
+p.add_argument("--lr", type=float, default=0)
+p.add_argument("--fail", action="store_true")
+p.add_argument("--after", type=pathlib.Path)
+a = p.parse_args()
+if a.after and not (a.after / "metrics.json").exists():
+    sys.exit(f"{a.after} has not ended")
+if a.fail:
+    print("one line"); sys.exit("error: as asked for")
+a.out.mkdir(parents=True, exist_ok=True)
+runs = a.out / "runs"
+runs.write_text((runs.read_text() if runs.exists() else "") + "x")
+(a.out / "metrics.json").write_text(json.dumps({"score": -(a.lr - 0.2) ** 2, "lr": a.lr}))
+"""
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """A plan with an `add` for a script that notes how often it ran."""
+    (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.setattr(study, "REPO", tmp_path)
+    monkeypatch.setattr(study, "CODE", ("step.py",))
+    p = study.Plan(tmp_path / "out")
+    p.step = lambda name, flags="", seconds=1: p.add(name, "step", name, flags, seconds)
+    return p
+
+
+def ran(plan, name):
+    path = plan.out / name / "runs"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_steps_run_after_those_they_name_and_only_once(plan, capsys):
+    plan.step("c", "--after {x/b}")
+    plan.step("x/b", "--after {a}")
+    plan.step("a")
+    assert study.Runner(plan, 3)() == []
+    assert [ran(plan, n) for n in ("a", "x/b", "c")] == [1, 1, 1]
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.search(r"\[(\d)/3\] .*(a|x/b|c): took", line).groups() for line in lines] == [
+        ("1", "a"), ("2", "x/b"), ("3", "c")]
+    assert all(re.search(r", \d+:\d\d left$", line) for line in lines[:-1])
+    assert study.Runner(plan, 1)() == []
+    assert capsys.readouterr().out.count("done before") == 3
+    assert [ran(plan, n) for n in ("a", "x/b", "c")] == [1, 1, 1]
+
+
+def test_what_other_code_or_flags_made_is_made_anew(plan, tmp_path):
+    plan.step("a")
+    study.Runner(plan, 1)()
+    plan.step("a", "--lr 1")
+    study.Runner(plan, 1)()
+    assert ran(plan, "a") == 1 and plan.metrics("a")["lr"] == 1          # in an empty folder
+    (tmp_path / "step.py").write_text(STEP.replace('"x"', '"xx"'))
+    study.Runner(plan, 1)()
+    assert ran(plan, "a") == 2
+
+
+def test_a_step_that_was_stopped_continues_in_its_folder(plan):
+    plan.step("a")
+    study.Runner(plan, 1)()
+    note = plan.out / "a.json"
+    note.write_text(json.dumps({k: v for k, v in json.loads(note.read_text()).items()
+                                if k != "seconds"}))
+    study.Runner(plan, 1)()
+    assert ran(plan, "a") == 2
+
+
+def test_a_failure_is_told_and_stops_only_what_needs_it(plan, capsys):
+    plan.step("bad", "--fail")
+    plan.step("after", "--after {bad}")
+    plan.step("later", "--after {after}")
+    plan.step("good")
+    assert sorted(study.Runner(plan, 2)()) == ["after", "bad", "later"]
+    out = capsys.readouterr().out
+    assert "FAILED: error: as asked for" in out and str(plan.out / "bad.log") in out
+    assert out.count("not run, an earlier step failed") == 2 and ran(plan, "good") == 1
+    assert study.Runner(plan, 2)()                            # and again, not taken for done
+    assert ran(plan, "good") == 1
+
+
+def test_an_unknown_step_is_an_error_before_anything_runs(plan):
+    plan.step("a", "--after {b}")
+    with pytest.raises(KeyError):
+        study.Runner(plan, 1)
+
+
+def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan):
+    study.sides(plan, "step", "p", "--lr 7", "", [4, 5], ("0.1", "0.3", "0.25"),
+                {"one": "", "two": "--after {a}"}, ["score"], 1)
+    plan.jobs = {n: j._replace(flags=re.sub(r"--seed \d", "", j.flags))
+                 for n, j in plan.jobs.items()}
+    plan.step("a")
+    assert study.Runner(plan, 2)() == []
+    for side in ("p/one", "p/two"):
+        assert plan.chosen(side) == "0.25"
+        assert {r: round(x, 4) for r, x in plan.scores(side).items()} == {
+            "0.1": -0.01, "0.3": -0.01, "0.25": -0.0025}
+        assert [plan.metrics(f"{side}_{s}")["lr"] for s in (4, 5)] == [0.25, 0.25]
+        assert not {f"{side}_4", f"{side}_5"} & plan.before(f"{side}_rate_0.1")
+
+
+def test_the_rate_is_never_chosen_on_what_the_table_shows():
+    plan, found = study.claims("out", [3, 4])
+    shown = {f"{side}_{s}{'_test' * c.tested}" for c in found for side in (c.better, c.other)
+             for s in (3, 4)}
+    assert shown <= plan.jobs.keys()
+    for side, rates in plan.rates.items():
+        assert len(rates) >= 3
+        for _, job in rates.values():
+            flags = plan.jobs[job].flags
+            assert job not in shown and "--stage test" not in flags
+            assert "{other/" in flags or plan.jobs[job].script == "cpctrans"
+        assert rates.keys() == next(r.keys() for s, r in plan.rates.items()
+                                    if s.rpartition("/")[0] == side.rpartition("/")[0])
+    for side in {s for c in found for s in (c.better, c.other)}:
+        for s in (3, 4):
+            assert f"--seed {s}" in plan.jobs[f"{side}_{s}"].flags
+            assert f"{{rate:{side}}}" in plan.jobs[f"{side}_{s}"].flags
+
+
+@pytest.mark.parametrize("what", ["demo", "claims"])
+def test_every_command_line_is_understood(what, capsys):
+    """By the script's own parser; and no two steps share a folder."""
+    study.main([what, "--list", *(["--seeds", "5", "6"] if what == "claims" else [])])
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
+    outs = [line[line.index("--out") + 1] + line[1] * line[0].endswith("toy.py") for line in lines]
+    assert len(lines) > 25 and len(set(outs)) == len(outs)
+    for script, *flags in lines:
+        if not script.endswith("toy.py"):
+            module = getattr(running, script.removesuffix(".py"))
+            module.parse_args([w.replace("RATE", "0.1") for w in flags])
+
+
+def test_the_claims_are_those_that_the_papers_make():
+    _, found = study.claims("out", [0])
+    assert sum(c.main for c in found) == 4
+    pairs = {(c.better.split("/")[-1], c.other.split("/")[-1]) for c in found}
+    assert pairs >= {("cpc", "scratch"), ("replai", "scratch"), ("replai", "no_moi"),
+                     ("replai", "no_astc"), ("f2c", "scratch"), ("f2c2v", "f2c"),
+                     ("ssdet", "classify"), ("ssdet", "scratch")}
+    assert {c.key for c in found if c.paper == "RepLAI"} == {"verb@1", "noun@1"}
+
+
+def test_mean_and_standard_error():
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 7):
+        x = rng.normal(size=n)
+        mean, error = study.spread(list(x))
+        assert math.isclose(mean, x.sum() / n)
+        assert math.isclose(error, math.sqrt(((x - x.sum() / n) ** 2).sum() / (n - 1) / n))
+    assert math.isnan(study.spread([1.0])[1])
+    assert study.verdict([3.0, 3.2, 3.1], [1.0, 1.2, 1.1])[2] == "holds"
+    assert study.verdict([1.0, 1.2, 1.1], [3.0, 3.2, 3.1])[2] == "does not hold"
+    assert study.verdict([1.0, 3.0], [1.0, 2.0])[2] == "not clear"
+    assert study.verdict([1.0], [0.0])[2] == "not clear"
+    gain, error, _ = study.verdict([1.0, 3.0], [0.0, 1.0])
+    assert gain == 1.5 and math.isclose(error, math.sqrt(1 + 0.25))
+
+
+def test_the_tables_say_what_is_missing(plan):
+    plan.step("a", "--lr 0.5")
+    plan.step("a_0", "--lr 0.5")
+    study.Runner(plan, 1)()
+    figures = [study.Figure("P", "s", "m", "lr", "a", "b", "score"),
+               study.Figure("P", "s", "m", "lr", "b", None, 3.0)]
+    text, rows = study.demo_table(plan, figures)
+    assert [r["trained"] for r in rows] == [0.5, None] and text.count("failed") == 2
+    assert rows[0]["blind"] == pytest.approx(-0.09) and rows[1]["blind"] == 3.0
+    text, rows = study.claims_table(plan, [study.Claim("P", "w", "lr", "a", "b", "1 | 0")], [0])
+    assert "failed" in text and rows[0]["values"] == [[0.5], [None]] and "verdict" not in rows[0]
+
+
+@pytest.mark.parametrize("flags", ["claims --seeds 1 1", "demo --lanes 0", "nothing",
+                                   "claims --only tests/toy", "demo --seed -1"])
+def test_wrong_flags(flags):
+    with pytest.raises(SystemExit) as e:
+        study.main(flags.split())
+    assert e.value.code == 2
