@@ -19,8 +19,8 @@ toy: install  ## write the small toy datasets to data/toy (a minute or two)
 test: install  ## every test, within 15 minutes on two cores
 	OMP_NUM_THREADS=$(NPROC) .venv/bin/python tests/halves.py
 
-demo: install  ## not there yet: all four papers on toy data, within ten minutes
-	@echo "make demo: not there yet; README has the commands on toy data"; exit 1
+demo: install  ## all four papers on drawn videos, ten minutes on two cores (ARGS=--help)
+	.venv/bin/python tests/study.py demo $(ARGS)
 
 bench: install  ## speed and memory beside the alternatives, twenty minutes on two cores (ARGS=--help)
 	.venv/bin/python tests/bench.py $(ARGS)
@@ -28,8 +28,8 @@ bench: install  ## speed and memory beside the alternatives, twenty minutes on t
 faults: install  ## promises broken on purpose, more of them than in make test, twenty minutes (ARGS=--help)
 	.venv/bin/python tests/faults.py $(ARGS)
 
-claims: install  ## not there yet: each paper's main comparison at toy size, 3 seeds
-	@echo "make claims: not there yet; README has the figures so far"; exit 1
+claims: install  ## each paper's comparisons at toy size, 3 seeds, an hour on two cores (ARGS=--help)
+	.venv/bin/python tests/study.py claims $(ARGS)
 
 lint: install  ## style check; installs ruff into .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check ruff

@@ -1634,7 +1634,7 @@ def font(size: int = 13):
 
 
 def round_numbers(low: float, high: float, most: int = 6) -> np.ndarray:
-    """At most so many multiples of 1, 2, 2.5 or 5 times a power of ten in [low, high]: for ticks."""
+    """Ticks: at most so many multiples of 1, 2, 2.5 or 5 times a power of ten in [low, high]."""
     step = (high - low) / max(1, most - 1)
     unit = 10.0 ** math.floor(math.log10(step))
     step = next(unit * k for k in (1, 2, 2.5, 5, 10) if unit * k >= step * (1 - 1e-9))

@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SECONDS = {"test_faults": 350, "test_f2c_oops": 160, "test_replai": 150, "test_ego4d": 150,
-           "test_parity": 140, "test_cpctrans": 110, "test_ssdet_coarsefine": 110, "test_toy": 110,
-           "test_prepare": 60, "test_ssdet_method": 60, "test_media": 55, "test_fault_files": 20,
-           "test_lists": 20, "test_bench": 15, "test_fault_limits": 10,
-           "test_fault_runs": 5, "test_help": 5}               # about, of one core; for the balance
+SECONDS = {"test_faults": 350, "test_replai": 150, "test_ego4d": 150, "test_parity": 140,
+           "test_f2c_oops": 130, "test_readme": 130, "test_ssdet_coarsefine": 110, "test_toy": 110,
+           "test_cpctrans": 90, "test_prepare": 60, "test_ssdet_method": 60, "test_media": 55,
+           "test_study": 30, "test_fault_files": 20, "test_lists": 20, "test_bench": 15,
+           "test_fault_limits": 10, "test_fault_runs": 5, "test_help": 5,
+           "test_pictures": 5}                                # about, of one core; for the balance
 
 
 def halves():

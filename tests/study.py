@@ -255,7 +255,7 @@ class Figure(NamedTuple):
 
 
 def demo(out, seed):
-    """(Plan, figures, pictures): every paper once."""
+    """(Plan, [Figure]): every paper once."""
     p, tiny = Plan(out), f"--tiny --seed {seed} "
 
     # CPCTrans: UCF101, 64 labelled videos
@@ -275,10 +275,12 @@ def demo(out, seed):
     oops = f"--data {{toy/oops}} {tiny}--features {{f2c/features}}/features "
     p.add("f2c/features", "f2c_oops", "features of all frames", f"--stage features --data "
           f"{{toy/oops}} {tiny}--features {out}/f2c/features/features", 20)
-    p.add("f2c/f2c", "f2c_oops", "pre-training on clips (F2C)", f"{oops}--select last --epochs 45", 34)
+    p.add("f2c/f2c", "f2c_oops", "pre-training on clips (F2C)",
+          f"{oops}--select last --epochs 45", 34)
     p.add("f2c/f2c2v", "f2c_oops", "pre-training on videos (F2C2V)",
           f"{oops}--stage f2c2v --select last --epochs 20 --init {{f2c/f2c}}/best.pt", 40)
-    for side, init in (("pretrained", "{f2c/f2c2v}/best.pt"), ("scratch", "none --finetune_frames")):
+    for side, init in (("pretrained", "{f2c/f2c2v}/best.pt"),
+                       ("scratch", "none --finetune_frames")):
         p.add(f"f2c/{side}", "f2c_oops", f"classification of clips, {side}", f"{oops}--stage "
               f"classify --level video --select last --init {init}", 27)
         p.add(f"f2c/{side}_test", "f2c_oops", f"evaluation, localization, {side}",
@@ -334,12 +336,36 @@ def demo(out, seed):
                "replai/pretrained_state", "replai/scratch_state", "StCC acc of prior"),
         Figure("RepLAI", "key frame, Ego4D", "PNR err, s (less is better)", "PNR err (s)",
                "replai/pretrained_state", "replai/scratch_state", "PNR err (s) of prior")]
-    pictures = {"cpctrans/pretrained_test/retrieval.png": "test videos and their nearest neighbours",
-                "f2c/pretrained_test/timeline.png": "intention over time, and where it was lost",
-                "ssdet/coarse_test/timeline.png": "activities over time, truth and prediction",
-                "replai/pretrain/moments.png": "sound, score, and the moments of interaction",
-                "*/*/curve.png": "loss and metrics of every training"}
-    return p, figures, pictures
+    return p, figures
+
+
+class Picture(NamedTuple):
+    """What a step of the demo draws, and how many of its pixels from the top README shows."""
+    path: str
+    name: str
+    what: str
+    height: int
+
+
+PICTURES = (
+    Picture("cpctrans/pretrained_test/retrieval.png", "cpctrans.png",
+            "test videos and the training videos nearest to them", 560),
+    Picture("f2c/pretrained_test/timeline.png", "f2c.png",
+            "intention over time, and where it is lost", 650),
+    Picture("ssdet/coarse_test/timeline.png", "ssdet.png",
+            "activities over time, truth and prediction", 556),
+    Picture("replai/pretrain/moments.png", "replai.png",
+            "sound, score, and moments of interaction", 700))
+
+
+def copy_pictures(out, folder):
+    """Small copies of the demo's pictures, as README shows them."""
+    from PIL import Image
+    folder.mkdir(parents=True, exist_ok=True)
+    for p in PICTURES:
+        image = Image.open(out / p.path).convert("RGB")
+        image = image.crop((0, 0, image.width, min(p.height, image.height)))
+        common.save_picture(image.quantize(128), folder / p.name)
 
 
 def number(x):
@@ -387,7 +413,7 @@ class Claim(NamedTuple):
 
 
 def claims(out, seeds, only=tuple(PAPERS)):
-    """(Plan, claims): all comparisons of these papers."""
+    """(Plan, [Claim]): all comparisons of these papers."""
     p, found = Plan(out), []
     for paper in only:
         found += {"cpctrans": claims_cpctrans, "f2c_oops": claims_f2c, "replai": claims_replai,
@@ -507,7 +533,8 @@ def claims_ssdet(p, seeds):
                   f"--tiny --init {{ssdet/fine/ssdet_{s}}}/last.pt "
                   f"--features {p.out}/ssdet/features_{world}_{s}/features", 5)
     tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream coarse --epochs 24 "
-                   f"--select last --features {{ssdet/features_{w}_SEED}}/features" for w in ("other", "toy"))
+                   f"--select last --features {{ssdet/features_{w}_SEED}}/features"
+                   for w in ("other", "toy"))
     sides(p, "ssdet_coarsefine", "ssdet/coarse", tune, final, seeds, ("0.025", "0.05", "0.1"),
           {"ssdet": "--init {ssdet/detect_SEED}/last.pt"}, ["val_mAP_25"], 83)
 
@@ -568,8 +595,6 @@ def claims_table(plan, found, seeds):
     for c in found:
         values = [[plan.metrics(f"{side}_{s}{'_test' * c.tested}").get(c.key) for s in seeds]
                   for side in (c.better, c.other)]
-        values = [[v if v is None or v > 1 or c.key != "val_top1" else 100 * v for v in side]
-                  for side in values]
         row = {**c._asdict(), "values": values}
         if any(v is None for side in values for v in side):
             texts = ["failed"] * 4
@@ -600,6 +625,8 @@ def parse_args(argv):
     p.add_argument("--lanes", type=int, default=os.cpu_count(),
                    help="steps side by side (one per core)")
     p.add_argument("--list", action="store_true", help="print the command lines, run nothing")
+    p.add_argument("--pictures", type=Path, metavar="DIR",
+                   help="demo: also copy the four pictures that README shows to DIR")
     args = p.parse_args(argv)
     args.out = args.out or Path("runs") / args.what
     if args.lanes < 1 or min([args.seed, *args.seeds]) < 0 or len({*args.seeds}) < len(args.seeds):
@@ -617,18 +644,16 @@ def list_commands(plan):
 def main(argv=None):
     """The exit status."""
     args = parse_args(argv)
-    if args.what == "demo":
-        plan, figures, pictures = demo(args.out, args.seed)
-    else:
-        (plan, found), pictures = claims(args.out, args.seeds, args.only), {}
+    plan, rows = demo(args.out, args.seed) if args.what == "demo" else claims(
+        args.out, args.seeds, args.only)
     if args.list:
         return list_commands(plan)
     began, words = time.time(), f"python tests/study.py {' '.join(map(str, argv or sys.argv[1:]))}"
     print(f"{len(plan.jobs)} steps, {args.lanes} side by side; what they print and leave is in "
           f"{args.out}\n{machine()}", flush=True)
     lost = Runner(plan, args.lanes)()
-    text, rows = (demo_table(plan, figures) if args.what == "demo" else
-                  claims_table(plan, found, args.seeds))
+    text, rows = (demo_table(plan, rows) if args.what == "demo" else
+                  claims_table(plan, rows, args.seeds))
     minutes = round((time.time() - began) / 60, 1)
     rates = {side: {"scores": plan.scores(side), "chosen": plan.chosen(side)}
              for side in plan.rates if plan.scores(side)}
@@ -639,10 +664,13 @@ def main(argv=None):
     for side, r in rates.items():
         scores = ", ".join(f"{rate}: {number(x)}" for rate, x in r["scores"].items())
         print(f"rate of {side}: {r['chosen']} (of {scores})")
-    for pattern, what in pictures.items():
-        for path in sorted(args.out.glob(pattern)):
-            print(f"{what}: {path}")
-    print(f"{minutes} minutes; {args.out}/results.json" + f"; FAILED: {', '.join(lost)}" * bool(lost))
+    if args.what == "demo":
+        print("\n".join(f"{args.out / p.path}: {p.what}" for p in PICTURES)
+              + f"\n{args.out}/*/*/curve.png: loss and metrics of each training")
+        if args.pictures and not lost:
+            copy_pictures(args.out, args.pictures)
+    print(f"{minutes} minutes; {args.out}/results.json"
+          + f"; FAILED: {', '.join(lost)}" * bool(lost))
     return int(bool(lost))
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -704,21 +705,17 @@ ORIGINAL = [
     "--gpu 0,1 --net resnet18 --dataset ucf101 --batch_size 16 --img_dim 128 --epochs 300"]
 
 
-def test_the_original_commands_run_as_printed(ucf, tmp_path):
-    """On four videos and for one epoch only, by what is added at their end."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "ucf101").symlink_to(ucf)
-    fewer = ["--tiny", "--epochs", 1, "--limit", 4, "--workers", 0, "--batch_size", 4]
-    made = {"pre": "runs/cpctrans_ucf101_pretrain/best.pt",
-            "tuned": "runs/cpctrans_ucf101_finetune/best.pt"}
-    for k, line in enumerate(ORIGINAL):
-        r = command(*line.format(**made).split(), *(fewer if k != 2 else fewer[-4:]),
-                    *(["--out", "runs/again"] if k == 3 else []), cwd=tmp_path)
-        assert r.code == 0, r
-        assert "error" not in r.err
-    assert "top1" in metrics_of(tmp_path / "runs" / "cpctrans_ucf101_test")
-    args = json.loads((tmp_path / "runs/cpctrans_ucf101_finetune/args.json").read_text())
-    assert (args["img_dim"], args["num_seq"], args["net"], args["split"]) == (224, 7, "resnet18", 1)
+@pytest.mark.parametrize("line", ORIGINAL)
+def test_the_original_flags_mean_what_they_meant(line):
+    """Also beside --tiny, whose sizes they replace; test_readme.py runs them."""
+    for tiny in ("", " --tiny"):
+        args = cpctrans.parse_args((line.format(pre="a.pt", tuned="b.pt") + tiny).split())
+        for flag, value in re.findall(r"--(\w+) ([^ {]+)", line):
+            assert flag in ("pretrain", "test") or str(getattr(args, flag)) == value
+        assert args.stage == ("finetune" if "--pretrain" in line else "test" if "--test" in line
+                              else "pretrain")
+        assert str(args.init or args.test) == {"finetune": "a.pt", "test": str([Path("b.pt")])}.get(
+            args.stage, "None" if not tiny else "none")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

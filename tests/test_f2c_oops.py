@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-import re
 import shutil
 import statistics
 import time
@@ -1100,24 +1099,6 @@ def test_help_answers_with_the_method_and_all_flags():
         assert flag in r.out
 
 
-def test_the_chain_runs_by_one_command_each(oops, tmp_path):
-    """Defaults find the run before; f2c under torchrun, the last as a user types it."""
-    short = ["--epochs", 1, "--batch_size", 8]
-    for name, start, flags in (
-            ("features", quick, []), ("f2c", command, short), ("f2c2v", quick, short),
-            ("classify", quick, ["--epochs", 1]),
-            ("classify_video", quick, ["--level", "video", *short]), ("localize", command, [])):
-        flags = ["--stage", name.split("_")[0], *flags, "--data", oops, "--features",
-                 tmp_path / "f", "--tiny", "--workers", 0]
-        if start is quick:
-            quick(tmp_path, *flags)
-        else:
-            command(*flags, n=2 if name == "f2c" else 1, cwd=tmp_path, script="f2c_oops")
-        # gloo may abort at exit, its work done: the file tells
-        assert metrics(tmp_path / "runs" / f"f2c_oops_oops_{name}"), name
-    assert metrics(tmp_path / "runs" / "f2c_oops_oops_localize")["videos"] >= 4
-
-
 @pytest.mark.parametrize("flags, want", [
     ("", {"stage": "f2c", "epochs": 100, "batch_size": 128, "lr": 1e-4, "weight_decay": 1e-4,
           "clip_len": 20, "dropout": 0.1, "weights": "timm"}),
@@ -1149,12 +1130,3 @@ def test_bf16_stays_near_fp32():
         with torch.autocast("cpu", torch.bfloat16):
             low = model(*x)
         assert torch.allclose(low.float(), model(*x), atol=0.05)
-
-
-def test_every_command_of_the_readme_is_understood():
-    text = (running.REPO / "README.md").read_text() + f.__doc__
-    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) f2c_oops\.py([^\n`|#(]*)", text)
-    assert len(lines) >= 25
-    for line in (x for x in lines if "--help" not in x):
-        line = line.split(", then")[0].replace(" S ", " 0 ")
-        f.parse_args(line.split())

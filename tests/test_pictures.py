@@ -1,4 +1,4 @@
-"""Pictures: ticks at round numbers, curves that differ without their colours, legends beside them."""
+"""Pictures: ticks at round numbers, curves that differ without colours, legends clear of them."""
 
 import json
 

@@ -1432,15 +1432,6 @@ def test_no_piece_is_longer_than_it_may_be(monkeypatch):
     assert seen == [1000, 1000, 1000]
 
 
-def test_every_command_of_the_readme_is_understood():
-    text = (running.REPO / "README.md").read_text() + sc.__doc__
-    lines = re.findall(r"(?:python|torchrun[^\n`|]*?) ssdet_coarsefine\.py([^\n`|#(]*)", text)
-    assert len(lines) >= 25
-    for line in (x for x in lines if "--help" not in x):
-        sc.parse_args(line.split(", then")[0].replace(" S ", " 0 ").replace("[", "").replace(
-            " ...]", "").split())
-
-
 def test_what_would_change_a_score_without_a_word_is_refused(chain, charades, tune, score,
                                                              tmp_path):
     coarse = ["--init", chain / "coarse/best.pt"]
