@@ -85,7 +85,7 @@ def table(rows):
         yield f"| {part} | {row.promise} | {figures(row)} | {'no' if row.failed else 'yes'} |"
 
 
-def main(argv=None):
+def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", metavar="PART,...", default=",".join(PARTS),
@@ -95,10 +95,16 @@ def main(argv=None):
                    help="work there and leave it all; else runs/faults.json stays")
     p.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    parts = [x for x in args.only.split(",") if x]
-    strange = sorted(set(parts) - set(PARTS))
-    if strange or not parts:
+    args.parts = [x for x in args.only.split(",") if x]
+    if not args.parts or not set(args.parts) <= set(PARTS):
         p.error(f"--only {args.only}: choose of {', '.join(PARTS)}")
+    return args
+
+
+def main(argv=None):
+    """The exit status."""
+    args = parse_args(argv)
+    parts = args.parts
     seed = int(time.time()) if args.seed is None else args.seed
     work = Path(tempfile.mkdtemp(prefix="faults")) if args.out is None else args.out.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -445,12 +445,12 @@ def claims_cpctrans(p, seeds):
     data = "--data {toy/ucf101} --tiny"
     for s in seeds:
         p.add(f"cpctrans/pretrain_{s}", "cpctrans", f"pre-training, seed {s}",
-              f"{data} --attn frame --seed {s}", 88)
-    tuned = f"{data} --limit 64 --epochs 60"
+              f"{data} --attn frame --epochs 45 --seed {s}", 75)
+    tuned = f"{data} --limit 64 --epochs 50"
     inits = {"cpc": "--pretrain {cpctrans/pretrain_SEED}/best.pt",
              "scratch": "--attn frame --pretrain random"}
     sides(p, "cpctrans", "cpctrans", tuned, tuned, seeds, ("2e-3", "5e-3", "1.5e-2"), inits,
-          ["val_top1"], 55)
+          ["val_top1"], 48)
     for side in inits:
         for s in seeds:
             p.add(f"cpctrans/{side}_{s}_test", "cpctrans", f"test of {side}, seed {s}",
@@ -471,9 +471,10 @@ def claims_f2c(p, seeds):
                 "--select last")
     for s in seeds:
         p.add(f"f2c/f2c_{s}", "f2c_oops", f"pre-training on clips, seed {s}",
-              f"{data('toy')} --seed {s}", 44)
+              f"{data('toy')} --epochs 45 --seed {s}", 40)
         p.add(f"f2c/f2c2v_{s}", "f2c_oops", f"pre-training on videos, seed {s}",
-              f"{data('toy')} --stage f2c2v --seed {s} --init {{f2c/f2c_{s}}}/best.pt", 58)
+              f"{data('toy')} --stage f2c2v --epochs 20 --seed {s} "
+              f"--init {{f2c/f2c_{s}}}/best.pt", 40)
     levels = {
         "clip": {"scratch": "--init none", "f2c": "--init {f2c/f2c_SEED}/best.pt"},
         "video": {"scratch": "--init none --finetune_frames",
@@ -518,25 +519,25 @@ def claims_ssdet(p, seeds):
     for s in seeds:
         for task in ("detect", "classify"):
             p.add(f"ssdet/{task}_{s}", "ssdet_coarsefine", f"pre-training, {task}, seed {s}",
-                  f"--data {{toy/kinetics400}} --tiny --select last --iters 300 "
-                  f"--task {task} --seed {s}", 100)
+                  f"--data {{toy/kinetics400}} --tiny --select last --iters 240 "
+                  f"--task {task} --seed {s}", 80)
     inits = {"ssdet": "--init {ssdet/detect_SEED}/last.pt",
              "classify": "--init {ssdet/classify_SEED}/last.pt", "scratch": "--init none"}
-    tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream fine --epochs 24 "
+    tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream fine --epochs 20 "
                    "--select last" for w in ("other", "toy"))
     sides(p, "ssdet_coarsefine", "ssdet/fine", tune, final, seeds, ("0.05", "0.1", "0.2"), inits,
-          ["val_mAP_25"], 50)
+          ["val_mAP_25"], 45)
     for s in seeds:
         for world in ("toy", "other")[:2 if s == seeds[0] else 1]:
             p.add(f"ssdet/features_{world}_{s}", "ssdet_coarsefine",
                   f"features of {world}, seed {s}", f"--stage extract --data {{{world}/charades}} "
                   f"--tiny --init {{ssdet/fine/ssdet_{s}}}/last.pt "
                   f"--features {p.out}/ssdet/features_{world}_{s}/features", 5)
-    tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream coarse --epochs 24 "
+    tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream coarse --epochs 16 "
                    f"--select last --features {{ssdet/features_{w}_SEED}}/features"
                    for w in ("other", "toy"))
     sides(p, "ssdet_coarsefine", "ssdet/coarse", tune, final, seeds, ("0.025", "0.05", "0.1"),
-          {"ssdet": "--init {ssdet/detect_SEED}/last.pt"}, ["val_mAP_25"], 83)
+          {"ssdet": "--init {ssdet/detect_SEED}/last.pt"}, ["val_mAP_25"], 75)
 
     def claim(better, other, what, published, main=False):
         return Claim("SSDet", f"{what}, mAP at 25 times", "val_mAP_25", f"ssdet/{better}",
@@ -559,8 +560,8 @@ def claims_replai(p, seeds):
           f"--data {{toy/ego4d}} --tiny --moments {p.out}/replai/moments/found", 10)
     for part, s in itertools.product(parts, seeds):
         p.add(f"replai/{part}_pretrain_{s}", "replai", f"pre-training, {part}, seed {s}",
-              f"--dataset ego4d --data {{toy/ego4d}} --tiny --epochs 45 --seed {s} "
-              f"{parts[part]} --moments {{replai/moments}}/found", 88)
+              f"--dataset ego4d --data {{toy/ego4d}} --tiny --epochs 30 --seed {s} "
+              f"{parts[part]} --moments {{replai/moments}}/found", 75)
     inits = {part: f"--init {{replai/{part}_pretrain_SEED}}/last.pt" for part in parts}
     tune, final = (f"--stage linear --dataset epic --data {{{w}/epic}} --tiny"
                    for w in ("other", "toy"))
