@@ -2550,8 +2550,9 @@ def draw_timeline(args, videos, models, names, count=3, most=8, wide=900):
         draw.text((10, top), f"{video.name}   {length:.1f} s", "black", font)
         for k, c in enumerate(chosen):
             y = top + 20 + k * row
-            draw.text((left - 8, y + row // 2), names[c][:30], "black" if c in true else "#888888",
-                      font, anchor="rm")
+            name = names[c] if len(names[c]) <= 32 else f"{names[c][:30]}..."
+            draw.text((left - 8, y + row // 2), name, "black" if c in true else "#888888", font,
+                      anchor="rm")
             at = (np.arange(right - left) / (right - left) * found[0].n).astype(int)
             shade = prob[c][at.clip(0, prob.shape[1] - 1)]
             strip = np.repeat((255 - 220 * shade).astype(np.uint8)[None], row - 8, 0)

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import string
 import subprocess
@@ -46,9 +47,9 @@ PAPERS = {"cpctrans": "CPCTrans", "f2c_oops": "F2C", "ssdet_coarsefine": "SSDet"
 # ---- steps -------------------------------------------------------------------------------------
 
 class Job(NamedTuple):
-    """A command line. {NAME} in `flags` stands for the folder of another job, which must have ended
-    before, {rate:SIDE} for the rate that was chosen for a side. seconds: about, on one core, for
-    the order and the ETA.
+    """A command line. {NAME} in `flags` stands for the folder of that job, which must have ended
+    before unless it is this one, {rate:SIDE} for the rate that was chosen for a side. seconds:
+    about, on one core, for the order and the ETA.
     """
     script: str
     what: str
@@ -67,7 +68,10 @@ class Plan:
         self.out, self.jobs, self.rates = Path(out), {}, {}
 
     def add(self, name, script, what, flags, seconds):
+        """Its name; what it waits for must have been added before."""
         self.jobs[name] = Job(script, what, flags, seconds)
+        if unknown := self.before(name) - self.jobs.keys():
+            raise KeyError(f"{name} waits for {unknown}")
         return name
 
     def draw(self, world, dataset, seed, seconds):
@@ -78,7 +82,7 @@ class Plan:
     def before(self, name):
         """The jobs that a job waits for."""
         fields = [f[1:3] for f in string.Formatter().parse(self.jobs[name].flags) if f[1]]
-        return {n for n, _ in fields if n != "rate"} | {
+        return {n for n, _ in fields if n not in ("rate", name)} | {
             job for n, side in fields if n == "rate" for _, job in self.rates[side].values()}
 
     def metrics(self, name):
@@ -110,33 +114,18 @@ class Plan:
             def __format__(self, side):
                 return plan.chosen(side)
 
-        flags = job.flags.format_map(Names(rate=Rate())).split()
+        flags = [w.format_map(Names(rate=Rate())) for w in job.flags.split()]
         return [os.path.relpath(REPO / f"{job.script}.py"), *flags, "--out",
                 str(out.parent if job.script == "tests/toy" else out)]
 
     def lengths(self):
-        """{name: seconds of the longest chain of jobs that begins with it}; all conditions are
-        jobs of the plan, or a KeyError tells which one is not.
-        """
+        """{name: seconds of the longest chain of jobs that begins with it}"""
         long = dict.fromkeys(self.jobs, 0.0)
-        for name in reversed(self.order()):
+        for name in reversed(self.jobs):                      # what waits for it comes before it
             long[name] += self.jobs[name].seconds
             for b in self.before(name):
                 long[b] = max(long[b], long[name])
         return long
-
-    def order(self):
-        """All names, each behind those that it waits for."""
-        done = {}
-
-        def visit(name):
-            if name not in done:
-                for b in sorted(self.before(name)):
-                    visit(b)
-                done[name] = True
-        for name in self.jobs:
-            visit(name)
-        return list(done)
 
 
 def clock(seconds):
@@ -158,7 +147,7 @@ class Runner:
     def __init__(self, plan, lanes):
         self.plan, self.lanes, self.length = plan, lanes, plan.lengths()
         self.code = crc32(b"".join((REPO / name).read_bytes() for name in CODE))
-        self.waiting, self.running, self.took = list(plan.order()), {}, {}
+        self.waiting, self.running, self.took = list(plan.jobs), {}, {}
         self.lost, self.fresh, self.began = [], [], time.time()
 
     def __call__(self):
@@ -274,7 +263,7 @@ def demo(out, seed):
     p.draw("toy", "oops", seed, 8)
     oops = f"--data {{toy/oops}} {tiny}--features {{f2c/features}}/features "
     p.add("f2c/features", "f2c_oops", "features of all frames", f"--stage features --data "
-          f"{{toy/oops}} {tiny}--features {out}/f2c/features/features", 20)
+          f"{{toy/oops}} {tiny}--features {{f2c/features}}/features", 20)
     p.add("f2c/f2c", "f2c_oops", "pre-training on clips (F2C)",
           f"{oops}--select last --epochs 45", 34)
     p.add("f2c/f2c2v", "f2c_oops", "pre-training on videos (F2C2V)",
@@ -297,7 +286,7 @@ def demo(out, seed):
               f"{charades}--stage finetune --stream fine --epochs 24 --init {init}", 50)
     p.add("ssdet/features", "ssdet_coarsefine", "features of the fine stream",
           f"--stage extract --data {{toy/charades}} --tiny --init {{ssdet/pretrained}}/last.pt "
-          f"--features {out}/ssdet/features/features", 5)
+          "--features {ssdet/features}/features", 5)
     p.add("ssdet/coarse", "ssdet_coarsefine", "coarse stream (Coarse-Fine)",
           f"{charades}--stage finetune --stream coarse --epochs 16 "
           "--init {ssdet/pretrain}/last.pt --features {ssdet/features}/features", 55)
@@ -310,7 +299,7 @@ def demo(out, seed):
     p.draw("toy", "epic", seed, 24)
     p.add("replai/pretrain", "replai", "pre-training on Ego4D's moments",
           f"--dataset ego4d --data {{toy/ego4d}} {tiny}--epochs 40 "
-          f"--moments {out}/replai/pretrain/moments", 80)
+          "--moments {replai/pretrain}/moments", 80)
     for side, init in (("pretrained", "{replai/pretrain}/last.pt"), ("scratch", "none")):
         p.add(f"replai/{side}", "replai", f"linear verbs and nouns of EPIC, {side}",
               f"--stage linear --dataset epic --data {{toy/epic}} {tiny}--init {init}", 27)
@@ -464,7 +453,7 @@ def claims_f2c(p, seeds):
     for world, k in (("toy", 0), ("other", OTHER)):
         p.draw(world, "oops", seeds[0] + k, 8)
         p.add(f"f2c/{world}", "f2c_oops", f"features of {world}", f"--stage features --data "
-              f"{{{world}/oops}} --tiny --features {p.out}/f2c/{world}/features", 20)
+              f"{{{world}/oops}} --tiny --features {{f2c/{world}}}/features", 20)
 
     def data(world):
         return (f"--data {{{world}/oops}} --tiny --features {{f2c/{world}}}/features "
@@ -532,7 +521,7 @@ def claims_ssdet(p, seeds):
             p.add(f"ssdet/features_{world}_{s}", "ssdet_coarsefine",
                   f"features of {world}, seed {s}", f"--stage extract --data {{{world}/charades}} "
                   f"--tiny --init {{ssdet/fine/ssdet_{s}}}/last.pt "
-                  f"--features {p.out}/ssdet/features_{world}_{s}/features", 5)
+                  f"--features {{ssdet/features_{world}_{s}}}/features", 5)
     tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream coarse --epochs 16 "
                    f"--select last --features {{ssdet/features_{w}_SEED}}/features"
                    for w in ("other", "toy"))
@@ -557,7 +546,7 @@ def claims_replai(p, seeds):
         p.draw(world, "epic", seeds[0] + k, 24)
     parts = {"replai": "", "no_astc": "--aot_coeff 0", "no_moi": "--moi random"}
     p.add("replai/moments", "replai", "moments of interaction", "--stage moments --dataset ego4d "
-          f"--data {{toy/ego4d}} --tiny --moments {p.out}/replai/moments/found", 10)
+          "--data {toy/ego4d} --tiny --moments {replai/moments}/found", 10)
     for part, s in itertools.product(parts, seeds):
         p.add(f"replai/{part}_pretrain_{s}", "replai", f"pre-training, {part}, seed {s}",
               f"--dataset ego4d --data {{toy/ego4d}} --tiny --epochs 30 --seed {s} "
@@ -638,7 +627,7 @@ def parse_args(argv):
 def list_commands(plan):
     """All command lines in an order in which they can be run; chosen rates are `RATE`."""
     plan.chosen = lambda side: "RATE"
-    for name in plan.order():
+    for name in plan.jobs:
         print(f"# {name}: {plan.jobs[name].what}\npython {' '.join(plan.words(name))}")
 
 
@@ -676,6 +665,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -45,9 +45,9 @@ def ran(plan, name):
 
 
 def test_steps_run_after_those_they_name_and_only_once(plan, capsys):
-    plan.step("c", "--after {x/b}")
-    plan.step("x/b", "--after {a}")
     plan.step("a")
+    plan.step("x/b", "--after {a}")
+    plan.step("c", "--after {x/b}")
     assert study.Runner(plan, 3)() == []
     assert [ran(plan, n) for n in ("a", "x/b", "c")] == [1, 1, 1]
     lines = capsys.readouterr().out.splitlines()
@@ -94,17 +94,25 @@ def test_a_failure_is_told_and_stops_only_what_needs_it(plan, capsys):
 
 
 def test_an_unknown_step_is_an_error_before_anything_runs(plan):
-    plan.step("a", "--after {b}")
-    with pytest.raises(KeyError):
-        study.Runner(plan, 1)
+    with pytest.raises(KeyError, match="a waits for {'b'}"):
+        plan.step("a", "--after {b} --out {a}")
+
+
+def test_the_longest_chain_comes_first(plan, capsys):
+    plan.step("short", seconds=5)
+    plan.step("first", seconds=1)
+    plan.step("second", "--after {first}", seconds=7)
+    assert plan.lengths() == {"short": 5, "first": 8, "second": 7}
+    study.Runner(plan, 1)()
+    assert re.findall(r"(\w+): took", capsys.readouterr().out) == ["first", "second", "short"]
 
 
 def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan):
+    plan.step("a")
     study.sides(plan, "step", "p", "--lr 7", "", [4, 5], ("0.1", "0.3", "0.25"),
                 {"one": "", "two": "--after {a}"}, ["score"], 1)
     plan.jobs = {n: j._replace(flags=re.sub(r"--seed \d", "", j.flags))
                  for n, j in plan.jobs.items()}
-    plan.step("a")
     assert study.Runner(plan, 2)() == []
     for side in ("p/one", "p/two"):
         assert plan.chosen(side) == "0.25"
