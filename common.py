@@ -749,8 +749,8 @@ def versions() -> dict[str, str]:
 
 
 def keep_memory() -> None:
-    """Let glibc keep what tensors leave free: new pages, zeroed by the kernel at every step, cost
-    up to a fourth of the time of training on the CPU, a half of reading a long video.
+    """Let glibc keep what tensors leave free: new pages, zeroed by the system at every step, cost
+    up to a fourth of the time of training on the CPU, and a half of a detector's on a long video.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):             # another C library
         mallopt = ctypes.CDLL(None).mallopt
