@@ -409,7 +409,7 @@ def conversion(row, path):
     """A row against the limit, which converts no picture: it says what converting a clip's takes.
 
     Small pictures of few references decode so quickly that it is a good part of the whole, and so
-    is choosing packets, in Python. Without the first, 1.1 of the limit must do.
+    is choosing packets, in Python. Without the first it must be a tenth of the limit less.
     """
     with av.open(str(path)) as c:
         frames, size = list(itertools.islice(c.decode(video=0), 10 * CLIP)), shrunk(path)
@@ -418,8 +418,9 @@ def conversion(row, path):
         common._to_rgb(f, *size).copy()
     share = 1e3 * (time.process_time() - began) / len(frames) * CLIP / row.reference
     excuse = "small pictures decode fast, converting and choosing them is what remains"
+    held = row.ratio - share <= row.target - 0.1
     return row._replace(note=f"scaling and colours of its {CLIP} pictures, which the limit lacks: "
-                             f"{share:.2f}", excuse=excuse if row.ratio - share <= 1.1 else "")
+                             f"{share:.2f}", excuse=excuse if held else "")
 
 
 # ---- sound -------------------------------------------------------------------------------------

@@ -259,14 +259,16 @@ def kill(folder, seed, long):
             whole, seconds = undisturbed(folder, data, stage)
             landed, tried, wanted = 0, 0, few if stage not in main else math.ceil(
                 (total - few * (len(chain) - len(main))) / len(main))
-            while landed < wanted and tried < 4 * wanted:
+            while landed < wanted and tried < 8 * wanted:
                 tried += 1
                 how, writing = moment(rng, stage, seconds)
+                began = time.monotonic()
                 r = stage.run(ours, **how)
                 landed += r.code == -9
                 figures["in_checkpoints"] += r.code == -9 and writing and stage.steps
                 failed += half_written(ours)
                 if r.code == 0:                               # it came too late
+                    seconds = min(seconds, 0.8 * (time.monotonic() - began))
                     failed += differ(ours, whole, stage.keep)
                     undo(ours, stage)                         # that there be something to do
                 elif r.code != -9:
