@@ -754,8 +754,9 @@ def keep_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):             # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for what, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 26)):       # M_MMAP_MAX, no block
-            mallopt(what, value)                              # apart; M_TRIM_THRESHOLD, M_TOP_PAD
+        mallopt(-4, 0)                                        # M_MMAP_MAX: no block by itself
+        mallopt(-1, 2 ** 31 - 1)                              # M_TRIM_THRESHOLD: give nothing back
+        mallopt(-2, 2 ** 26)                                  # M_TOP_PAD: grow by 64 MB
 
 
 def start_run(args: argparse.Namespace, gpu: bool = True) -> torch.device:

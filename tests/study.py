@@ -186,7 +186,7 @@ class Runner:
         if same and "seconds" in before and folder.is_dir():
             self.took[name] = before["seconds"]
             return self.tell(name, "done before")
-        if not same:
+        if before and not same:                               # never what others have made
             shutil.rmtree(folder, ignore_errors=True)
         common.write_json(note, {"code": self.code, "words": words})
         with open(log, "w") as f:
@@ -250,8 +250,7 @@ def demo(out, seed):
     # CPCTrans: UCF101, 64 labelled videos
     p.draw("toy", "ucf101", seed, 5)
     ucf = f"--data {{toy/ucf101}} {tiny}"
-    p.add("cpctrans/pretrain", "cpctrans", "pre-training", f"{ucf}--attn frame --epochs 40",
-          60)
+    p.add("cpctrans/pretrain", "cpctrans", "pre-training", f"{ucf}--attn frame --epochs 40", 60)
     for side, init in (("pretrained", "--pretrain {cpctrans/pretrain}/best.pt"),
                        ("scratch", "--attn frame --pretrain random")):
         p.add(f"cpctrans/{side}", "cpctrans", f"fine-tuning, {side}",

@@ -70,6 +70,14 @@ def test_what_other_code_or_flags_made_is_made_anew(plan, tmp_path):
     assert ran(plan, "a") == 2
 
 
+def test_a_folder_of_somebody_else_is_never_removed(plan):
+    (plan.out / "a").mkdir(parents=True)
+    (plan.out / "a" / "thesis.txt").write_text("x")
+    plan.step("a")
+    study.Runner(plan, 1)()
+    assert (plan.out / "a" / "thesis.txt").exists()
+
+
 def test_a_step_that_was_stopped_continues_in_its_folder(plan):
     plan.step("a")
     study.Runner(plan, 1)()
