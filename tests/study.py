@@ -6,7 +6,7 @@
 demo    every paper once, from pre-training to evaluation, beside the same without pre-training
 claims  each paper's own main comparisons over several seeds, mean ± standard error. The learning
         rate of each side is chosen before, among the same ones for all sides, on other toy videos
-        than those of the table (CPCTrans': on the validation part of its training list)
+        than those of the table
 
 Every step is one command line of a script, which --list prints; what it says is in a log beside its
 folder. Steps that wait for nothing run side by side, one per core. The same command continues where
@@ -19,10 +19,10 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
-import string
 import subprocess
 import sys
 import time
@@ -45,6 +45,9 @@ PAPERS = {"cpctrans": "CPCTrans", "f2c_oops": "F2C", "ssdet_coarsefine": "SSDet"
 
 
 # ---- steps -------------------------------------------------------------------------------------
+
+FIELD = re.compile(r"\{(rate:)?([^{}]+)\}")
+
 
 class Job(NamedTuple):
     """A command line. {NAME} in `flags` stands for the folder of that job, which must have ended
@@ -81,9 +84,9 @@ class Plan:
 
     def before(self, name):
         """The jobs that a job waits for."""
-        fields = [f[1:3] for f in string.Formatter().parse(self.jobs[name].flags) if f[1]]
-        return {n for n, _ in fields if n not in ("rate", name)} | {
-            job for n, side in fields if n == "rate" for _, job in self.rates[side].values()}
+        fields = FIELD.findall(self.jobs[name].flags)
+        return {job for rate, job in fields if not rate} - {name} | {
+            job for rate, side in fields if rate for _, job in self.rates[side].values()}
 
     def metrics(self, name):
         """What a job has measured, {} if nothing."""
@@ -104,17 +107,9 @@ class Plan:
 
     def words(self, name):
         """A job's command line; the rates that it names must be known."""
-        plan, job, out = self, self.jobs[name], self.out / name
-
-        class Names(dict):
-            def __missing__(self, other):
-                return plan.out / other
-
-        class Rate:
-            def __format__(self, side):
-                return plan.chosen(side)
-
-        flags = [w.format_map(Names(rate=Rate())) for w in job.flags.split()]
+        job, out = self.jobs[name], self.out / name
+        flags = [FIELD.sub(lambda m: self.chosen(m[2]) if m[1] else str(self.out / m[2]), word)
+                 for word in job.flags.split()]
         return [os.path.relpath(REPO / f"{job.script}.py"), *flags, "--out",
                 str(out.parent if job.script == "tests/toy" else out)]
 
@@ -409,40 +404,42 @@ def claims(out, seeds, only=tuple(PAPERS)):
     return p, found
 
 
-def sides(p, paper, prefix, tune, final, seeds, rates, inits, keys, seconds):
+def sides(p, paper, prefix, flags, seeds, rates, inits, keys, seconds, test="", test_seconds=0):
     """Jobs of several sides: one per rate with the first seed, then one per seed at the chosen one.
 
-    inits: {side: flags}; tune, final: the other flags, of the choice and of the table; SEED in any
-    of them is replaced. keys: metrics whose mean chooses.
+    inits: {side: flags}; flags: the others. In both, WORLD becomes `other`, the toy on which rates
+    are chosen, then `toy`; SEED the seed. keys: metrics whose mean chooses. test: flags of a job
+    that evaluates each of these, if not they themselves do; JOB becomes the job's name.
     """
-    for side, init in inits.items():
+    def add(name, world, seed, rate, what):
+        words = f"{flags} {inits[side]} --seed {seed} --lr {rate}"
+        p.add(name, paper, what, words.replace("WORLD", world).replace("SEED", str(seed)), seconds)
+        if not test:
+            return name
+        return p.add(f"{name}_test", paper, f"test of {what}",
+                     test.replace("WORLD", world).replace("JOB", name), test_seconds)
+
+    for side in inits:
         name = f"{prefix}/{side}"
-        p.rates[name] = {}
-        for rate in rates:
-            flags = f"{tune} {init} --seed SEED --lr {rate}".replace("SEED", str(seeds[0]))
-            p.rates[name][rate] = keys, p.add(
-                f"{name}_rate_{rate}", paper, f"{name}, rate {rate}, to choose it", flags, seconds)
+        p.rates[name] = {
+            rate: (keys, add(f"{name}_rate_{rate}", "other", seeds[0], rate,
+                             f"{name}, rate {rate}, to choose it")) for rate in rates}
         for s in seeds:
-            flags = f"{final} {init} --seed SEED --lr {{rate:{name}}}".replace("SEED", str(s))
-            p.add(f"{name}_{s}", paper, f"{name}, seed {s}", flags, seconds)
+            add(f"{name}_{s}", "toy", s, f"{{rate:{name}}}", f"{name}, seed {s}")
 
 
 def claims_cpctrans(p, seeds):
     """Pre-training against scratch: UCF101, 64 labelled videos."""
-    p.draw("toy", "ucf101", seeds[0], 10, "--scale 2")
-    data = "--data {toy/ucf101} --tiny"
+    for world, k in (("toy", 0), ("other", OTHER)):
+        p.draw(world, "ucf101", seeds[0] + k, 10, "--scale 2")
+    data = "--data {WORLD/ucf101} --tiny"
     for s in seeds:
         p.add(f"cpctrans/pretrain_{s}", "cpctrans", f"pre-training, seed {s}",
-              f"{data} --attn frame --epochs 30 --seed {s}", 90)
-    tuned = f"{data} --limit 64 --epochs 50"
+              f"--data {{toy/ucf101}} --tiny --attn frame --epochs 30 --seed {s}", 90)
     inits = {"cpc": "--pretrain {cpctrans/pretrain_SEED}/best.pt",
              "scratch": "--attn frame --pretrain random"}
-    sides(p, "cpctrans", "cpctrans", tuned, tuned, seeds, ("3e-3", "1e-2", "3e-2"), inits,
-          ["val_top1"], 48)
-    for side in inits:
-        for s in seeds:
-            p.add(f"cpctrans/{side}_{s}_test", "cpctrans", f"test of {side}, seed {s}",
-                  f"{data} --test {{cpctrans/{side}_{s}}}/best.pt", 6)
+    sides(p, "cpctrans", "cpctrans", f"{data} --limit 64 --epochs 50", seeds,
+          ("3e-3", "1e-2", "3e-2"), inits, ["top1"], 48, f"{data} --test {{JOB}}/best.pt", 6)
     return [Claim("CPCTrans", "pre-trained vs scratch, top-1", "top1", "cpctrans/cpc",
                   "cpctrans/scratch", "63.5 vs 43.6", tested=True, main=True)]
 
@@ -463,22 +460,16 @@ def claims_f2c(p, seeds):
         p.add(f"f2c/f2c2v_{s}", "f2c_oops", f"pre-training on videos, seed {s}",
               f"{data('toy')} --stage f2c2v --epochs 20 --seed {s} "
               f"--init {{f2c/f2c_{s}}}/best.pt", 40)
-    levels = {
+    inits = {
         "clip": {"scratch": "--init none", "f2c": "--init {f2c/f2c_SEED}/best.pt"},
         "video": {"scratch": "--init none --finetune_frames",
                   "f2c": "--init {f2c/f2c_SEED}/best.pt",
                   "f2c2v": "--init {f2c/f2c2v_SEED}/best.pt"}}
-    for level, inits in levels.items():
-        epochs = "--epochs 6" if level == "clip" else ""      # of many more samples
-        tune, final = (f"{data(w)} --stage classify --level {level} {epochs}"
-                       for w in ("other", "toy"))
-        sides(p, "f2c_oops", f"f2c/{level}", tune, final, seeds, ("3e-4", "1e-3", "3e-3"), inits,
-              ["val_top1"], 27)
-        for side in inits:
-            for s in seeds:
-                job = f"f2c/{level}/{side}_{s}"
-                p.add(f"{job}_test", "f2c_oops", f"{level} level, test of {side}, seed {s}",
-                      f"{data('toy')} --stage evaluate --init {{{job}}}/best.pt", 4)
+    for level, key, epochs in (("clip", "step_0.25s_accuracy", "--epochs 6"),  # of more samples
+                               ("video", "step_1s_accuracy", "")):
+        sides(p, "f2c_oops", f"f2c/{level}", f"{data('WORLD')} --stage classify --level {level} "
+              f"{epochs}", seeds, ("3e-4", "1e-3", "3e-3"), inits[level], [key], 27,
+              f"{data('WORLD')} --stage evaluate --init {{JOB}}/best.pt", 4)
 
     def claim(level, better, other, what, key, published, main=False):
         return Claim("F2C", f"{level} level, {what}", key, f"f2c/{level}/{better}",
@@ -503,32 +494,35 @@ def claims_f2c(p, seeds):
 
 
 def claims_ssdet(p, seeds):
-    """Detection against classification pre-training and scratch, Coarse-Fine against Fine."""
+    """Detection against classification pre-training and scratch, Coarse-Fine against Fine.
+
+    As in the paper SSDet goes on from a network that was trained to classify; its rival goes on
+    classifying for as many steps.
+    """
     p.draw("toy", "kinetics400", seeds[0], 7)
     for world, k in (("toy", 0), ("other", OTHER)):
         p.draw(world, "charades", seeds[0] + k, 7)
+    kinetics = "--data {toy/kinetics400} --tiny --select last --iters 200"
     for s in seeds:
+        p.add(f"ssdet/first_{s}", "ssdet_coarsefine", f"pre-training, classify, seed {s}",
+              f"{kinetics} --task classify --seed {s}", 67)
         for task in ("detect", "classify"):
-            p.add(f"ssdet/{task}_{s}", "ssdet_coarsefine", f"pre-training, {task}, seed {s}",
-                  f"--data {{toy/kinetics400}} --tiny --select last --iters 240 "
-                  f"--task {task} --seed {s}", 80)
+            p.add(f"ssdet/{task}_{s}", "ssdet_coarsefine", f"from there, {task}, seed {s}",
+                  f"{kinetics} --task {task} --seed {s} --init {{ssdet/first_{s}}}/last.pt", 67)
     inits = {"ssdet": "--init {ssdet/detect_SEED}/last.pt",
              "classify": "--init {ssdet/classify_SEED}/last.pt", "scratch": "--init none"}
-    tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream fine --epochs 16 "
-                   "--select last" for w in ("other", "toy"))
-    sides(p, "ssdet_coarsefine", "ssdet/fine", tune, final, seeds, ("0.1", "0.2", "0.4"), inits,
-          ["val_mAP_25"], 42)
+    charades = "--data {WORLD/charades} --tiny --select last --stage finetune"
+    sides(p, "ssdet_coarsefine", "ssdet/fine", f"{charades} --stream fine --epochs 16", seeds,
+          ("0.1", "0.2", "0.4"), inits, ["val_mAP_25"], 42)
     for s in seeds:
         for world in ("toy", "other")[:2 if s == seeds[0] else 1]:
             p.add(f"ssdet/features_{world}_{s}", "ssdet_coarsefine",
                   f"features of {world}, seed {s}", f"--stage extract --data {{{world}/charades}} "
                   f"--tiny --init {{ssdet/fine/ssdet_{s}}}/last.pt "
                   f"--features {{ssdet/features_{world}_{s}}}/features", 5)
-    tune, final = (f"--data {{{w}/charades}} --tiny --stage finetune --stream coarse --epochs 12 "
-                   f"--select last --features {{ssdet/features_{w}_SEED}}/features"
-                   for w in ("other", "toy"))
-    sides(p, "ssdet_coarsefine", "ssdet/coarse", tune, final, seeds, ("0.05", "0.1", "0.2"),
-          {"ssdet": "--init {ssdet/detect_SEED}/last.pt"}, ["val_mAP_25"], 62)
+    sides(p, "ssdet_coarsefine", "ssdet/coarse", f"{charades} --stream coarse --epochs 12 "
+          "--features {ssdet/features_WORLD_SEED}/features", seeds, ("0.05", "0.1", "0.2"),
+          {"ssdet": inits["ssdet"]}, ["val_mAP_25"], 62)
 
     def claim(better, other, what, published, main=False):
         return Claim("SSDet", f"{what}, mAP at 25 times", "val_mAP_25", f"ssdet/{better}",
@@ -554,10 +548,9 @@ def claims_replai(p, seeds):
               f"--dataset ego4d --data {{toy/ego4d}} --tiny --epochs 30 --seed {s} "
               f"{parts[part]} --moments {{replai/moments}}/found", 75)
     inits = {part: f"--init {{replai/{part}_pretrain_SEED}}/last.pt" for part in parts}
-    tune, final = (f"--stage linear --dataset epic --data {{{w}/epic}} --tiny --epochs 14"
-                   for w in ("other", "toy"))
-    sides(p, "replai", "replai", tune, final, seeds, ("0.02", "0.05", "0.15"),
-          inits | {"scratch": "--init none"}, ["verb@1", "noun@1"], 28)
+    sides(p, "replai", "replai", "--stage linear --dataset epic --data {WORLD/epic} --tiny "
+          "--epochs 14", seeds, ("0.02", "0.05", "0.15"), inits | {"scratch": "--init none"},
+          ["verb@1", "noun@1"], 28)
     # The paper's "scratch" is RepLAI without AVID's weights, which no side has here.
     words = {"scratch": ("RepLAI vs no pre-training", "not known", "not known"),
              "no_moi": ("RepLAI vs w/o MoI", "31.71 vs 28.71", "11.25 vs 8.33"),

@@ -16,6 +16,8 @@ p.add_argument("--out", type=pathlib.Path)
 p.add_argument("--lr", type=float, default=0)
 p.add_argument("--fail", action="store_true")
 p.add_argument("--after", type=pathlib.Path)
+p.add_argument("--test", type=pathlib.Path)
+p.add_argument("--world")
 a = p.parse_args()
 if a.after and not (a.after / "metrics.json").exists():
     sys.exit(f"{a.after} has not ended")
@@ -24,7 +26,10 @@ if a.fail:
 a.out.mkdir(parents=True, exist_ok=True)
 runs = a.out / "runs"
 runs.write_text((runs.read_text() if runs.exists() else "") + "x")
-(a.out / "metrics.json").write_text(json.dumps({"score": -(a.lr - 0.2) ** 2, "lr": a.lr}))
+found = {"score": -(a.lr - 0.2) ** 2, "lr": a.lr}
+if a.test:
+    found = {"tested": json.loads((a.test / "metrics.json").read_text())["score"]}
+(a.out / "metrics.json").write_text(json.dumps(found | {"world": a.world}))
 """
 
 
@@ -115,10 +120,11 @@ def test_the_longest_chain_comes_first(plan, capsys):
     assert re.findall(r"(\w+): took", capsys.readouterr().out) == ["first", "second", "short"]
 
 
-def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan):
+@pytest.mark.parametrize("key, test", [("score", ""), ("tested", "--test {JOB} --world WORLD")])
+def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan, key, test):
     plan.step("a")
-    study.sides(plan, "step", "p", "--lr 7", "", [4, 5], ("0.1", "0.3", "0.25"),
-                {"one": "", "two": "--after {a}"}, ["score"], 1)
+    study.sides(plan, "step", "p", "--world WORLD", [4, 5], ("0.1", "0.3", "0.25"),
+                {"one": "", "two": "--after {a}"}, [key], 1, test)
     plan.jobs = {n: j._replace(flags=re.sub(r"--seed \d", "", j.flags))
                  for n, j in plan.jobs.items()}
     assert study.Runner(plan, 2)() == []
@@ -128,6 +134,9 @@ def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan):
             "0.1": -0.01, "0.3": -0.01, "0.25": -0.0025}
         assert [plan.metrics(f"{side}_{s}")["lr"] for s in (4, 5)] == [0.25, 0.25]
         assert not {f"{side}_4", f"{side}_5"} & plan.before(f"{side}_rate_0.1")
+        for end in ("", "_test") if test else ("",):
+            assert [plan.metrics(f"{side}_{x}{end}")["world"] for x in ("rate_0.1", 4)] == [
+                "other", "toy"]
 
 
 def test_the_rate_is_never_chosen_on_what_the_table_shows():
@@ -139,8 +148,7 @@ def test_the_rate_is_never_chosen_on_what_the_table_shows():
         assert len(rates) >= 3
         for _, job in rates.values():
             flags = plan.jobs[job].flags
-            assert job not in shown and "--stage test" not in flags
-            assert "{other/" in flags or plan.jobs[job].script == "cpctrans"
+            assert job not in shown and "{other/" in flags and "{toy/" not in flags
         assert rates.keys() == next(r.keys() for s, r in plan.rates.items()
                                     if s.rpartition("/")[0] == side.rpartition("/")[0])
     for side in {s for c in found for s in (c.better, c.other)}:
