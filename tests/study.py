@@ -46,13 +46,14 @@ PAPERS = {"cpctrans": "CPCTrans", "f2c_oops": "F2C", "ssdet_coarsefine": "SSDet"
 
 # ---- steps -------------------------------------------------------------------------------------
 
-FIELD = re.compile(r"\{(rate:)?([^{}]+)\}")
+FIELD = re.compile(r"\{(?:(rate|best):)?([^{}]+)\}")
 
 
 class Job(NamedTuple):
     """A command line. {NAME} in `flags` stands for the folder of that job, which must have ended
-    before unless it is this one, {rate:SIDE} for the rate that was chosen for a side. seconds:
-    about, on one core, for the order and the ETA.
+    before unless it is this one, {rate:SIDE} for the rate that was chosen for a side, {best:SIDE}
+    for the folder of that side's run at this rate when rates were chosen. seconds: about, on one core, for the order and
+    the ETA.
     """
     script: str
     what: str
@@ -85,8 +86,8 @@ class Plan:
     def before(self, name):
         """The jobs that a job waits for."""
         fields = FIELD.findall(self.jobs[name].flags)
-        return {job for rate, job in fields if not rate} - {name} | {
-            job for rate, side in fields if rate for _, job in self.rates[side].values()}
+        return ({job for kind, job in fields if not kind} - {name}) | {
+            job for kind, side in fields if kind for _, job in self.rates[side].values()}
 
     def metrics(self, name):
         """What a job has measured, {} if nothing."""
@@ -108,8 +109,14 @@ class Plan:
     def words(self, name):
         """A job's command line; the rates that it names must be known."""
         job, out = self.jobs[name], self.out / name
-        flags = [FIELD.sub(lambda m: self.chosen(m[2]) if m[1] else str(self.out / m[2]), word)
-                 for word in job.flags.split()]
+
+        def value(field):
+            kind, of = field.groups()
+            if kind == "rate":
+                return self.chosen(of)
+            return str(self.out / (f"{of}_rate_{self.chosen(of)}" if kind else of))
+
+        flags = [FIELD.sub(value, word) for word in job.flags.split()]
         return [os.path.relpath(REPO / f"{job.script}.py"), *flags, "--out",
                 str(out.parent if job.script == "tests/toy" else out)]
 
@@ -249,7 +256,7 @@ def demo(out, seed):
     for side, init in (("pretrained", "--pretrain {cpctrans/pretrain}/best.pt"),
                        ("scratch", "--attn frame --pretrain random")):
         p.add(f"cpctrans/{side}", "cpctrans", f"fine-tuning, {side}",
-              f"{ucf}--limit 64 --epochs 40 {init}", 36)
+              f"{ucf}--limit 64 --epochs 50 --lr 1e-2 {init}", 45)
         p.add(f"cpctrans/{side}_test", "cpctrans", f"test, {side}",
               f"--data {{toy/ucf101}} --tiny --test {{cpctrans/{side}}}/best.pt", 6)
 
@@ -259,9 +266,9 @@ def demo(out, seed):
     p.add("f2c/features", "f2c_oops", "features of all frames", f"--stage features --data "
           f"{{toy/oops}} {tiny}--features {{f2c/features}}/features", 20)
     p.add("f2c/f2c", "f2c_oops", "pre-training on clips (F2C)",
-          f"{oops}--select last --epochs 45", 34)
+          f"{oops}--select last --epochs 30", 23)
     p.add("f2c/f2c2v", "f2c_oops", "pre-training on videos (F2C2V)",
-          f"{oops}--stage f2c2v --select last --epochs 20 --init {{f2c/f2c}}/best.pt", 40)
+          f"{oops}--stage f2c2v --select last --epochs 12 --init {{f2c/f2c}}/best.pt", 24)
     for side, init in (("pretrained", "{f2c/f2c2v}/best.pt"),
                        ("scratch", "none --finetune_frames")):
         p.add(f"f2c/{side}", "f2c_oops", f"classification of clips, {side}", f"{oops}--stage "
@@ -274,16 +281,16 @@ def demo(out, seed):
     p.draw("toy", "charades", seed, 7)
     charades = f"--data {{toy/charades}} {tiny}--select last "
     p.add("ssdet/pretrain", "ssdet_coarsefine", "pre-training on Kinetics-400 (SSDet)",
-          f"--data {{toy/kinetics400}} {tiny}--select last --iters 240", 80)
+          f"--data {{toy/kinetics400}} {tiny}--select last --iters 160", 54)
     for side, init in (("pretrained", "{ssdet/pretrain}/last.pt"), ("scratch", "none")):
         p.add(f"ssdet/{side}", "ssdet_coarsefine", f"fine stream on Charades, {side}",
-              f"{charades}--stage finetune --stream fine --epochs 24 --init {init}", 50)
+              f"{charades}--stage finetune --stream fine --epochs 16 --init {init}", 34)
     p.add("ssdet/features", "ssdet_coarsefine", "features of the fine stream",
           "--stage extract --data {toy/charades} --tiny --init {ssdet/pretrained}/last.pt "
           "--features {ssdet/features}/features", 5)
     p.add("ssdet/coarse", "ssdet_coarsefine", "coarse stream (Coarse-Fine)",
-          f"{charades}--stage finetune --stream coarse --epochs 16 "
-          "--init {ssdet/pretrain}/last.pt --features {ssdet/features}/features", 55)
+          f"{charades}--stage finetune --stream coarse --epochs 10 "
+          "--init {ssdet/pretrain}/last.pt --features {ssdet/features}/features", 35)
     p.add("ssdet/coarse_test", "ssdet_coarsefine", "evaluation of Coarse-Fine",
           "--stage evaluate --data {toy/charades} --tiny --init {ssdet/coarse}/last.pt "
           "--features {ssdet/features}/features", 4)
@@ -292,13 +299,13 @@ def demo(out, seed):
     p.draw("toy", "ego4d", seed, 42)
     p.draw("toy", "epic", seed, 24)
     p.add("replai/pretrain", "replai", "pre-training on Ego4D's moments",
-          f"--dataset ego4d --data {{toy/ego4d}} {tiny}--epochs 40 "
-          "--moments {replai/pretrain}/moments", 80)
+          f"--dataset ego4d --data {{toy/ego4d}} {tiny}--epochs 30 "
+          "--moments {replai/pretrain}/moments", 60)
     for side, init in (("pretrained", "{replai/pretrain}/last.pt"), ("scratch", "none")):
         p.add(f"replai/{side}", "replai", f"linear verbs and nouns of EPIC, {side}",
               f"--stage linear --dataset epic --data {{toy/epic}} {tiny}--init {init}", 27)
         p.add(f"replai/{side}_state", "replai", f"Ego4D's state change, {side}",
-              f"--stage statechange --data {{toy/ego4d}} {tiny}--epochs 4 --init {init}", 44)
+              f"--stage statechange --data {{toy/ego4d}} {tiny}--epochs 3 --init {init}", 33)
 
     figures = [
         Figure("CPCTrans", "test on UCF101", "top-1, %", "top1", "cpctrans/pretrained_test",
@@ -468,8 +475,8 @@ def claims_f2c(p, seeds):
     for level, key, epochs in (("clip", "step_0.25s_accuracy", "--epochs 6"),  # of more samples
                                ("video", "step_1s_accuracy", "")):
         sides(p, "f2c_oops", f"f2c/{level}", f"{data('WORLD')} --stage classify --level {level} "
-              f"{epochs}", seeds, ("3e-4", "1e-3", "3e-3"), inits[level], [key], 27,
-              f"{data('WORLD')} --stage evaluate --init {{JOB}}/best.pt", 4)
+              f"{epochs}", seeds, ("3e-4", "1e-3", "3e-3"), inits[level], [key, "within_1s"],
+              27, f"{data('WORLD')} --stage evaluate --init {{JOB}}/best.pt", 4)
 
     def claim(level, better, other, what, key, published, main=False):
         return Claim("F2C", f"{level} level, {what}", key, f"f2c/{level}/{better}",
@@ -508,18 +515,19 @@ def claims_ssdet(p, seeds):
               f"{kinetics} --task classify --seed {s}", 67)
         for task in ("detect", "classify"):
             p.add(f"ssdet/{task}_{s}", "ssdet_coarsefine", f"from there, {task}, seed {s}",
-                  f"{kinetics} --task {task} --seed {s} --init {{ssdet/first_{s}}}/last.pt", 67)
+                  f"{kinetics} --task {task} --seed {s + OTHER} "     # not the same clips again
+                  f"--init {{ssdet/first_{s}}}/last.pt", 67)
     inits = {"ssdet": "--init {ssdet/detect_SEED}/last.pt",
              "classify": "--init {ssdet/classify_SEED}/last.pt", "scratch": "--init none"}
     charades = "--data {WORLD/charades} --tiny --select last --stage finetune"
     sides(p, "ssdet_coarsefine", "ssdet/fine", f"{charades} --stream fine --epochs 16", seeds,
           ("0.1", "0.2", "0.4"), inits, ["val_mAP_25"], 42)
-    for s in seeds:
-        for world in ("toy", "other")[:2 if s == seeds[0] else 1]:
-            p.add(f"ssdet/features_{world}_{s}", "ssdet_coarsefine",
-                  f"features of {world}, seed {s}", f"--stage extract --data {{{world}/charades}} "
-                  f"--tiny --init {{ssdet/fine/ssdet_{s}}}/last.pt "
-                  f"--features {{ssdet/features_{world}_{s}}}/features", 5)
+    fine = {("other", seeds[0]): "best:ssdet/fine/ssdet",
+            **{("toy", s): f"ssdet/fine/ssdet_{s}" for s in seeds}}
+    for (world, s), job in fine.items():
+        p.add(f"ssdet/features_{world}_{s}", "ssdet_coarsefine", f"features of {world}, seed {s}",
+              f"--stage extract --data {{{world}/charades}} --tiny --init {{{job}}}/last.pt "
+              f"--features {{ssdet/features_{world}_{s}}}/features", 5)
     sides(p, "ssdet_coarsefine", "ssdet/coarse", f"{charades} --stream coarse --epochs 12 "
           "--features {ssdet/features_WORLD_SEED}/features", seeds, ("0.05", "0.1", "0.2"),
           {"ssdet": inits["ssdet"]}, ["val_mAP_25"], 62)

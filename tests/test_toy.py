@@ -15,6 +15,7 @@ import running  # noqa: F401 (paths, one thread)
 import toy
 
 import common
+import replai
 
 
 def table(path):
@@ -97,6 +98,47 @@ def test_the_change_between_two_frames_does_tell_it(strikes):
 def test_every_verb_and_noun_is_as_frequent_as_any_other(strikes):
     counts = np.bincount(strikes[0][1], minlength=6)
     assert counts.max() - counts.min() <= 4
+
+
+def rounds_of_strikes(kinds, seconds):
+    """Planned videos with sound, and when something is struck in each."""
+    videos = [toy.plan_video(21, "test", k, kind, seconds, 30)[0] for k, kind in enumerate(kinds)]
+    toy.deal(videos, np.random.default_rng(0))
+    return [(v, np.array([t for t, *_ in v["strikes"]])) for v in videos]
+
+
+def near(times, strikes, before, after):
+    """(times, strikes): is it so near?"""
+    return (times[:, None] >= strikes - before) & (times[:, None] <= strikes + after)
+
+
+def test_the_sound_tells_every_moment_and_random_ones_mostly_miss():
+    """What makes moments of interaction worth detecting: long silent stretches."""
+    rng = np.random.default_rng(0)
+    for video, strikes in rounds_of_strikes(["normal", "calm"] * 3, 60):
+        found = replai.find_moments(toy.hear(video), video["rate"], 1.0)
+        peaks = found.times[found.peaks]
+        assert near(peaks, strikes, 0.05, 0.05).any(0).all()          # none is missed
+        assert near(peaks, strikes, 0.05, 0.85).any(1).all()          # none is of something else
+        anywhere = rng.uniform(0.6, video["seconds"] - 0.6, 2000)
+        share = near(anywhere, strikes, 0.3, 0.3).any(1).mean()
+        assert share < {"normal": 0.25, "calm": 0.12}[video["kind"]], (video["kind"], share)
+
+
+def test_the_pictures_alone_do_not_tell_the_moments():
+    """The stretches of most motion are as often of something that slides in as of a strike."""
+    hits = total = 0
+    for video, strikes in rounds_of_strikes(["calm", "normal"] * 2, 18):
+        grey = [f[::2, ::2].mean(2, dtype="f4") for f in toy.draw(video)]
+        motion = np.array([np.abs(b - a).mean() for a, b in itertools.pairwise(grey)])
+        motion = np.convolve(motion, np.ones(8) / 8, "same")
+        times, picked = (np.arange(len(motion)) + 0.5) / 30, []
+        for _ in strikes:                                # as many as there are strikes
+            picked.append(times[motion.argmax()])
+            motion[np.abs(times - picked[-1]) < 0.8] = 0
+        hits += near(np.array(picked), strikes, 0.3, 0.5).any(1).sum()
+        total += len(strikes)
+    assert total >= 12 and hits <= 0.6 * total, (hits, total)
 
 
 @pytest.fixture(scope="module")
