@@ -10,8 +10,8 @@ claims  each paper's own main comparisons over several seeds, mean ± standard e
 
 Every step is one command line of a script, which --list prints; what it says is in a log beside its
 folder. Steps that wait for nothing run side by side, one per core. The same command continues where
-it was stopped; what other code or other flags have made is made anew. Table and figures are in
-results.json. The exit status is 1 if a step failed.
+it was stopped; what other code, other flags or other input have made is made anew. Table and
+figures are in results.json. The exit status is 1 if a step failed.
 """
 
 import argparse
@@ -52,8 +52,8 @@ FIELD = re.compile(r"\{(?:(rate|best):)?([^{}]+)\}")
 class Job(NamedTuple):
     """A command line. {NAME} in `flags` stands for the folder of that job, which must have ended
     before unless it is this one, {rate:SIDE} for the rate that was chosen for a side, {best:SIDE}
-    for the folder of that side's run at this rate when rates were chosen. seconds: about, on one core, for the order and
-    the ETA.
+    for the folder of that side's run at this rate when rates were chosen. seconds: about, on one
+    core, for the order and the ETA.
     """
     script: str
     what: str
@@ -66,10 +66,11 @@ class Plan:
 
     jobs   {name: Job}, each with the folder OUT/name
     rates  {side: {rate: (keys, job)}}: the rate with the highest mean of these metrics is chosen
+    lost   names of jobs that have failed or will not run; what lies in their folders is not theirs
     """
 
     def __init__(self, out):
-        self.out, self.jobs, self.rates = Path(out), {}, {}
+        self.out, self.jobs, self.rates, self.lost = Path(out), {}, {}, []
 
     def add(self, name, script, what, flags, seconds):
         """Its name; what it waits for must have been added before."""
@@ -91,20 +92,23 @@ class Plan:
 
     def metrics(self, name):
         """What a job has measured, {} if nothing."""
+        if name in self.lost:
+            return {}
         try:
             return json.loads((self.out / name / "metrics.json").read_text())
         except OSError:
             return {}
 
     def scores(self, side):
-        """{rate: mean of the metrics that choose it}, of the jobs that have ended."""
-        return {rate: statistics.fmean(self.metrics(job)[k] for k in keys)
-                for rate, (keys, job) in self.rates[side].items() if self.metrics(job)}
+        """{rate: mean of the metrics that choose it}, of the jobs that have them."""
+        found = {rate: [self.metrics(job).get(k) for k in keys]
+                 for rate, (keys, job) in self.rates[side].items()}
+        return {rate: statistics.fmean(x) for rate, x in found.items() if None not in x}
 
     def chosen(self, side):
         """The rate with the highest score, the first of equals."""
         scores = self.scores(side)
-        return max(scores, key=scores.get)
+        return max(self.rates[side], key=lambda rate: scores.get(rate, -math.inf))
 
     def words(self, name):
         """A job's command line; the rates that it names must be known."""
@@ -142,15 +146,16 @@ def last_line(path):
 class Runner:
     """Runs a Plan, `lanes` jobs at a time, those first that have the longest chain behind them.
 
-    OUT/NAME.log is what a job prints; OUT/NAME.json: the code's checksum, the words, and the
-    seconds if it has ended well.
+    OUT/NAME.log is what a job prints. OUT/NAME.json: its words; its key, a checksum of these, of
+    the code, and of the keys of all that it waited for; and the seconds if it has ended well.
     """
 
     def __init__(self, plan, lanes):
         self.plan, self.lanes, self.length = plan, lanes, plan.lengths()
         self.code = crc32(b"".join((REPO / name).read_bytes() for name in CODE))
-        self.waiting, self.running, self.took = list(plan.jobs), {}, {}
-        self.lost, self.fresh, self.began = [], [], time.time()
+        self.waiting, self.running, self.took, self.keys = list(plan.jobs), {}, {}, {}
+        self.fresh, self.began = [], time.time()
+        plan.lost.clear()
 
     def __call__(self):
         """The names of jobs that failed, and of those that waited for one of them."""
@@ -170,29 +175,32 @@ class Runner:
                 process.terminate()                           # training writes a checkpoint first
             for process, _ in self.running.values():
                 process.wait()
-        return self.lost
+        return self.plan.lost
 
     def drop(self):
         """Give up what waits for a lost job."""
-        for name in [n for n in self.waiting if self.plan.before(n) & {*self.lost}]:
+        for name in [n for n in self.waiting if self.plan.before(n) & {*self.plan.lost}]:
             self.waiting.remove(name)
-            self.lost.append(name)
+            self.plan.lost.append(name)
             self.tell(name, "not run, an earlier step failed")
 
     def start(self, name):
-        """Begin a job, or continue it; it is done if the same code and words have ended well."""
+        """Begin a job, or continue it; it is done if one with the same key has ended well."""
         words, folder = self.plan.words(name), self.plan.out / name
         note, log = folder.parent / f"{folder.name}.json", folder.parent / f"{folder.name}.log"
         before = json.loads(note.read_text()) if note.exists() else {}
-        same = (before.get("code"), before.get("words")) == (self.code, words)
+        made_of = [self.keys[n] for n in sorted(self.plan.before(name))]
+        self.keys[name] = crc32(json.dumps([
+            self.code, self.plan.jobs[name].script, words[1:], made_of]).encode())
+        same = before.get("key") == self.keys[name]
         if same and "seconds" in before and folder.is_dir():
             self.took[name] = before["seconds"]
             return self.tell(name, "done before")
         if before and not same:                               # never what others have made
             shutil.rmtree(folder, ignore_errors=True)
-        common.write_json(note, {"code": self.code, "words": words})
-        with open(log, "w") as f:
-            process = subprocess.Popen([sys.executable, *words], stdout=f,
+        common.write_json(note, {"key": self.keys[name], "words": words})
+        with open(log, "w") as f:                             # Ctrl-C is for the runner alone
+            process = subprocess.Popen([sys.executable, *words], stdout=f, process_group=0,
                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         self.running[name] = process, time.time()
@@ -202,18 +210,18 @@ class Runner:
         process, began = self.running.pop(name)
         seconds, log = round(time.time() - began, 1), self.plan.out / f"{name}.log"
         if process.returncode:
-            self.lost.append(name)
+            self.plan.lost.append(name)
             return self.tell(name, f"FAILED: {last_line(log)} ({log})")
         self.took[name] = seconds
         self.fresh.append(name)
         common.write_json(log.with_suffix(".json"), {
-            "code": self.code, "words": self.plan.words(name), "seconds": seconds})
+            "key": self.keys[name], "words": self.plan.words(name), "seconds": seconds})
         self.tell(name, f"took {clock(seconds)}")
 
     def tell(self, name, end):
         """A line: the time so far, how many steps are over, which one is, when all will be."""
         total, job = len(self.plan.jobs), self.plan.jobs[name]
-        over = len(self.took) + len(self.lost)
+        over = len(self.took) + len(self.plan.lost)
         print(f"{clock(time.time() - self.began):>6}  [{over:{len(str(total))}}/{total}]  "
               f"{PAPERS.get(job.script, 'toy'):8}  {job.what}: {end}{self.eta()}", flush=True)
 
@@ -263,8 +271,7 @@ def demo(out, seed):
     # F2C and F2C2V: Oops!, whole videos
     p.draw("toy", "oops", seed, 8)
     oops = f"--data {{toy/oops}} {tiny}--features {{f2c/features}}/features "
-    p.add("f2c/features", "f2c_oops", "features of all frames", f"--stage features --data "
-          f"{{toy/oops}} {tiny}--features {{f2c/features}}/features", 20)
+    p.add("f2c/features", "f2c_oops", "features of all frames", f"{oops}--stage features", 20)
     p.add("f2c/f2c", "f2c_oops", "pre-training on clips (F2C)",
           f"{oops}--select last --epochs 30", 23)
     p.add("f2c/f2c2v", "f2c_oops", "pre-training on videos (F2C2V)",
@@ -348,11 +355,11 @@ PICTURES = (
             "sound, score, and moments of interaction", 700))
 
 
-def copy_pictures(out, folder):
+def copy_pictures(pictures, out, folder):
     """Small copies of the demo's pictures, as README shows them."""
     from PIL import Image
     folder.mkdir(parents=True, exist_ok=True)
-    for p in PICTURES:
+    for p in pictures:
         image = Image.open(out / p.path).convert("RGB")
         image = image.crop((0, 0, image.width, min(p.height, image.height)))
         common.save_picture(image.quantize(128), folder / p.name)
@@ -418,21 +425,21 @@ def sides(p, paper, prefix, flags, seeds, rates, inits, keys, seconds, test="", 
     are chosen, then `toy`; SEED the seed. keys: metrics whose mean chooses. test: flags of a job
     that evaluates each of these, if not they themselves do; JOB becomes the job's name.
     """
-    def add(name, world, seed, rate, what):
-        words = f"{flags} {inits[side]} --seed {seed} --lr {rate}"
+    def add(name, init, world, seed, rate, what):
+        words = f"{flags} {init} --seed {seed} --lr {rate}"
         p.add(name, paper, what, words.replace("WORLD", world).replace("SEED", str(seed)), seconds)
         if not test:
             return name
         return p.add(f"{name}_test", paper, f"test of {what}",
                      test.replace("WORLD", world).replace("JOB", name), test_seconds)
 
-    for side in inits:
+    for side, init in inits.items():
         name = f"{prefix}/{side}"
         p.rates[name] = {
-            rate: (keys, add(f"{name}_rate_{rate}", "other", seeds[0], rate,
+            rate: (keys, add(f"{name}_rate_{rate}", init, "other", seeds[0], rate,
                              f"{name}, rate {rate}, to choose it")) for rate in rates}
         for s in seeds:
-            add(f"{name}_{s}", "toy", s, f"{{rate:{name}}}", f"{name}, seed {s}")
+            add(f"{name}_{s}", init, "toy", s, f"{{rate:{name}}}", f"{name}, seed {s}")
 
 
 def claims_cpctrans(p, seeds):
@@ -579,8 +586,9 @@ def verdict(one, other):
     """(difference, its standard error, in words) of the values of two sides."""
     (a, da), (b, db) = spread(one), spread(other)
     gain, error = a - b, math.hypot(da, db)
-    return gain, error, ("holds" if gain > 2 * error else "not clear" if error != error or
-                         abs(gain) <= 2 * error else "does not hold")
+    if gain > 2 * error:
+        return gain, error, "holds"
+    return gain, error, "does not hold" if gain < -2 * error else "not clear"
 
 
 def claims_table(plan, found, seeds):
@@ -610,22 +618,31 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, prog="study.py",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["demo", "claims"])
-    p.add_argument("--seed", type=int, default=0, help="demo: of everything (0)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="S",
+    p.add_argument("--seed", type=int, help="demo: of everything (0)")
+    p.add_argument("--seeds", type=int, nargs="+", metavar="S",
                    help="claims: one run of everything each; the first draws the toy, too (0 1 2)")
-    p.add_argument("--only", nargs="+", choices=list(PAPERS), default=list(PAPERS),
-                   metavar="SCRIPT", help=f"claims: some of {' '.join(PAPERS)}")
+    p.add_argument("--only", nargs="+", choices=list(PAPERS), metavar="SCRIPT",
+                   help=f"claims: some of {' '.join(PAPERS)}")
     p.add_argument("--out", type=Path, metavar="DIR", help="runs/demo or runs/claims")
-    p.add_argument("--lanes", type=int, default=os.cpu_count(),
+    p.add_argument("--lanes", type=int, default=cores(),
                    help="steps side by side (one per core)")
     p.add_argument("--list", action="store_true", help="print the command lines, run nothing")
     p.add_argument("--pictures", type=Path, metavar="DIR",
                    help="demo: also copy the four pictures that README shows to DIR")
     args = p.parse_args(argv)
+    for name in ("seeds", "only") if args.what == "demo" else ("seed", "pictures"):
+        if getattr(args, name) is not None:
+            p.error(f"--{name} is not a flag of {args.what}")
     args.out = args.out or Path("runs") / args.what
-    if args.lanes < 1 or min([args.seed, *args.seeds]) < 0 or len({*args.seeds}) < len(args.seeds):
-        p.exit(2, "study.py: --lanes must be at least 1, seeds at least 0 and all different\n")
+    args.seeds = args.seeds or ([args.seed or 0] if args.what == "demo" else [0, 1, 2])
+    if args.lanes < 1 or min(args.seeds) < 0 or len({*args.seeds}) < len(args.seeds):
+        p.error("--lanes must be at least 1, seeds at least 0 and all different")
     return args
+
+
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def list_commands(plan):
@@ -638,38 +655,42 @@ def list_commands(plan):
 def main(argv=None):
     """The exit status."""
     args = parse_args(argv)
-    plan, rows = demo(args.out, args.seed) if args.what == "demo" else claims(
-        args.out, args.seeds, args.only)
+    plan, rows = demo(args.out, args.seeds[0]) if args.what == "demo" else claims(
+        args.out, args.seeds, args.only or tuple(PAPERS))
     if args.list:
         return list_commands(plan)
     began, words = time.time(), f"python tests/study.py {' '.join(map(str, argv or sys.argv[1:]))}"
     print(f"{len(plan.jobs)} steps, {args.lanes} side by side; what they print and leave is in "
           f"{args.out}\n{machine()}", flush=True)
-    lost = Runner(plan, args.lanes)()
+    runner = Runner(plan, args.lanes)
+    lost = runner()
     text, rows = (demo_table(plan, rows) if args.what == "demo" else
                   claims_table(plan, rows, args.seeds))
     minutes = round((time.time() - began) / 60, 1)
     rates = {side: {"scores": plan.scores(side), "chosen": plan.chosen(side)}
-             for side in plan.rates if plan.scores(side)}
+             for side, all_rates in plan.rates.items() if len(plan.scores(side)) == len(all_rates)}
     common.write_json(args.out / "results.json", {
-        "command": words, "machine": machine(), "minutes": minutes, "failed": lost,
-        "seeds": [args.seed] if args.what == "demo" else args.seeds, "rates": rates, "rows": rows})
+        "command": words, "machine": machine(), "minutes": minutes, "steps": len(plan.jobs),
+        "steps_run_now": len(runner.fresh), "failed": lost, "seeds": args.seeds, "rates": rates,
+        "rows": rows})
     print(f"\n{text}\n")
     for side, r in rates.items():
         scores = ", ".join(f"{rate}: {number(x)}" for rate, x in r["scores"].items())
         print(f"rate of {side}: {r['chosen']} (of {scores})")
     if args.what == "demo":
-        print("\n".join(f"{args.out / p.path}: {p.what}" for p in PICTURES)
+        drawn = [p for p in PICTURES if Path(p.path).parent.as_posix() not in lost]
+        print("\n".join(f"{args.out / p.path}: {p.what}" for p in drawn)
               + f"\n{args.out}/*/*/curve.png: loss and metrics of each training")
-        if args.pictures and not lost:
-            copy_pictures(args.out, args.pictures)
+        if args.pictures:
+            copy_pictures(drawn, args.out, args.pictures)
     print(f"{minutes} minutes; {args.out}/results.json"
           + f"; FAILED: {', '.join(lost)}" * bool(lost))
     return int(bool(lost))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

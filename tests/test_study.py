@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ p.add_argument("--fail", action="store_true")
 p.add_argument("--after", type=pathlib.Path)
 p.add_argument("--test", type=pathlib.Path)
 p.add_argument("--world")
+p.add_argument("--seed")
 a = p.parse_args()
 if a.after and not (a.after / "metrics.json").exists():
     sys.exit(f"{a.after} has not ended")
@@ -75,6 +81,39 @@ def test_what_other_code_or_flags_made_is_made_anew(plan, tmp_path):
     assert ran(plan, "a") == 2
 
 
+def test_what_was_made_of_something_else_is_made_anew(plan, capsys):
+    plan.step("a", "--lr 1")
+    plan.step("b", "--test {a}")
+    plan.step("c", "--after {b}")
+    plan.step("d")
+    study.Runner(plan, 1)()
+    assert plan.metrics("b")["tested"] == pytest.approx(-0.64)
+    plan.step("a", "--lr 2")                                  # the words of b and c are the same
+    capsys.readouterr()
+    study.Runner(plan, 1)()
+    assert plan.metrics("b")["tested"] == pytest.approx(-3.24)
+    assert re.findall(r"(\w): done before", capsys.readouterr().out) == ["d"]
+
+
+def test_figures_of_an_earlier_run_are_not_those_of_a_step_that_failed(plan):
+    plan.step("a")
+    plan.step("b", "--after {a}")
+    assert study.Runner(plan, 1)() == [] and plan.metrics("b")
+    plan.step("a", "--fail")
+    assert study.Runner(plan, 1)() == ["a", "b"]
+    assert plan.metrics("a") == plan.metrics("b") == {}
+
+
+def test_a_rate_without_a_score_is_not_chosen(plan):
+    for name, score in (("a", None), ("b", -3.0), ("c", -4.0)):
+        (plan.out / name).mkdir(parents=True)
+        (plan.out / name / "metrics.json").write_text(json.dumps({"score": score}))
+    plan.rates["p"] = {rate: (["score"], rate) for rate in "abc"}
+    plan.rates["q"] = {"a": (["score"], "a"), "none": (["score"], "none")}
+    assert plan.chosen("p") == "b" and plan.scores("p") == {"b": -3.0, "c": -4.0}
+    assert plan.chosen("q") == "a" and plan.scores("q") == {}
+
+
 def test_a_folder_of_somebody_else_is_never_removed(plan):
     (plan.out / "a").mkdir(parents=True)
     (plan.out / "a" / "thesis.txt").write_text("x")
@@ -91,6 +130,44 @@ def test_a_step_that_was_stopped_continues_in_its_folder(plan):
                                 if k != "seconds"}))
     study.Runner(plan, 1)()
     assert ran(plan, "a") == 2
+
+
+WAITS = """
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True)
+def note(number, _):
+    (out / signal.Signals(number).name).touch()
+    sys.exit(1)
+signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGTERM, note)
+(out / "ready").touch()
+time.sleep(60)
+"""
+RUNS = """
+import pathlib, sys
+sys.path[:0] = sys.argv[2:]
+import study
+study.REPO, study.CODE = pathlib.Path(sys.argv[1]), ("step.py",)
+plan = study.Plan(study.REPO / "out")
+plan.add("a", "step", "waits", "", 1)
+study.Runner(plan, 1)()
+"""
+
+
+def test_ctrl_c_lets_a_step_write_its_checkpoint(tmp_path):
+    """The terminal sends SIGINT to all; steps get SIGTERM instead, after which training saves."""
+    (tmp_path / "step.py").write_text(WAITS)
+    process = subprocess.Popen([sys.executable, "-c", RUNS, tmp_path, running.REPO / "tests",
+                                running.REPO], process_group=0, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+    folder, began = tmp_path / "out" / "a", time.time()
+    while not (folder / "ready").exists():
+        assert process.poll() is None and time.time() - began < 60
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) != 0
+    assert (folder / "SIGTERM").exists() and not (folder / "SIGINT").exists()
 
 
 def test_a_failure_is_told_and_stops_only_what_needs_it(plan, capsys):
@@ -125,9 +202,9 @@ def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan, key, test):
     plan.step("a")
     study.sides(plan, "step", "p", "--world WORLD", [4, 5], ("0.1", "0.3", "0.25"),
                 {"one": "", "two": "--after {a}"}, [key], 1, test)
-    plan.jobs = {n: j._replace(flags=re.sub(r"--seed \d", "", j.flags))
-                 for n, j in plan.jobs.items()}
+    plan.step("best", "--after {best:p/one}")
     assert study.Runner(plan, 2)() == []
+    assert plan.words("best")[2] == str(plan.out / "p/one_rate_0.25")
     for side in ("p/one", "p/two"):
         assert plan.chosen(side) == "0.25"
         assert {r: round(x, 4) for r, x in plan.scores(side).items()} == {
@@ -210,7 +287,9 @@ def test_the_tables_say_what_is_missing(plan):
 
 
 @pytest.mark.parametrize("flags", ["claims --seeds 1 1", "demo --lanes 0", "nothing",
-                                   "claims --only tests/toy", "demo --seed -1"])
+                                   "claims --only tests/toy", "demo --seed -1", "demo --seeds 1 2",
+                                   "demo --only replai", "claims --seed 1",
+                                   "claims --pictures x"])
 def test_wrong_flags(flags):
     with pytest.raises(SystemExit) as e:
         study.main(flags.split())
