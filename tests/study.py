@@ -459,7 +459,11 @@ def claims_cpctrans(p, seeds):
 
 
 def claims_f2c(p, seeds):
-    """F2C against scratch, F2C2V against F2C: clips and transitions of Oops!."""
+    """F2C against scratch, F2C2V against F2C: clips and transitions of Oops!.
+
+    F2C2V's second pre-training comes after F2C's. At video level scratch trains the frame encoder,
+    too, which the others keep as it was pre-trained.
+    """
     for world, k in (("toy", 0), ("other", OTHER)):
         p.draw(world, "oops", seeds[0] + k, 8)
         p.add(f"f2c/{world}", "f2c_oops", f"features of {world}", f"--stage features --data "
@@ -479,11 +483,11 @@ def claims_f2c(p, seeds):
         "video": {"scratch": "--init none --finetune_frames",
                   "f2c": "--init {f2c/f2c_SEED}/best.pt",
                   "f2c2v": "--init {f2c/f2c2v_SEED}/best.pt"}}
-    for level, key, epochs in (("clip", "step_0.25s_accuracy", 6),      # of many more samples
-                               ("video", "step_1s_accuracy", 40)):
+    for level, step, epochs in (("clip", "0.25s", 6), ("video", "1s", 40)):    # many clips
         sides(p, "f2c_oops", f"f2c/{level}", f"{data('WORLD')} --stage classify --level {level} "
-              f"--epochs {epochs}", seeds, ("3e-4", "1e-3", "3e-3"), inits[level], [key, "within_1s"],
-              25, f"{data('WORLD')} --stage evaluate --init {{JOB}}/best.pt", 4)
+              f"--epochs {epochs}", seeds, ("3e-4", "1e-3", "3e-3"), inits[level],
+              [f"step_{step}_accuracy", "within_1s"], 25,
+              f"{data('WORLD')} --stage evaluate --init {{JOB}}/best.pt", 4)
 
     def claim(level, better, other, what, key, published, main=False):
         return Claim("F2C", f"{level} level, {what}", key, f"f2c/{level}/{better}",
@@ -510,8 +514,8 @@ def claims_f2c(p, seeds):
 def claims_ssdet(p, seeds):
     """Detection against classification pre-training and scratch, Coarse-Fine against Fine.
 
-    As in the paper SSDet goes on from a network that was trained to classify; its rival goes on
-    classifying for as many steps.
+    As in the official code SSDet goes on from a trained classifier; its rival goes on classifying
+    for as many steps. Coarse-Fine and Fine, two networks, have rates and epochs of their own.
     """
     p.draw("toy", "kinetics400", seeds[0], 7)
     for world, k in (("toy", 0), ("other", OTHER)):
@@ -608,7 +612,7 @@ def claims_table(plan, found, seeds):
                      f"{gain:+.1f} ± {error:.1f}", word]
         rows.append(row)
         lines.append((c.paper, c.what + " *" * c.main, c.published, *texts))
-    return table(("paper", "comparison", "published", "one", "other", "difference", ""),
+    return table(("paper", "comparison", "published", "first", "second", "difference", ""),
                  lines), rows
 
 
@@ -689,8 +693,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
