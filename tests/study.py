@@ -483,7 +483,8 @@ def claims_f2c(p, seeds):
         "video": {"scratch": "--init none --finetune_frames",
                   "f2c": "--init {f2c/f2c_SEED}/best.pt",
                   "f2c2v": "--init {f2c/f2c2v_SEED}/best.pt"}}
-    for level, step, epochs in (("clip", "0.25s", 6), ("video", "1s", 40)):    # many clips
+    for level, step, epochs in (("clip", "0.25s", 6),         # an epoch is all clips of all videos
+                                ("video", "1s", 40)):
         sides(p, "f2c_oops", f"f2c/{level}", f"{data('WORLD')} --stage classify --level {level} "
               f"--epochs {epochs}", seeds, ("3e-4", "1e-3", "3e-3"), inits[level],
               [f"step_{step}_accuracy", "within_1s"], 25,

@@ -286,6 +286,25 @@ def test_the_tables_say_what_is_missing(plan):
     assert "failed" in text and rows[0]["values"] == [[0.5], [None]] and "verdict" not in rows[0]
 
 
+def test_a_run_ends_with_its_table_its_rates_and_results(plan, monkeypatch, capsys):
+    def claims(out, seeds, only):
+        study.sides(plan, "step", "p", "", seeds, ("0.1", "0.25"), {"one": "", "two": ""},
+                    ["score"], 1)
+        return plan, [study.Claim("P", "one vs two", "lr", "p/one", "p/two", "3 vs 2", main=True)]
+    monkeypatch.setattr(study, "claims", claims)
+    words = ["claims", "--seeds", "4", "5", "--out", str(plan.out)]
+    assert study.main(words) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\| P +\| one vs two \* \| 3 vs 2 +\|", out)
+    assert "rate of p/one: 0.25 (of 0.1: -0.01, 0.25: -0.0025)" in out
+    found = json.loads((plan.out / "results.json").read_text())
+    assert found["seeds"] == [4, 5] and found["steps"] == found["steps_run_now"] == 8
+    assert found["rows"][0]["values"] == [[0.25, 0.25]] * 2 and found["failed"] == []
+    assert found["rates"]["p/two"]["chosen"] == "0.25"
+    assert study.main(words) == 0 and "8 steps" in capsys.readouterr().out
+    assert json.loads((plan.out / "results.json").read_text())["steps_run_now"] == 0
+
+
 @pytest.mark.parametrize("flags", ["claims --seeds 1 1", "demo --lanes 0", "nothing",
                                    "claims --only tests/toy", "demo --seed -1", "demo --seeds 1 2",
                                    "demo --only replai", "claims --seed 1",

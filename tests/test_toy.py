@@ -100,7 +100,7 @@ def test_every_verb_and_noun_is_as_frequent_as_any_other(strikes):
     assert counts.max() - counts.min() <= 4
 
 
-def rounds_of_strikes(kinds, seconds):
+def struck_videos(kinds, seconds):
     """Planned videos with sound, and when something is struck in each."""
     videos = [toy.plan_video(21, "test", k, kind, seconds, 30)[0] for k, kind in enumerate(kinds)]
     toy.deal(videos, np.random.default_rng(0))
@@ -115,7 +115,7 @@ def near(times, strikes, before, after):
 def test_the_sound_tells_every_moment_and_random_ones_mostly_miss():
     """What makes moments of interaction worth detecting: long silent stretches."""
     rng = np.random.default_rng(0)
-    for video, strikes in rounds_of_strikes(["normal", "calm"] * 3, 60):
+    for video, strikes in struck_videos(["normal", "calm"] * 3, 60):
         found = replai.find_moments(toy.hear(video), video["rate"], 1.0)
         peaks = found.times[found.peaks]
         assert near(peaks, strikes, 0.05, 0.05).any(0).all()          # none is missed
@@ -128,7 +128,7 @@ def test_the_sound_tells_every_moment_and_random_ones_mostly_miss():
 def test_the_pictures_alone_do_not_tell_the_moments():
     """The stretches of most motion are as often of something that slides in as of a strike."""
     hits = total = 0
-    for video, strikes in rounds_of_strikes(["calm", "normal"] * 2, 18):
+    for video, strikes in struck_videos(["calm", "normal"] * 2, 18):
         grey = [f[::2, ::2].mean(2, dtype="f4") for f in toy.draw(video)]
         motion = np.array([np.abs(b - a).mean() for a, b in itertools.pairwise(grey)])
         motion = np.convolve(motion, np.ones(8) / 8, "same")
