@@ -219,7 +219,7 @@ def test_the_rate_with_the_best_score_is_chosen_for_each_seed(plan, key, test):
 def test_the_rate_is_never_chosen_on_what_the_table_shows():
     plan, found = study.claims("out", [3, 4])
     shown = {f"{side}_{s}{'_test' * c.tested}" for c in found for side in (c.better, c.other)
-             for s in (3, 4)}
+             for s in plan.seeds[side]}
     assert shown <= plan.jobs.keys()
     for side, rates in plan.rates.items():
         assert len(rates) >= 3
@@ -229,7 +229,8 @@ def test_the_rate_is_never_chosen_on_what_the_table_shows():
         assert rates.keys() == next(r.keys() for s, r in plan.rates.items()
                                     if s.rpartition("/")[0] == side.rpartition("/")[0])
     for side in {s for c in found for s in (c.better, c.other)}:
-        for s in (3, 4):
+        assert plan.seeds[side] in ([3, 4], [3, 4, 5, 6])
+        for s in plan.seeds[side]:
             assert f"--seed {s}" in plan.jobs[f"{side}_{s}"].flags
             assert f"{{rate:{side}}}" in plan.jobs[f"{side}_{s}"].flags
 
@@ -282,8 +283,10 @@ def test_the_tables_say_what_is_missing(plan):
     text, rows = study.demo_table(plan, figures)
     assert [r["trained"] for r in rows] == [0.5, None] and text.count("failed") == 2
     assert rows[0]["blind"] == pytest.approx(-0.09) and rows[1]["blind"] == 3.0
-    text, rows = study.claims_table(plan, [study.Claim("P", "w", "lr", "a", "b", "1 | 0")], [0])
-    assert "failed" in text and rows[0]["values"] == [[0.5], [None]] and "verdict" not in rows[0]
+    plan.seeds |= {"a": [0], "b": [0, 1]}
+    text, rows = study.claims_table(plan, [study.Claim("P", "w", "lr", "a", "b", "1 | 0")])
+    assert "failed" in text and "verdict" not in rows[0]
+    assert rows[0]["values"] == [[0.5], [None, None]] and rows[0]["seeds"] == [[0], [0, 1]]
 
 
 def test_a_run_ends_with_its_table_its_rates_and_results(plan, monkeypatch, capsys):
