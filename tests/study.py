@@ -538,8 +538,8 @@ def claims_ssdet(p, seeds):
     charades = "--data {WORLD/charades} --tiny --select last --stage finetune"
     for side, init in inits.items():
         sides(p, "ssdet_coarsefine", "ssdet/fine", f"{charades} --stream fine --epochs 3",
-              seeds if side == "scratch" else twice, ("0.2", "0.4", "0.8"), {side: init},
-              ["val_mAP_25"], 18)
+              seeds if side == "scratch" else twice, ("0.1", "0.2", "0.4", "0.8"),
+              {side: init}, ["val_mAP_25"], 18)
     fine = {("other", seeds[0]): "best:ssdet/fine/ssdet",
             **{("toy", s): f"ssdet/fine/ssdet_{s}" for s in seeds}}
     for (world, s), job in fine.items():
