@@ -632,7 +632,8 @@ def parse_args(argv):
     p.add_argument("what", choices=["demo", "claims"])
     p.add_argument("--seed", type=int, help="demo: of everything (0)")
     p.add_argument("--seeds", type=int, nargs="+", metavar="S",
-                   help="claims: one run of everything each; the first draws the toy, too (0 1 2)")
+                   help="claims: one run of everything each; the first draws the toy, too; SSDet "
+                        "takes as many more, those after the highest (0 1 2)")
     p.add_argument("--only", nargs="+", choices=list(PAPERS), metavar="SCRIPT",
                    help=f"claims: some of {' '.join(PAPERS)}")
     p.add_argument("--out", type=Path, metavar="DIR", help="runs/demo or runs/claims")
