@@ -2,7 +2,7 @@
 
     backbones     R2Plus1D, SpectrogramCNN, PredictiveResNet, X3D, SlowFast     plain nn.Modules
     video         read_clip, read_frames, stream_frames, clock, probe           exact to the frame
-    samples       Samples, batches, SkipBroken                which samples a training step sees
+    samples       Samples, batches                            which samples a training step sees
     annotations   read_table, read_json, read_lines, find     an error names the file and the row
     processes     init_distributed, gather, say, compute      the same code on one or many
     evaluation    predict                                     each item once, by all processes
@@ -599,37 +599,17 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     the whole file, and frame k out of the decoder is shown at ticks[k].
     """
     cc, avi, packets = v.codec_context, c.format.name == "avi", []
-    # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
-    # frames that are "not coded". (With B-frames, these stand for a frame in an earlier packet.)
-    empty = 8 if cc.name == "mpeg4" and not cc.has_b_frames else 1 if avi else 0
-
-    def read(high):
-        """(packets until past tick `high`, do their stamps tell the order of display?)
-
-        With B-frames they do if some packet has an earlier stamp than the packet before it.
-        """
-        found, key, latest, ordered = [], False, -math.inf, not cc.has_b_frames
-        for p in c.demux(v):                                  # dts ascends, and pts >= dts
-            key = key or p.is_keyframe
-            if p.size > empty:
-                found.append(p)
-                if not ordered:
-                    ordered, latest = p.pts < latest, p.pts
-            if key and ordered and p.dts is not None and p.dts > high:
-                break
-        return found, ordered
-
     # An avi numbers packets in decoding order: B-frames and one-byte packets shift the numbers.
     counted = avi and (cc.has_b_frames or any(e.size == 1 for e in v.index_entries))
     if low > (v.start_time or 0) and not counted:
         with contextlib.suppress(av.FFmpegError):
             c.seek(int(low), stream=v)
-        packets, ordered = read(high)
+        packets, ordered = read_packets(c, v, high)
         if not (packets and packets[0].is_keyframe and packets[0].pts <= low and ordered):
             packets = []
             c.seek(-10**9, stream=v)                          # then from the start
     if not packets:
-        packets, ordered = read(math.inf if counted else high)
+        packets, ordered = read_packets(c, v, math.inf if counted else high)
         counted = counted or not ordered
         # No decoder returns what is before the first key frame, but MPEG-4's makes grey frames up.
         if cc.name == "mpeg4" and not packets[0].is_keyframe:
@@ -639,6 +619,27 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
         return packets, np.arange(len(packets)), True
     ticks = np.sort([p.pts for p in packets if not p.is_discard])         # cut by an edit list
     return packets, ticks[ticks >= packets[0].pts], counted   # no B-frames before the key frame
+
+
+def read_packets(c, v, high: float) -> tuple[list[av.Packet], bool]:
+    """(packets until past tick `high`, do their time stamps tell the order of display?)
+
+    With B-frames they do if some packet has an earlier stamp than the packet before it.
+    """
+    cc, found, key, latest = v.codec_context, [], False, -math.inf
+    # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
+    # frames that are "not coded". (With B-frames, these stand for a frame in an earlier packet.)
+    empty = 8 if cc.name == "mpeg4" and not cc.has_b_frames else int(c.format.name == "avi")
+    ordered = not cc.has_b_frames
+    for p in c.demux(v):                                      # dts ascends, and pts >= dts
+        key = key or p.is_keyframe
+        if p.size > empty:
+            found.append(p)
+            if not ordered:
+                ordered, latest = p.pts < latest, p.pts
+        if key and ordered and p.dts is not None and p.dts > high:
+            break
+    return found, ordered
 
 
 def decode(v, packets: Iterable[av.Packet], ticks: np.ndarray | None = None,
@@ -699,10 +700,11 @@ def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
 # ---- samples of a training step ------------------------------------------------------------------
 
 class Samples(Dataset):
-    """Sample i is make(args, items, i, rng, *extra); rng is NumPy's generator.
+    """Sample i is make(args, items, i, rng, *extra), a dictionary; rng is NumPy's generator.
 
     The key is i in evaluation and (epoch, *extra, i) in training. rng is fixed by --seed, the epoch
-    and i alone, so a sample is the same in any worker, on any rank and after a restart.
+    and i alone, so a sample is the same in any worker, on any rank and after a restart. In training
+    a sample that cannot be read is replaced by a random one; its entry `broken` holds the errors.
     """
 
     def __init__(self, args: argparse.Namespace, items: Sequence, make: Callable):
@@ -712,9 +714,21 @@ class Samples(Dataset):
         return len(self.items)
 
     def __getitem__(self, key: int | tuple) -> dict:
-        *epoch, i = key if isinstance(key, tuple) else (key,)
-        rng = np.random.default_rng((self.args.seed, *epoch[:1], i))
-        return self.make(self.args, self.items, i, rng, *epoch[1:])
+        if not isinstance(key, tuple):
+            rng = np.random.default_rng((self.args.seed, key))
+            return self.make(self.args, self.items, key, rng)
+        (epoch, *extra, i), errors = key, []
+        while True:
+            rng = np.random.default_rng((self.args.seed, epoch, i))
+            try:
+                sample = self.make(self.args, self.items, i, rng, *extra)
+                return {**sample, "broken": "\n".join(errors)}
+            except VideoError as e:
+                errors.append(str(e))
+                if len(errors) == 20:
+                    raise VideoError(f"{e} (20 samples in a row could not be read)") from e
+                rng = np.random.default_rng((self.args.seed, epoch, i, len(errors)))
+                i = int(rng.integers(len(self)))
 
 
 class StepSampler(Sampler):
@@ -744,36 +758,10 @@ class StepSampler(Sampler):
             yield keys
 
 
-class SkipBroken(Dataset):
-    """For training alone: a sample that cannot be read is replaced by another one.
-
-    The other one is drawn by (seed, epoch, i). The sample's entry `broken` holds the errors, one
-    on a line, "" without any; `Log` prints and counts them.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple) -> dict:
-        *when, i = key                                        # (epoch, *extra)
-        rng, errors = np.random.default_rng((self.seed, when[0], i, 1)), []
-        while True:
-            try:
-                return {**self.dataset[(*when, i)], "broken": "\n".join(errors)}
-            except VideoError as e:
-                errors.append(str(e))
-                if len(errors) == 20:
-                    raise VideoError(f"{e} (20 samples in a row could not be read)") from e
-                i = int(rng.integers(len(self.dataset)))
-
-
 def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, start: int,
             steps: int, collate: Callable | None = None,
             plan: Sequence[tuple] | None = None) -> DataLoader:
-    """The training batches of the steps start .. steps-1; broken samples are replaced.
+    """The training batches of the steps start .. steps-1.
 
     Every epoch is a new permutation, without its last partial batch. With a plan, see
     `StepSampler`, batch sizes vary, and one epoch follows the other without a gap.
@@ -783,8 +771,8 @@ def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, st
         raise UserError(f"{n} training samples do not fill a batch of {most}: lower --batch_size")
     length = n if plan else n - n % args.batch_size
     sampler = StepSampler(n, length, plan or [(args.batch_size,)] * steps, args.seed, start)
-    return DataLoader(SkipBroken(dataset, args.seed), batch_sampler=sampler, collate_fn=collate,
-                      num_workers=args.workers, pin_memory=device.type == "cuda",
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
+                      collate_fn=collate, pin_memory=device.type == "cuda",
                       generator=torch.Generator())            # leaves the global one alone
 
 
