@@ -9,12 +9,12 @@ file's state holds that our loader leaves unused.
 
 import itertools
 import re
-from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from parity_tools import Tensorised, watch
 from torch import nn
 
 import common
@@ -23,13 +23,6 @@ from cpctrans import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 OPERATIONS = {"b": BRIGHTNESS, "c": CONTRAST, "s": SATURATION, "h": HUE}
 CELLS = cpctrans.LAYOUTS[1:]                                  # how the release names its tensors
-
-
-class Tensorised(NamedTuple):
-    """What tensor operations make of an image; `unit` (broadcastable) is its range of values."""
-    value: object
-    unit: object
-    hue: bool
 
 
 class Draws:
@@ -132,14 +125,6 @@ def without_dropout(model):
         if isinstance(m, nn.Dropout):
             m.p = 0.0
     return model
-
-
-def watch(modules):
-    """{name: [what the module returned, call by call]}, filled as the network runs."""
-    seen = {k: [] for k in modules}
-    for k, m in modules.items():
-        m.register_forward_hook(lambda _, __, y, k=k: seen[k].append(y))
-    return seen
 
 
 def siblings(case, has):

@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from parity_cpctrans import watch
+from parity_tools import watch
 
 import common
 import f2c_oops

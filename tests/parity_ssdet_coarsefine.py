@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from parity_cpctrans import watch
+from parity_tools import watch
 
 import common
 import ssdet_coarsefine as sc

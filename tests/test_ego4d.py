@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_media
+import parity_tools
 import test_parity
 import torch
 import toy
@@ -1204,9 +1205,9 @@ def test_what_cannot_be_converted_is_one_line_and_nothing_is_written(case, weigh
 
 
 def test_a_released_checkpoint_keeps_its_function_through_the_conversion(tmp_path):
-    file = json.loads((test_parity.HERE / "replai.json").read_text())
+    file = json.loads((parity_tools.HERE / "replai.json").read_text())
     case = next(c for c in file["cases"] if c["id"] == "backbone.video_small")
-    make = test_parity.recipe.parameter
+    make = parity_tools.recipe.parameter
     state = {k: make(k, shape) for k, shape in file["states"]["criterion"].items()}
     for kind in ("video", "audio"):
         state |= {f"backbone.{kind}.{k}": make(k, shape)
@@ -1219,7 +1220,7 @@ def test_a_released_checkpoint_keeps_its_function_through_the_conversion(tmp_pat
     model = replai.Recognition().eval()
     common.load_weights(model, tmp_path / "out" / "checkpoint_latest-ego.pth",
                         *replai.TASKS["recognition"].layouts)
-    x = test_parity.Case("replai", file, case).input("x")
+    x = parity_tools.Case("replai", file, case).input("x")
     with torch.inference_mode():
         maps = common.R2Plus1D.forward(model, x, return_embs=True)
     for name, want in case["outputs"].items():

@@ -1,0 +1,190 @@
+"""What the parity tests and the adapters of all scripts share: cases, special outputs, hooks.
+
+A case is one entry of a fixture in `parity/`. It names its weights and inputs, and `recipe.py`
+rebuilds them from these names. `PARITY_DIR=folder` takes the fixtures from another folder.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import common
+
+HERE = Path(__file__).resolve().parent / "parity"
+FOLDER = Path(os.environ.get("PARITY_DIR", HERE))
+NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"                       # in the words of a case
+
+
+def load_recipe():
+    path = next(p for p in (FOLDER / "recipe.py", HERE / "recipe.py") if p.exists())
+    spec = importlib.util.spec_from_file_location("parity_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recipe = load_recipe()
+
+
+# ---- reading a case ------------------------------------------------------------------------------
+
+class Case:
+    """One case of a fixture, its state and inputs rebuilt when asked for."""
+
+    def __init__(self, stem, file, case, folder=None):
+        self.stem, self.file, self.case, self.folder = stem, file, case, folder
+        self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
+
+    def entries(self):
+        """{name: shape} of the state; references to other states are followed."""
+        entries = self.case.get("state") or {}
+        while isinstance(entries, str):
+            if entries.removeprefix("@") in self.file.get("states", {}):
+                entries = self.file["states"][entries.removeprefix("@")]
+            else:
+                other = entries.removeprefix("as ")
+                entries = next(c["state"] for c in self.file["cases"] if c["id"] == other)
+        return {} if "n_keys" in entries else entries         # told by a hash alone
+
+    def state(self):
+        """{name: tensor} that the recipe fills in."""
+        return {k: torch.from_numpy(np.asarray(self.parameter(k, shape)))
+                for k, shape in self.entries().items()}
+
+    def parameter(self, name, shape):
+        """An alias has the value of the name it stands for; an override replaces the recipe's, or
+        of `state_overrides` is a factor.
+        """
+        for alias, name_of in self.case.get("aliases", {}).items():
+            if name.startswith(alias):
+                name = name_of + name.removeprefix(alias)
+        override = self.case.get("state_override", {}).get(name)
+        x = recipe.values(name, shape, **override) if override else recipe.parameter(name, shape)
+        factor = self.case.get("state_overrides", {}).get(name)
+        return x if factor is None else x * np.float32(factor)
+
+    def inputs(self):
+        """{name: array}, made as each entry's `how` says."""
+        made = {k: self.construct(k, v) for k, v in self.case["inputs"].items()}
+        for k, v in self.case["inputs"].items():              # "..., then 3 added at [i, label_i]"
+            if isinstance(v, dict) and " added at " in v.get("how", ""):
+                add_at_labels(made, k, v["how"])
+        return made
+
+    def input(self, last):
+        """The input whose name ends in `last`, as a tensor or an array."""
+        return only(self.inputs(), last)
+
+    def construct(self, name, entry):
+        if not isinstance(entry, dict):
+            return entry
+        how = entry.get("how", "values")
+        if re.match(r"values(, then|$)", how):
+            x = recipe.values(name, entry["shape"], entry.get("scale", 1.0),
+                              entry.get("shift", 0.0))
+            if "then" not in entry:
+                return x
+            grey = re.match(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)",
+                            entry["then"])
+            if grey:
+                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
+            how = entry["then"]
+        factor = re.match(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* "
+                          r"float32\((\d+)\)\)\.astype\(int64\) % C", how)
+        if factor:
+            x = np.floor(np.abs(recipe.values(name, entry["shape"])) * np.float32(factor[1]))
+            x = x.astype(np.int64) % entry["C"]
+            names = re.search(r"([\d, ]+) stand for ([\w, ]+)", how)
+            if names:
+                table = dict(zip(*(re.split(r", ?", s.strip()) for s in names.groups())))
+                x = np.array([table[str(i)] for i in x.ravel()]).reshape(x.shape)
+            return x
+        pixels = re.match(r"frame i: np\.clip\(values\(name \+ \"\.\" \+ i, \(h, w, 3\)\) \* (\d+) "
+                          r"\+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)", how)
+        plain = re.fullmatch(r"np\.clip\(values\(name, shape\) \* (\d+) \+ (\d+), (\d+), (\d+)\)"
+                             r"\.astype\(uint8\)", how)
+        if plain:
+            gain, shift, low, high = map(int, plain.groups())
+            x = recipe.values(name, entry["shape"]) * gain + shift
+            return np.clip(x, low, high).astype(np.uint8)
+        if pixels:
+            gain, shift, low, high = map(int, pixels.groups())
+            frames = [recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
+                      for i in range(entry["n"])]
+            return np.stack([np.clip(f * gain + shift, low, high).astype(np.uint8) for f in frames])
+        if how.startswith("values(name, (channels, n), noise); then for each burst i at second t0"):
+            return self.bursts(name, entry)
+        raise NotImplementedError(f"{name}: no construction known for how = {how!r}")
+
+    def bursts(self, name, e):
+        """A waveform (channels, n) of noise with decaying bursts, float32."""
+        rate = self.config["sample_rate"]
+        w = recipe.values(name, (e["channels"], e["n"]), e["noise"])
+        for i, t0 in enumerate(e["bursts_seconds"]):
+            start = round(t0 * rate)
+            n = min(int(e["blen"] * rate), e["n"] - start)
+            envelope = e["amp"] * np.exp(-np.arange(n) / (e["decay"] * rate))
+            burst = recipe.values(f"{name}.burst{i}", (n,))
+            w[:, start:start + n] += (envelope * burst).astype(np.float32)
+        return ((w + np.float32(e["dc"])) * np.float32(e["gain"])).astype(np.float32)
+
+    def load(self, module, layouts, required):
+        """Fill `module` from a checkpoint like the released ones, through --init's code."""
+        path = self.folder / "released.pth.tar"
+        torch.save({"model": {f"module.{k}": v for k, v in self.state().items()}}, path)
+        common.load_weights(module, path, layouts, required)
+        path.unlink()
+        return module
+
+    def training(self):
+        """Whether the original ran in training mode; the case says so in words."""
+        mode = re.search(r"\b(eval|train)( mode|\b)", self.config.get("mode", self.what))
+        assert mode, f"{self.id}: `what` names neither eval mode nor train mode"
+        return mode[1] == "train"
+
+
+def only(entries, last):
+    """The one value whose dotted name ends in `last`."""
+    found = [v for k, v in entries.items() if k.split(".")[-1] == last]
+    assert len(found) == 1, f"{len(found)} entries end in .{last}: {list(entries)}"
+    return torch.from_numpy(found[0]) if isinstance(found[0], np.ndarray) and (
+        found[0].dtype.kind in "fiu") else found[0]
+
+
+def add_at_labels(made, name, how):
+    """In place: "3 added at [i, label_i] for every third row i = 0, 3, 6, ..."."""
+    m = re.search(r"([\d.]+) added at \[i, (\w+)_i\] for .*?i = (\d+), (\d+)", how)
+    assert m, f"{name}: cannot read how = {how!r}"
+    labels = next(v for k, v in made.items() if k.split(".")[-1] in (m[2], m[2] + "s"))
+    rows = np.arange(int(m[3]), len(made[name]), int(m[4]) - int(m[3]))
+    made[name][rows, labels[rows]] += np.float32(m[1])
+
+
+# ---- outputs that are compared in their own way --------------------------------------------------
+
+class Twice(NamedTuple):
+    """One output as float32 and as float64 arithmetic gives it."""
+    single: object
+    double: object
+
+
+class Tensorised(NamedTuple):
+    """What tensor operations make of an image; `unit` (broadcastable) is its range of values."""
+    value: object
+    unit: object
+    hue: bool
+
+
+# ---- hooks ---------------------------------------------------------------------------------------
+
+def watch(modules):
+    """{name: [what the module returned, call by call]}, filled as the network runs."""
+    seen = {k: [] for k in modules}
+    for k, m in modules.items():
+        m.register_forward_hook(lambda _, __, y, k=k: seen[k].append(y))
+    return seen
