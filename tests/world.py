@@ -16,6 +16,7 @@ ITEMS, SECONDS, FPS = 7, 8.4, 15                              # videos of each s
 BITS = 11                                                     # 1, eight of the number, parity, 0
 X264 = {"preset": "veryfast", "crf": "20"}
 MPEG4 = {"qmin": "2", "qmax": "4"}
+AUDIO = {"strict": "experimental", "aac_pns": "0"}            # no noise made up by AAC's decoder
 
 
 def paint(number, width=64, height=48, video=0):
@@ -57,7 +58,7 @@ def write_video(path, images, fps=25, codec="libx264", options=X264, gop=25, bf=
         v.pix_fmt, v.codec_context.thread_count = pix_fmt, 1
         v.codec_context.gop_size, v.codec_context.max_b_frames = gop, bf
         v.codec_context.time_base = 1 / fps
-        a = c.add_stream(*sound[:2], layout=sound[2]) if sound else None
+        a = c.add_stream(*sound[:2], layout=sound[2], options=AUDIO) if sound else None
         packets = []
         for k, image in zip(times, images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
