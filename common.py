@@ -851,27 +851,25 @@ def find(root: Path, *names: str, required: bool = True) -> Path | None:
             for path in sorted(root.glob(depth + name)):
                 return path
     if required:
-        raise UserError(f"{root}: there is no {' or '.join(names)} in it; it comes with the "
-                        "official annotations")
+        raise UserError(f"{root}: no {' or '.join(names)}; see the official annotations")
     return None
 
 
 def find_videos(root: Path, *folders: str, frames: bool = False) -> dict[str, Path]:
-    """{name without ending: path} of the videos in these folders below root.
+    """{name without ending: path} of the videos in these folders below root; the first one wins.
 
-    folders: names or patterns, "" is root itself; the first one wins. With `frames` also folders
-    of extracted frames, which win over files beside them.
+    folders: names or patterns, "" is root itself. With `frames` also folders of extracted frames,
+    which win over files beside them.
     """
     found = {}
-    for pattern in folders:
-        for folder in sorted(root.glob(pattern)) if pattern else [root]:
-            there = {}
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.is_dir():
-                    there |= {path.name: path} if frames else {}
-                elif path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
-                    there.setdefault(path.stem, path)
-            found = {**there, **found}
+    for folder in (f for p in folders for f in (sorted(root.glob(p)) if p else [root])):
+        videos = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
+                videos.setdefault(path.stem, path)
+            elif frames and path.is_dir():
+                videos[path.name] = path
+        found = {**videos, **found}
     return found
 
 
@@ -1055,19 +1053,16 @@ def fetch(url: str, instead: str) -> Path:
 
     instead: the flag to use without a network, for the error.
     """
-    name = "_".join(url.split("/")[3:]) if url.endswith(".bin") else url.rsplit("/", 1)[1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                say(f"downloading {url}")
-                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), progress=False)
         except OSError as e:
-            raise UserError(f"{url} cannot be downloaded ({e}): put the file at {path}, or use "
-                            f"{instead}") from e
+            raise UserError(f"{url}: {e}; put this file at {path}, or use {instead}") from e
         with open(path, "rb") as f:
-            say(f"{path}: SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()}")
+            say(f"{url}: SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()}")
     barrier()
     return path
 
@@ -1161,16 +1156,19 @@ def adopt(args: argparse.Namespace, saved: dict, names: Iterable[str]) -> None:
 
 def write(path: Path, content: str | bytes | Callable) -> None:
     """Write a file completely or not at all. content: text, bytes, or a function of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.tmp")
-    with open(part, "wb") as f:
-        if callable(content):
-            content(f)
-        else:
-            f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                      # torch.save hides the OSError
+        raise UserError(f"{path}: cannot be written ({e.__context__ or e})") from e
 
 
 def write_json(path: Path, value: Any) -> None:
