@@ -1203,6 +1203,11 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
     return device
 
 
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as numbers, strings and lists."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
 def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
     """Write a checkpoint after `step` steps, on rank 0: state_dicts and plain values by name."""
     if rank() == 0:
@@ -1210,9 +1215,7 @@ def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
         for name, x in state.get("model", {}).items():
             if x.is_floating_point() and not x.isfinite().all():
                 raise UserError(f"step {step}: {name} is not finite; no checkpoint was written")
-        flags = {k: v if isinstance(v, (bool, int, float, type(None))) else str(v)
-                 for k, v in vars(args).items()}
-        write(path, partial(torch.save, {**state, "step": step, "args": flags}))
+        write(path, partial(torch.save, {**state, "step": step, "args": plain_flags(args)}))
 
 
 def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[str] = (),
@@ -1224,13 +1227,11 @@ def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[st
     if not path.exists():
         return {"step": 0}
     state = load_checkpoint(path)
-    free = {"out", "data", "workers", "save_every", "log_every", *free}
     try:
-        now, then = ({**flags, "number of training samples": n} for flags, n in (
-            (vars(args), samples), (state["args"], state.pop("samples"))))
-        for k in now.keys() - free:
-            plain = isinstance(now[k], (bool, int, float, type(None)))
-            if then.get(k) != (now[k] if plain else str(now[k])):
+        now = {**plain_flags(args), "samples": samples}
+        then = {**state["args"], "samples": state.pop("samples")}
+        for k in now.keys() - {"out", "data", "workers", "save_every", "log_every", *free}:
+            if then.get(k) != now[k]:
                 raise UserError(f"{path}: was made with {k} {then.get(k)}, now it is {now[k]}; "
                                 "use the same to continue, or another --out")
         for k, part in parts.items():
