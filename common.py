@@ -600,7 +600,9 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     """
     cc, avi, packets = v.codec_context, c.format.name == "avi", []
     # An avi numbers packets in decoding order: B-frames and one-byte packets shift the numbers.
-    counted = avi and (cc.has_b_frames or any(e.size == 1 for e in v.index_entries))
+    # FFmpeg adds one to those of H.264, with or without B-frames.
+    counted = avi and (cc.has_b_frames or cc.name == "h264"
+                       or any(e.size == 1 for e in v.index_entries))
     if low > (v.start_time or 0) and not counted:
         with contextlib.suppress(av.FFmpegError):
             c.seek(int(low), stream=v)
