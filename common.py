@@ -529,7 +529,7 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
         start, tick, fps = v.start_time or 0, float(v.time_base), float(v.average_rate)
         promised = v.frames / fps                             # seconds; 0: the header does not say
         end = promised or (c.duration or math.inf) / av.time_base
-        clips = [np.clip(x, 0, end) / tick + start + 1e-3     # in ticks; 1e-3 for rounding
+        clips = [np.clip(x, 0, end) / tick + start + 1e-6     # in ticks; 1e-6 for rounding
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
         packets, ticks, counted = find_frames(c, v, low, high + 1.5 / fps / tick)
