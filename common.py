@@ -517,9 +517,9 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
     """The frames that a player shows at the times of each clip: [(T, H, W, 3) uint8], upright.
 
     clips: for each clip its times in seconds; or a function that gets the file's frames per second
-    and returns them. short_side: larger frames are scaled down to it. One pass decodes all clips, from
-    the key frame before the first one on: call again for a clip far away. Past the end the last
-    frame is on show. A damaged frame is a VideoError.
+    and returns them. short_side: larger frames are scaled down to it. One pass decodes all clips,
+    from the key frame before the first one on: call again for a clip far away. Past the end the
+    last frame is shown. A damaged frame is a VideoError.
     """
     with opened(path) as c:
         v = c.streams.video[0]
