@@ -52,7 +52,7 @@ from common import UserError, VideoError
 # Defaults of main.py and test.py. NOTE: there, the pre-training ends after 299 epochs.
 PUBLISHED = {
     "pretrain": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-5,
-                 "num_frames": 5, "train_what": "all"},
+                 "num_frames": 5},
     "finetune": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-3,
                  "num_frames": 7, "train_what": "ft"},
     "test": {"num_frames": 7}}
@@ -986,7 +986,9 @@ def parse_args(argv=None):
     if 4 * args.width % args.heads:
         p.error(f"--heads {args.heads}: does not divide the {4 * args.width} channels")
     args.init = args.test or args.pretrain or args.init
-    args.test = args.pretrain = args.gpu = None               # one name for one thing
+    args.test = args.pretrain = args.gpu = None
+    if args.stage == "pretrain":
+        args.train_what = "all"                               # main.py ignores the flag
     return args
 
 
