@@ -411,7 +411,7 @@ def cross_entropy(logits, label, class_weights=None):
     logits, label = logits.float().flatten(0, -2), label.flatten()
     weights = torch.ones_like(logits[0]) if class_weights is None else class_weights
     total = F.cross_entropy(logits, label, weights, ignore_index=PAD, reduction="sum")
-    return total, weights[label[label != PAD]].sum()
+    return total, (weights[label.clamp(min=0)] * (label != PAD)).sum()
 
 
 def global_mean(total, count):
@@ -916,9 +916,10 @@ def read_videos(args, split, annotations=None):
 
     In training a video with a broken file of features is left out, in validation it is an error.
     """
-    official = [f"{split}.txt"] if annotations else [f"{split}_all_org.csv", f"{split}.txt"]
+    labelled = annotations is not None
+    official = [f"{split}.txt"] if labelled else [f"{split}_all_org.csv", f"{split}.txt"]
     names = read_names(common.find(args.data, *official))
-    if annotations:
+    if labelled:
         names = [name for name in names if name in annotations
                  and has_labels(annotations[name], split, args.level)]
     files = {path.name.removesuffix(".npz").removesuffix(".mp4"): path
@@ -928,7 +929,7 @@ def read_videos(args, split, annotations=None):
     for name in common.spread(present, args.limit):
         try:
             path = args.data / "oops_video" / split / f"{name}.mp4"
-            videos.append(read_video(path, files[name], annotations and annotations[name]))
+            videos.append(read_video(path, files[name], annotations[name] if labelled else None))
         except VideoError as e:
             if split == "val":
                 raise
@@ -1148,18 +1149,14 @@ def classification(args, videos, scores):
             metrics |= {f"{k}_{name}": x for k, x in label_metrics(args, chosen, rows).items()
                         if k != "loss"}
             metrics[f"clips_{name}"] = sum(map(len, rows))
-            write_predictions(args.out / f"predictions_{name}.csv", chosen, rows)
+            if common.rank() == 0:
+                common.write_csv(args.out / f"predictions_{name}.csv", [
+                    ("filename", "start_s", "end_s", "label", "predicted", *LABELS),
+                    *((v.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
+                       *(f"{x:.5f}" for x in p)) for v, scored in zip(chosen, rows)
+                      for (start, end), label, (*p, predicted) in zip(
+                          v.spans, v.labels, scored.tolist()))])
     return metrics
-
-
-def write_predictions(path, videos, scores):
-    """One line per clip: when it is, its label, the predicted label, the probabilities."""
-    if common.rank() == 0:
-        common.write_csv(path, [
-            ("filename", "start_s", "end_s", "label", "predicted", *(f"p_{x}" for x in LABELS)),
-            *((v.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
-               *(f"{x:.5f}" for x in p)) for v, rows in zip(videos, scores)
-              for (start, end), label, (*p, predicted) in zip(v.spans, v.labels, rows.tolist()))])
 
 
 def evaluate(args, device):
