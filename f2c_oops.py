@@ -1264,7 +1264,8 @@ def recipe(chosen):
     video_level, pretraining = level == "video", stage in PRETRAINING
     usual_loss = "crf" if video_level and not pretraining else "ce"           # transformer2x/main.py
     loss = chosen.loss or usual_loss
-    epochs, batch_size = (TINY if tiny else PUBLISHED)[stage if pretraining else level]
+    epochs, batch_size = (TINY if tiny else PUBLISHED).get(
+        level if stage == "classify" else stage, (None, None))
 
     run = "f2c_oops_oops_classify" + "".join(f"_{name}" for name, differs in (
         (level, video_level), (loss, loss != usual_loss), (backbone, backbone in CLIP_NETS),
