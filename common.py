@@ -447,13 +447,14 @@ def zoo_tensors(names: Sequence[tuple], tensors: dict, own: dict) -> dict:
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         ours[name] = x[:, :, None, None, None] if name == "fc1.weight" and x.dim() == 2 else x
+    statistics = "running_mean", "running_var", "num_batches_tracked"
     for name, x in own.items():
         norm, _, statistic = re.sub(r"\.(split_)?bn\.(?=running|num)", ".", name).rpartition(".")
         plain = ours.get(f"{norm}.{statistic}", ours.get(f"{norm}.bn.{statistic}"))
-        if plain is not None and (name not in ours or ours[name].shape != x.shape):
+        if statistic in statistics and plain is not None and (
+                name not in ours or ours[name].shape != x.shape):
             ours[name] = plain.repeat(x.numel() // plain.numel()) if x.dim() else plain
-    return {k: v for k, v in ours.items() if k in own or not k.endswith(
-        ("running_mean", "running_var", "num_batches_tracked"))}
+    return {k: v for k, v in ours.items() if k in own or not k.endswith(statistics)}
 
 
 x3d_tensors = partial(zoo_tensors, X3D_NAMES)                 # (tensors, own) -> tensors
