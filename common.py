@@ -2,7 +2,7 @@
 
     backbones     R2Plus1D, SpectrogramCNN, PredictiveResNet, X3D, SlowFast     plain nn.Modules
     video         read_clip, read_frames, stream_frames, clock, probe           exact to the frame
-    samples       Samples, batches, SkipBroken                which samples a training step sees
+    samples       Samples, batches                            which samples a training step sees
     annotations   read_table, read_json, read_lines, find     an error names the file and the row
     processes     init_distributed, gather, say, compute      the same code on one or many
     evaluation    predict                                     each item once, by all processes
@@ -530,7 +530,7 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
         start, tick, fps = v.start_time or 0, float(v.time_base), float(v.average_rate)
         promised = v.frames / fps                             # seconds; 0: the header does not say
         end = promised or (c.duration or math.inf) / av.time_base
-        clips = [np.clip(x, 0, end) / tick + start + 1e-3     # in ticks; 1e-3 for rounding
+        clips = [np.clip(x, 0, end) / tick + start + 1e-6     # in ticks; 1e-6 for rounding
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
         packets, ticks, counted = find_frames(c, v, low, high + 1.5 / fps / tick)
@@ -600,37 +600,19 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     the whole file, and frame k out of the decoder is shown at ticks[k].
     """
     cc, avi, packets = v.codec_context, c.format.name == "avi", []
-    # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
-    # frames that are "not coded". (With B-frames, these stand for a frame in an earlier packet.)
-    empty = 8 if cc.name == "mpeg4" and not cc.has_b_frames else 1 if avi else 0
-
-    def read(high):
-        """(packets until past tick `high`, do their stamps tell the order of display?)
-
-        With B-frames they do if some packet has an earlier stamp than the packet before it.
-        """
-        found, key, latest, ordered = [], False, -math.inf, not cc.has_b_frames
-        for p in c.demux(v):                                  # dts ascends, and pts >= dts
-            key = key or p.is_keyframe
-            if p.size > empty:
-                found.append(p)
-                if not ordered:
-                    ordered, latest = p.pts < latest, p.pts
-            if key and ordered and p.dts is not None and p.dts > high:
-                break
-        return found, ordered
-
     # An avi numbers packets in decoding order: B-frames and one-byte packets shift the numbers.
-    counted = avi and (cc.has_b_frames or any(e.size == 1 for e in v.index_entries))
+    # FFmpeg adds one to those of H.264, with or without B-frames.
+    counted = avi and (cc.has_b_frames or cc.name == "h264"
+                       or any(e.size == 1 for e in v.index_entries))
     if low > (v.start_time or 0) and not counted:
         with contextlib.suppress(av.FFmpegError):
             c.seek(int(low), stream=v)
-        packets, ordered = read(high)
+        packets, ordered = read_packets(c, v, high)
         if not (packets and packets[0].is_keyframe and packets[0].pts <= low and ordered):
             packets = []
             c.seek(-10**9, stream=v)                          # then from the start
     if not packets:
-        packets, ordered = read(math.inf if counted else high)
+        packets, ordered = read_packets(c, v, math.inf if counted else high)
         counted = counted or not ordered
         # No decoder returns what is before the first key frame, but MPEG-4's makes grey frames up.
         if cc.name == "mpeg4" and not packets[0].is_keyframe:
@@ -640,6 +622,27 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
         return packets, np.arange(len(packets)), True
     ticks = np.sort([p.pts for p in packets if not p.is_discard])         # cut by an edit list
     return packets, ticks[ticks >= packets[0].pts], counted   # no B-frames before the key frame
+
+
+def read_packets(c, v, high: float) -> tuple[list[av.Packet], bool]:
+    """(packets until past tick `high`, do their time stamps tell the order of display?)
+
+    With B-frames they do if some packet has an earlier stamp than the packet before it.
+    """
+    cc, found, key, latest = v.codec_context, [], False, -math.inf
+    # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
+    # frames that are "not coded". (With B-frames, these stand for a frame in an earlier packet.)
+    empty = 8 if cc.name == "mpeg4" and not cc.has_b_frames else int(c.format.name == "avi")
+    ordered = not cc.has_b_frames
+    for p in c.demux(v):                                      # dts ascends, and pts >= dts
+        key = key or p.is_keyframe
+        if p.size > empty:
+            found.append(p)
+            if not ordered:
+                ordered, latest = p.pts < latest, p.pts
+        if key and ordered and p.dts is not None and p.dts > high:
+            break
+    return found, ordered
 
 
 def decode(v, packets: Iterable[av.Packet], ticks: np.ndarray | None = None,
@@ -700,10 +703,11 @@ def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
 # ---- samples of a training step ------------------------------------------------------------------
 
 class Samples(Dataset):
-    """Sample i is make(args, items, i, rng, *extra); rng is NumPy's generator.
+    """Sample i is make(args, items, i, rng, *extra), a dictionary; rng is NumPy's generator.
 
     The key is i in evaluation and (epoch, *extra, i) in training. rng is fixed by --seed, the epoch
-    and i alone, so a sample is the same in any worker, on any rank and after a restart.
+    and i alone, so a sample is the same in any worker, on any rank and after a restart. In training
+    a sample that cannot be read is replaced by a random one; its entry `broken` holds the errors.
     """
 
     def __init__(self, args: argparse.Namespace, items: Sequence, make: Callable):
@@ -713,9 +717,21 @@ class Samples(Dataset):
         return len(self.items)
 
     def __getitem__(self, key: int | tuple) -> dict:
-        *epoch, i = key if isinstance(key, tuple) else (key,)
-        rng = np.random.default_rng((self.args.seed, *epoch[:1], i))
-        return self.make(self.args, self.items, i, rng, *epoch[1:])
+        if not isinstance(key, tuple):
+            rng = np.random.default_rng((self.args.seed, key))
+            return self.make(self.args, self.items, key, rng)
+        (epoch, *extra, i), errors = key, []
+        while True:
+            rng = np.random.default_rng((self.args.seed, epoch, i))
+            try:
+                sample = self.make(self.args, self.items, i, rng, *extra)
+                return {**sample, "broken": "\n".join(errors)}
+            except VideoError as e:
+                errors.append(str(e))
+                if len(errors) == 20:
+                    raise VideoError(f"{e} (20 samples in a row could not be read)") from e
+                rng = np.random.default_rng((self.args.seed, epoch, i, len(errors)))
+                i = int(rng.integers(len(self)))
 
 
 class StepSampler(Sampler):
@@ -745,36 +761,10 @@ class StepSampler(Sampler):
             yield keys
 
 
-class SkipBroken(Dataset):
-    """For training alone: a sample that cannot be read is replaced by another one.
-
-    The other one is drawn by (seed, epoch, i). The sample's entry `broken` holds the errors, one
-    on a line, "" without any; `Log` prints and counts them.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple) -> dict:
-        *when, i = key                                        # (epoch, *extra)
-        rng, errors = np.random.default_rng((self.seed, when[0], i, 1)), []
-        while True:
-            try:
-                return {**self.dataset[(*when, i)], "broken": "\n".join(errors)}
-            except VideoError as e:
-                errors.append(str(e))
-                if len(errors) == 20:
-                    raise VideoError(f"{e} (20 samples in a row could not be read)") from e
-                i = int(rng.integers(len(self.dataset)))
-
-
 def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, start: int,
             steps: int, collate: Callable | None = None,
             plan: Sequence[tuple] | None = None) -> DataLoader:
-    """The training batches of the steps start .. steps-1; broken samples are replaced.
+    """The training batches of the steps start .. steps-1.
 
     Every epoch is a new permutation, without its last partial batch. With a plan, see
     `StepSampler`, batch sizes vary, and one epoch follows the other without a gap.
@@ -784,8 +774,8 @@ def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, st
         raise UserError(f"{n} training samples do not fill a batch of {most}: lower --batch_size")
     length = n if plan else n - n % args.batch_size
     sampler = StepSampler(n, length, plan or [(args.batch_size,)] * steps, args.seed, start)
-    return DataLoader(SkipBroken(dataset, args.seed), batch_sampler=sampler, collate_fn=collate,
-                      num_workers=args.workers, pin_memory=device.type == "cuda",
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
+                      collate_fn=collate, pin_memory=device.type == "cuda",
                       generator=torch.Generator())            # leaves the global one alone
 
 
@@ -864,27 +854,25 @@ def find(root: Path, *names: str, required: bool = True) -> Path | None:
             for path in sorted(root.glob(depth + name)):
                 return path
     if required:
-        raise UserError(f"{root}: there is no {' or '.join(names)} in it; it comes with the "
-                        "official annotations")
+        raise UserError(f"{root}: no {' or '.join(names)}; see the official annotations")
     return None
 
 
 def find_videos(root: Path, *folders: str, frames: bool = False) -> dict[str, Path]:
-    """{name without ending: path} of the videos in these folders below root.
+    """{name without ending: path} of the videos in these folders below root; the first one wins.
 
-    folders: names or patterns, "" is root itself; the first one wins. With `frames` also folders
-    of extracted frames, which win over files beside them.
+    folders: names or patterns, "" is root itself. With `frames` also folders of extracted frames,
+    which win over files beside them.
     """
     found = {}
-    for pattern in folders:
-        for folder in sorted(root.glob(pattern)) if pattern else [root]:
-            there = {}
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.is_dir():
-                    there |= {path.name: path} if frames else {}
-                elif path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
-                    there.setdefault(path.stem, path)
-            found = {**there, **found}
+    for folder in (f for p in folders for f in (sorted(root.glob(p)) if p else [root])):
+        videos = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
+                videos.setdefault(path.stem, path)
+            elif frames and path.is_dir():
+                videos[path.name] = path
+        found = {**videos, **found}
     return found
 
 
@@ -1068,19 +1056,16 @@ def fetch(url: str, instead: str) -> Path:
 
     instead: the flag to use without a network, for the error.
     """
-    name = "_".join(url.split("/")[3:]) if url.endswith(".bin") else url.rsplit("/", 1)[1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                say(f"downloading {url}")
-                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), progress=False)
         except OSError as e:
-            raise UserError(f"{url} cannot be downloaded ({e}): put the file at {path}, or use "
-                            f"{instead}") from e
+            raise UserError(f"{url}: {e}; put this file at {path}, or use {instead}") from e
         with open(path, "rb") as f:
-            say(f"{path}: SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()}")
+            say(f"{url}: SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()}")
     barrier()
     return path
 
@@ -1174,16 +1159,19 @@ def adopt(args: argparse.Namespace, saved: dict, names: Iterable[str]) -> None:
 
 def write(path: Path, content: str | bytes | Callable) -> None:
     """Write a file completely or not at all. content: text, bytes, or a function of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.tmp")
-    with open(part, "wb") as f:
-        if callable(content):
-            content(f)
-        else:
-            f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                      # torch.save hides the OSError
+        raise UserError(f"{path}: cannot be written ({e.__context__ or e})") from e
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1218,6 +1206,11 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
     return device
 
 
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as numbers, strings and lists."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
 def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
     """Write a checkpoint after `step` steps, on rank 0: state_dicts and plain values by name."""
     if rank() == 0:
@@ -1225,9 +1218,7 @@ def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
         for name, x in state.get("model", {}).items():
             if x.is_floating_point() and not x.isfinite().all():
                 raise UserError(f"step {step}: {name} is not finite; no checkpoint was written")
-        flags = {k: v if isinstance(v, (bool, int, float, type(None))) else str(v)
-                 for k, v in vars(args).items()}
-        write(path, partial(torch.save, {**state, "step": step, "args": flags}))
+        write(path, partial(torch.save, {**state, "step": step, "args": plain_flags(args)}))
 
 
 def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[str] = (),
@@ -1239,13 +1230,11 @@ def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[st
     if not path.exists():
         return {"step": 0}
     state = load_checkpoint(path)
-    free = {"out", "data", "workers", "save_every", "log_every", *free}
     try:
-        now, then = ({**flags, "number of training samples": n} for flags, n in (
-            (vars(args), samples), (state["args"], state.pop("samples"))))
-        for k in now.keys() - free:
-            plain = isinstance(now[k], (bool, int, float, type(None)))
-            if then.get(k) != (now[k] if plain else str(now[k])):
+        now = {**plain_flags(args), "samples": samples}
+        then = {**state["args"], "samples": state.pop("samples")}
+        for k in now.keys() - {"out", "data", "workers", "save_every", "log_every", *free}:
+            if then.get(k) != now[k]:
                 raise UserError(f"{path}: was made with {k} {then.get(k)}, now it is {now[k]}; "
                                 "use the same to continue, or another --out")
         for k, part in parts.items():
