@@ -207,10 +207,19 @@ class SplitBatchNorm(nn.Module):
         n, bn = (self.splits, self.split_bn) if self.training else (1, self.bn)
         if self.training:
             bn.num_batches_tracked += 1
-        parts = x.reshape(len(x) // n, n * x.shape[1], *x.shape[2:])      # (B/n, n·C, T, H, W)
+        B, C = x.shape[:2]
+        channels_last = x.device.type == "cpu" and not x.is_contiguous()
+        if channels_last:                                     # keeps that order of memory
+            x = x.permute(0, 2, 3, 4, 1)
+            parts = x.reshape(B // n, n, -1, C).transpose(1, 2).reshape(-1, n * C)
+        else:
+            parts = x.reshape(B // n, n * C, *x.shape[2:])    # (B/n, n·C, T, H, W)
         y = F.batch_norm(parts, bn.running_mean, bn.running_var, self.weight.repeat(n),
                          self.bias.repeat(n), self.training, bn.momentum, bn.eps)
-        return y.reshape(x.shape)
+        if channels_last:
+            y = y.view(B // n, -1, n, C).transpose(1, 2).reshape(x.shape)
+            return y.permute(0, 4, 1, 2, 3)
+        return y.view(x.shape)
 
 
 def split_norms(net: nn.Module) -> list[SplitBatchNorm]:
