@@ -217,8 +217,8 @@ class SplitBatchNorm(nn.Module):
         y = F.batch_norm(parts, bn.running_mean, bn.running_var, self.weight.repeat(n),
                          self.bias.repeat(n), self.training, bn.momentum, bn.eps)
         if channels_last:
-            y = y.view(B // n, -1, n, C).transpose(1, 2).reshape(x.shape)
-            return y.permute(0, 4, 1, 2, 3)
+            y = y.view(B // n, -1, n, C).transpose(1, 2).contiguous()
+            return y.view(x.shape).permute(0, 4, 1, 2, 3)
         return y.view(x.shape)
 
 
