@@ -7,18 +7,18 @@ clip after each moment. A video and an audio network are trained on them with tw
 Audio-visual correspondence (AVC): each clip must match its own sound. Audible state change (AStC):
 the change from before to after must match the sound, and the reversed change must not.
 
-    c_k        = mean_f [(L_fk - mean_k L_f) / std_k L_f],  L = log spectrogram               (1)
-                 a moment t is a peak of the curve c over the time bins k
-    v_l, v_r   = clips [t-d-0.5, t-d] and [t+d, t+d+0.5] s,  a = sound [t-1, t+1] s           (2)
-    z, y       = n(h(f_V(v))), n(h'(f_A(a)))                       with n(x) = x / |x|        (3)
-    L_AVC      = ½ mean -log softmax_m(z_i·y_m / τ)_i         clip i against all sounds m
-               + ½ mean -log softmax_m(y_i·z_m / τ)_i         sound i against all clips m     (4)
-    p_fwd      = n(g(s_r - s_l))·n(q) / κ,   s = s(f_V(v)),   q = q(f_A(a))
-    p_bwd      = n(g(s_l - s_r))·n(q) / κ                                                     (5)
-    L_AStC     = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]                                   (6)
-    L          = ½ L_AVC + ½ L_AStC                                                           (7)
+    c_k       = mean_f [(L_fk - mean_k L_f) / std_k L_f]      L: log spectrogram, bins f and k  (1)
+                A moment t is a peak of the curve c.
+    v_l, v_r  = clips [t-d-0.5, t-d] and [t+d, t+d+0.5] s;    a = sound [t-1, t+1] s            (2)
+    z, y      = h_z(f_V(v)), h_y(f_A(a))                                                        (3)
+    L_AVC     = ½ mean -log softmax_m(n(z_i)·n(y_m) / τ)_i    clip i against all sounds m
+              + ½ mean -log softmax_m(n(y_i)·n(z_m) / τ)_i    sound i against all clips m       (4)
+    s, q      = h_s(f_V(v)), h_q(f_A(a))                      n(x) = x / |x|
+    p_fwd     = n(g(s_r - s_l))·n(q) / κ,     p_bwd = n(g(s_l - s_r))·n(q) / κ                  (5)
+    L_AStC    = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]                                      (6)
+    L         = ½ L_AVC + ½ L_AStC                                                              (7)
 
-The line of code that computes a formula ends in its number. h, h', s, q and g are heads of two
+The line that computes a formula ends in its number. h_z, h_y, h_s, h_q and g are heads of two
 layers, in the code video_clr, audio_clr, video_aot, audio_aot and aot_diff.
 
 Pre-train    torchrun --nproc_per_node 8 replai.py --dataset ego4d --data data/ego4d
@@ -316,8 +316,8 @@ class RepLAI(nn.Module):
                                        "audio": common.SpectrogramCNN(width)})        # f_A
         d = self.backbone["video"].out_dim                                            # 512
         self.mlp = nn.ModuleDict({
-            "video_clr": head(d, d, out_dim), "audio_clr": head(d, d, out_dim),       # h, h'
-            "video_aot": head(d, d, out_dim), "audio_aot": head(d, d, out_dim),       # s, q
+            "video_clr": head(d, d, out_dim), "audio_clr": head(d, d, out_dim),       # h_z, h_y
+            "video_aot": head(d, d, out_dim), "audio_aot": head(d, d, out_dim),       # h_s, h_q
             "aot_diff": head(out_dim, d, out_dim)})                                   # g
 
     def change(self, s_l, s_r):
@@ -1484,8 +1484,9 @@ def parse_args(argv=None):
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:
         p.error(f"--stage {args.stage} needs --dataset {fitting[0]}")
-    if args.tau <= 0:
-        p.error("--tau must be above 0")
+    for name in ("num_frames", "crop", "tau", "clips", "futures"):
+        if not getattr(args, name) > 0:
+            p.error(f"--{name} must be above 0")
     return args
 
 
