@@ -6,12 +6,12 @@ The network sees a few frames of an unlabelled video and predicts the features o
 of the next frames. For each prediction it must find the true cell among all cells of all predicted
 frames in the batch. To do so it must model motion. Then it is fine-tuned to recognise actions.
 
-    f_n = ResNet(x_n)                   frame n = 1 ... N; M = S·S cells of 32 x 32 pixels     (1)
-    z_1 ... z_N = Enc(f_1 ... f_N)      attention among all N·M cells, no positional encoding  (2)
-    h = GRU(relu z_1 ... relu z_{N-P})  context; one GRU, applied to each cell on its own      (3)
-    ẑ_1 = φ(h),  h <- GRU(relu ẑ_p, h),  ẑ_{p+1} = φ(h)      ẑ_p predicts z_{N-P+p}, p = 1 ... P (4)
-    L = -1/BPM Σ_i log [ exp(ẑ_i·z_i) / Σ_j exp(ẑ_i·z_j) ]   i, j: cells of the whole batch       (5)
-    logits = W dropout(BN(mean over the cells of GRU(relu Enc(relu f_1 ... f_N))))   fine-tuning (6)
+    f_n = ResNet(x_n)                   frame n = 1 ... N; M = S·S cells of 32 x 32 pixels    (1)
+    z_1 ... z_N = Enc(f_1 ... f_N)      attention among all N·M cells, no positional encoding (2)
+    h = GRU(relu z_1 ... relu z_{N-P})  context; one GRU, applied to each cell on its own     (3)
+    ẑ_1 = φ(h),  h <- GRU(relu ẑ_p, h),  ẑ_{p+1} = φ(h)     ẑ_p predicts z_{N-P+p}, p = 1 ... P (4)
+    L = -1/BPM Σ_i log [ exp(ẑ_i·z_i) / Σ_j exp(ẑ_i·z_j) ]  i, j: cells of the whole batch      (5)
+    logits = W dropout(BN(mean over cells of GRU(relu Enc(relu f_1 ... f_N))))  in fine-tuning  (6)
 
 "5pred3" means N = 5 frames in all, of which P = 3 are predicted. As released, B = 16 videos of 224
 pixels have M = 49 cells of 256 channels, and chance level is L = ln BPM = ln 2352 = 7.76.
@@ -49,14 +49,12 @@ from torchvision.transforms.v2 import functional as TF
 import common
 from common import UserError, VideoError
 
-# Defaults of main.py and test.py. NOTE: there, the pre-training ends after 299 epochs.
+# Defaults of main.py and test.py, frames of the README. NOTE: main.py stops after 299 epochs.
 PUBLISHED = {
-    "pretrain": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-5,
-                 "num_frames": 5},
-    "finetune": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-3,
-                 "num_frames": 7, "train_what": "ft"},
-    "test": {"num_frames": 7}}
-# The checkpoint of --init replaces these defaults by those that it was trained with.
+    "pretrain": dict(num_frames=5, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-5),
+    "finetune": dict(num_frames=7, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-3),
+    "test": dict(num_frames=7)}
+# If --init is a checkpoint, the values that it was trained with replace these defaults.
 NETWORK = {"net": "resnet18", "width": 64, "layers": 2, "heads": 4, "attn": "full", "pos": "none",
            "stride": 3, "crop": 224, "img_dim": 224, "split": 1}
 TINY = {"pretrain": {"epochs": 60}, "test": {},
@@ -64,7 +62,7 @@ TINY = {"pretrain": {"epochs": 60}, "test": {},
 
 
 # ---- 1. network (official files: Backbone/transformer_encoder.py, convrnn.py, model_3d.py) -------
-# Submodules have the names of the released checkpoints.
+# Names are those of the released checkpoints, sizes and dropout (0.1) those of the release.
 
 class LayerNorm(nn.Module):
     """a (x - mean) / (std + ε) + b over the last dimension.
@@ -476,7 +474,8 @@ def normalize(clips):
 def jitter_batch(batch, device):
     """The clips of a training batch on the device, jittered and normalised: (B, N, 3, S, S)."""
     clip, factors = (batch[k].to(device, non_blocking=True) for k in ("clip", "factors"))
-    x = jitter(clip.flatten(0, 1) / 255, factors.flatten(0, 1), batch["order"].numpy().reshape(-1, 4))
+    order = batch["order"].numpy().reshape(-1, 4)
+    x = jitter(clip.flatten(0, 1) / 255, factors.flatten(0, 1), order)
     return TF.normalize(x, *common.IMAGENET).view(clip.shape)
 
 
@@ -618,7 +617,7 @@ def read_videos(args, split):
 
 # ---- 7. training (official files: CPCTrans/main.py, Evaluate/test.py) ----------------------------
 
-SCHEDULE = {"pretrain": (100, 0.5), "finetune": (100, 0.1)}   # every 100 epochs, multiply lr
+SCHEDULE = {"pretrain": (100, 0.5), "finetune": (100, 0.1)}   # every 100 epochs, lr times 0.5 ...
 
 
 def learning_rate(args, step, per_epoch):
@@ -661,6 +660,9 @@ def train(args, device):
     pretraining = args.stage == "pretrain"                    # which does not use the labels
     make = make_pretrain_clip if pretraining else make_finetune_clip
     dataset = common.Samples(args, videos, make)
+    least = 2 if device.type == "cuda" else 2 * common.world_size()
+    if not pretraining and args.batch_size < least:
+        raise UserError("--batch_size: batch norm needs two videos, on CPUs two per process")
     torch.manual_seed(args.seed)                              # the same weights on every process
     model = (CPC(args) if pretraining else Classifier(args, len(classes))).to(device)
     load_init(args, model)
@@ -766,15 +768,13 @@ def evaluate(args, device):
     history, known = read_history(args)
     (videos, classes), (gallery, _) = read_videos(args, "test"), read_videos(args, "train")
     if known and known != classes:
-        raise UserError(f"{args.init}: was trained on {len(known)} other classes than the "
-                        f"{len(classes)} of {args.data}")
+        raise UserError(f"{args.init}: its classes ({known[0]}, ...) are not those of {args.data} "
+                        f"({classes[0]}, ...)")
     model = Classifier(args, len(classes)).to(device).eval()
     trained = "final_fc.1.weight" in common.read_weights(Path(args.init))
     common.load_weights(model, Path(args.init), LAYOUTS, [""] if trained else PRETRAINED)
 
-    metrics = {}
-    if trained:
-        metrics = evaluate_accuracy(args, device, model, videos, classes)
+    metrics = evaluate_accuracy(args, device, model, videos, classes) if trained else {}
     metrics |= evaluate_retrieval(args, device, model, videos, gallery, classes)
     listed, _ = read_list(args, "test", args.split)
     finish(args, {**metrics, "videos": len(videos)}, [
@@ -851,13 +851,12 @@ def load_init(args, model):
 def read_settings(path):
     """{flag: value} that a checkpoint was made with, its "history" and its "classes".
 
-    For checkpoints of others, the tensors show the network.
-    NOTE: but not the number of heads: 4 in the release, 2 in CPCTR, which has a single layer.
+    The tensors of other checkpoints show the network. NOTE: they do not show the number of heads,
+    which is 4 in the release and 2 in CPCTR, whose transformer has a single layer.
     """
-    saved = common.load_checkpoint(path)
+    tensors, saved = common.read_weights(path), common.load_checkpoint(path)
     if "history" in saved:
         return {**saved["args"], "history": saved["history"], "classes": saved["classes"]}
-    tensors = common.read_weights(path)
     layers = {m[1] for name in tensors if (m := re.search(r"ncoder\.layers\.(\d+)\.", name))}
     blocks = sum(f"backbone.layer1.{n}.conv1.weight" in tensors for n in range(3))
     if "backbone.conv1.weight" not in tensors or not blocks:
@@ -939,18 +938,18 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, [*STAGES], ["ucf101", "hmdb51"])
     p.set_defaults(stage=None)                                # --pretrain and --test name one
     p.flag("split", int, "official split, the same in all stages (test.py)", [1, 2, 3])
-    p.group("clips", "a checkpoint of ours sets the defaults, but for --num_frames of a training")
+    p.group("clips", "defaults: those of a checkpoint of ours; of --num_frames only in the test")
     p.flag("num_frames", int, "frames per clip, N, predicted ones included (README)",
            also=["num_seq"])
     p.flag("stride", int, "frames from one frame of a clip to the next (main.py)", also=["ds"])
     p.flag("crop", int, "height and width of a training clip in pixels; frames are scaled to a "
            "short side of 15/14 of it (main.py)")
     p.flag("img_dim", int, "size the crop is scaled to; 128, 196 and 224 are published (README)")
-    p.group("method", "a checkpoint sets the defaults from --net to --pos")
+    p.group("method", "defaults from --net to --pos: those of the checkpoint")
     p.flag("init", str, "weights to start from: a checkpoint of ours, the release's or CPCTR's, or "
            "none", type=weights, metavar="FILE")
-    p.flag("pretrain", str, "the same as --stage finetune --init FILE; none or random: from scratch "
-           "(test.py)", type=weights, metavar="FILE")
+    p.flag("pretrain", str, "the same as --stage finetune --init FILE; none or random: from "
+           "scratch (test.py)", type=weights, metavar="FILE")
     p.flag("net", str, "backbone (main.py)", ["resnet10", "resnet18", "resnet34"])
     p.flag("layers", int, "layers of the transformer; CPCTR has 1 (transformer_encoder.py)")
     p.flag("heads", int, "heads of its attention; CPCTR has 2 (transformer_encoder.py)")
@@ -963,7 +962,7 @@ def parse_args(argv=None):
            "choose the checkpoint on test videos, leave out short videos")
     p.flag("gpu", str, argparse.SUPPRESS)                     # of the original commands, ignored
     p.group("optimization", "Adam")
-    p.flag("train_what", str, "fine-tuning. ft: backbone and transformer learn at a tenth of --lr; "
+    p.flag("train_what", "ft", "fine-tuning. ft: backbone and transformer at a tenth of --lr; "
            "last: linear probe; all: all at --lr (test.py)", ["ft", "last", "all"])
     p.flag("epochs", int, "passes over the training samples (main.py, test.py)")
     p.flag("batch_size", int, "samples per step over all processes; batch norm sees all of them, "
