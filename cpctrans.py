@@ -1,6 +1,6 @@
 """CPCTrans: Contrastive Predictive Coding with Transformer for Video Representation Learning (Liu
 et al.), Neurocomputing 482 (2022).   Official code: QiyueShang666/SSL-for-Video, commit ce2d518,
-a fork of yliu1229/CPCTR, commit 66fcd33.
+a fork of yliu1229/CPCTR, commit 66fcd33.   After CPC, arXiv 1807.03748, and DPC, 1909.04656.
 
 The network sees a few frames of an unlabelled video and predicts the features of every spatial cell
 of the next frames. For each prediction it must find the true cell among all cells of all predicted
@@ -18,7 +18,7 @@ pixels have M = 49 cells of 256 channels, and chance level is L = ln BPM = ln 23
 
 Pre-train    torchrun --nproc_per_node 8 cpctrans.py --dataset ucf101 --data data/ucf101
 Fine-tune    python cpctrans.py --dataset hmdb51 --pretrain FILE
-Probe        python cpctrans.py --train_what last --pretrain FILE
+Probe        python cpctrans.py --train_what last --pretrain FILE --out runs/probe
 Test         python cpctrans.py --test FILE
 Try it       python cpctrans.py --data data/toy/ucf101 --tiny      (CPU, minutes; `make toy` first)
 
@@ -201,9 +201,9 @@ class Pretrained(nn.Module):
 
     def encode(self, clip, relu):
         """z of all cells: (B, N, 3, H, W) -> (B, N, D, S, S), S = ⌈H/32⌉"""
-        f = self.backbone(clip.flatten(0, 1))                 # (B·N, D, S, S)                   (1)
+        f = self.backbone(clip.flatten(0, 1))                 # (B·N, D, S, S)               # (1)
         f = F.relu(f) if relu else f
-        return self.encoder(f.unflatten(0, clip.shape[:2]))   # (2)
+        return self.encoder(f.unflatten(0, clip.shape[:2]))                                  # (2)
 
 
 class CPC(Pretrained):
@@ -217,7 +217,7 @@ class CPC(Pretrained):
 
     def predict(self, h):
         """P predictions from a context.    (B, D, S, S) -> (B, P, D, S, S)"""
-        z_hat = [self.network_pred(h)]                        # ẑ_1 = φ(h)                       (4)
+        z_hat = [self.network_pred(h)]                        # ẑ_1 = φ(h)                   # (4)
         while len(z_hat) < self.pred_step:
             h = self.agg(F.relu(z_hat[-1]), h)
             z_hat.append(self.network_pred(h))
@@ -226,9 +226,9 @@ class CPC(Pretrained):
     def forward(self, clip):
         z = self.encode(clip, relu=False)                     # (B, N, D, S, S)
         seen, target = z[:, :-self.pred_step], z[:, -self.pred_step:]
-        h = self.agg.last_state(F.relu(seen))                 # (3)
+        h = self.agg.last_state(F.relu(seen))                 # (B, D, S, S)                 # (3)
         z_hat = self.predict(h)                               # (B, P, D, S, S)
-        return z_hat.flatten(3).mT, target.flatten(3).mT      # NOTE: no stop-gradient on z
+        return z_hat.flatten(3).mT, target.flatten(3).mT      # NOTE: gradients reach z, too
 
 
 # ---- 2. loss (official files: CPCTrans/model_3d.py, main.py) -------------------------------------
@@ -241,8 +241,7 @@ def similarity(z_hat, z):
 def info_nce(z_hat, z):
     """{"loss": L, "top1", "top3", "top5": accuracy in %}.    z_hat, z: (B, P, M, D)
 
-    NOTE: the negatives are the cells of all processes, because the release has the whole batch on
-    one GPU.
+    NOTE: the negatives are the cells of all processes: the release has its batch on one GPU.
     """
     logits = similarity(z_hat, common.gather_rows(z.float()))                 # (BPM, world·BPM)
     target = common.rank() * len(logits) + torch.arange(len(logits), device=logits.device)
@@ -756,7 +755,7 @@ def video_metrics(prob, logits, label):
     confusion = torch.zeros(prob.shape[1], prob.shape[1], dtype=torch.int64)
     confusion.index_put_((logits.argmax(1), label), torch.tensor(1), accumulate=True)
     rows = cross_entropy(prob, label) | {"loss": cross_entropy(logits, label)["loss"]}
-    return {k: float(rows[k].mean()) for k in ("top1", "top5", "loss")}, confusion
+    return {k: float(rows[k].double().mean()) for k in ("top1", "top5", "loss")}, confusion
 
 
 def evaluate(args, device):
@@ -816,7 +815,7 @@ def evaluate_retrieval(args, device, model, videos, gallery, classes):
     hit = torch.tensor([v.label for v in gallery])[nearest] == label[:, None]
     if common.rank() == 0:
         draw_retrieval(args, videos, gallery, nearest, classes)
-    return {f"retrieval_top{k}": 100 * float(hit[:, :k].any(1).float().mean()) for k in (1, 5, 20)}
+    return {f"retrieval_top{k}": 100 * float(hit[:, :k].any(1).double().mean()) for k in (1, 5, 20)}
 
 
 def draw_retrieval(args, videos, gallery, nearest, classes, rows=6, side=72):
