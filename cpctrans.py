@@ -484,7 +484,7 @@ NAME = r"([^/\\]*\w[^/\\]*)"               # of a class or a video
 
 
 def fields(pattern, form):
-    """A parser of lines: the groups of the pattern."""
+    """A function from a line to the groups of the pattern; a line of another form is an error."""
     def parse(line):
         match = re.fullmatch(pattern, line)
         if not match:
@@ -496,7 +496,7 @@ def fields(pattern, form):
 def read_ucf101(folder, split, fold):
     """([(class, video), ...], [class, ...]) of trainlist0K.txt or testlist0K.txt.
 
-    The numbers of classInd.txt, from 1, order the classes.
+    The classes are in the order of their numbers in classInd.txt, which begin at 1.
     """
     numbers = common.read_lines(folder / "classInd.txt",
                                 fields(rf"(\d{{1,4}})[ ,]+{NAME}", "<number> <Class>"))
@@ -508,10 +508,10 @@ def read_ucf101(folder, split, fold):
 
 
 def read_hmdb51(folder, split, fold):
-    """The same from all <class>_test_splitK.txt, which mark 1: train, 2: test, 0: unused.
+    """The same of all <class>_test_splitK.txt; marks are 1: train, 2: test, 0: unused.
 
-    NOTE: the class numbers of the release are in a file that was not published. Here the sorted
-    names of the classes are numbered.
+    NOTE: the authors' file with the numbers of the classes was not published. Here the classes are
+    in the order of their names.
     """
     ending, mark = f"_test_split{fold}.txt", {"train": "1", "test": "2"}[split]
     classes = sorted(f.name.removesuffix(ending) for f in folder.glob(f"*{ending}"))
@@ -577,10 +577,10 @@ def choose_videos(args, split):
 
 
 def count_frames(args, videos, i, rng):
-    """(number of frames, "") of a video, or (0, error). The author's csv knows it of folders."""
-    path, known = videos[i].path, videos[i].length
+    """(number of frames, "") of a video, or (0, error). Of a folder, the csv may have told it."""
+    path, told = videos[i].path, videos[i].length
     try:
-        return known if known and path.is_dir() else common.count_frames(path), ""
+        return told if told and path.is_dir() else common.count_frames(path), ""
     except VideoError as e:
         return 0, str(e)
 
@@ -616,7 +616,7 @@ def read_videos(args, split):
 
 # ---- 7. training (official files: CPCTrans/main.py, Evaluate/test.py) ----------------------------
 
-SCHEDULE = {"pretrain": (100, 0.5), "finetune": (100, 0.1)}   # every 100 epochs, lr times 0.5 ...
+SCHEDULE = {"pretrain": (100, 0.5), "finetune": (100, 0.1)}   # every n epochs: lr *= factor
 
 
 def learning_rate(args, step, per_epoch):
@@ -646,7 +646,7 @@ def make_parallel(args, device, model):
     """
     if device.type == "cuda" and common.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(memory_format=torch.channels_last)               # 0.8 of the time
+    model.to(memory_format=torch.channels_last)               # a step takes 0.8 of the time
     if args.compile:
         model.compile()
     return DDP(model)
@@ -763,16 +763,16 @@ def evaluate(args, device):
     NOTE: a checkpoint of pre-training has no classifier and gives retrieval alone. Its features,
     too, are those of a `Classifier`, with the ReLU before Enc.
     """
-    history, known = read_history(args)
+    history, trained = read_history(args)
     (videos, classes), (gallery, _) = read_videos(args, "test"), read_videos(args, "train")
-    if known and known != classes:
-        raise UserError(f"{args.init}: its classes ({known[0]}, ...) are not those of {args.data} "
+    if trained and trained != classes:
+        raise UserError(f"{args.init}: its classes ({trained[0]}, ...) are not those of {args.data} "
                         f"({classes[0]}, ...)")
     model = Classifier(args, len(classes)).to(device).eval()
-    trained = "final_fc.1.weight" in common.read_weights(Path(args.init))
-    common.load_weights(model, Path(args.init), LAYOUTS, [""] if trained else PRETRAINED)
+    tuned = "final_fc.1.weight" in common.read_weights(Path(args.init))
+    common.load_weights(model, Path(args.init), LAYOUTS, [""] if tuned else PRETRAINED)
 
-    metrics = evaluate_accuracy(args, device, model, videos, classes) if trained else {}
+    metrics = evaluate_accuracy(args, device, model, videos, classes) if tuned else {}
     metrics |= evaluate_retrieval(args, device, model, videos, gallery, classes)
     listed, _ = read_list(args, "test", args.split)
     finish(args, {**metrics, "videos": len(videos)}, [
@@ -840,7 +840,7 @@ LAYOUTS = [(), *(((r"^transEnc\.transEncoder\.", "encoder."), (rf"^agg\.{gru}\."
 
 
 def load_init(args, model):
-    """Fill the network from --init; the last layers of a classifier stay random."""
+    """Fill the network from --init. The last layers of a classifier stay random."""
     path = common.init_path(args, args.init)
     if path:
         common.load_weights(model, path, LAYOUTS, PRETRAINED, skip=("final_bn.", "final_fc."))
@@ -865,10 +865,10 @@ def read_settings(path):
 
 
 def read_history(args):
-    """([sentence, ...], classes): what the checkpoint of --init was trained on.
+    """([sentence, ...], [class, ...] or None): what the checkpoint of --init was trained on.
 
-    Each test list lies within the train lists of the other splits. So it is an error if the
-    checkpoint was trained on another split.
+    It is an error if it was trained on another split, whose train list holds test videos of this
+    one (of UCF101 all, of HMDB51 three of four).
     """
     if args.init == "none":
         return ["not pre-trained"] if args.stage == "finetune" else [], None
@@ -917,7 +917,7 @@ def recipe(chosen):
                    "workers": 2, "log_every": 5, "save_every": 50, **TINY[stage]}
     if chosen.as_released and stage == "pretrain":
         values["split"] = 3                                   # NOTE: whatever split is tested
-    with contextlib.suppress(UserError):                      # `main` meets the error again
+    with contextlib.suppress(UserError):                      # `read_history` reports the error
         made = {} if init == "none" else read_settings(Path(init))
         names = {*NETWORK} | ({"num_frames"} if stage == "test" else set())
         if made.get("dataset") != chosen.dataset or (
