@@ -41,7 +41,6 @@ We had only the abstract of the paper. File names in this script are those of th
 import itertools
 import math
 import statistics
-import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -871,8 +870,8 @@ def map_features(path):
     a clip's rows is 20 times faster than np.load.
     """
     with common.reading(path, error=VideoError), open(path, "rb") as f:
-        header = f.read(30)                                   # of the archive's first file,
-        f.seek(sum(struct.unpack("<HH", header[26:])), 1)     # which is arr_0.npy
+        sizes = f.read(30)[26:]                               # of the archive's first file's name
+        f.seek(int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little"), 1)
         np.lib.format.read_magic(f)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
         if len(shape) != 2 or dtype.kind != "f":
