@@ -383,7 +383,7 @@ def test_every_known_layout_loads_and_gives_the_same_outputs(kind, layout, norm,
             "pytorchvideo": lambda: {"model_state": {pytorchvideo_name(k): v
                                                      for k, v in state.items()}}}[layout]
     torch.save(file() if callable(file) else file, tmp_path / "w.pyth")
-    sc.load_network(got, tmp_path / "w.pyth", strict=True, part="coarse")
+    sc.load_network(got, tmp_path / "w.pyth", strict=True)
     close(outputs(kind, got), outputs(kind, net), atol=2e-6)
 
 
