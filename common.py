@@ -447,13 +447,14 @@ def zoo_tensors(names: Sequence[tuple], tensors: dict, own: dict) -> dict:
         for pattern, replacement in names:
             name = re.sub(pattern, replacement, name)
         ours[name] = x[:, :, None, None, None] if name == "fc1.weight" and x.dim() == 2 else x
+    statistics = "running_mean", "running_var", "num_batches_tracked"
     for name, x in own.items():
         norm, _, statistic = re.sub(r"\.(split_)?bn\.(?=running|num)", ".", name).rpartition(".")
         plain = ours.get(f"{norm}.{statistic}", ours.get(f"{norm}.bn.{statistic}"))
-        if plain is not None and (name not in ours or ours[name].shape != x.shape):
+        if statistic in statistics and plain is not None and (
+                name not in ours or ours[name].shape != x.shape):
             ours[name] = plain.repeat(x.numel() // plain.numel()) if x.dim() else plain
-    return {k: v for k, v in ours.items() if k in own or not k.endswith(
-        ("running_mean", "running_var", "num_batches_tracked"))}
+    return {k: v for k, v in ours.items() if k in own or not k.endswith(statistics)}
 
 
 x3d_tensors = partial(zoo_tensors, X3D_NAMES)                 # (tensors, own) -> tensors
@@ -529,7 +530,7 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
         start, tick, fps = v.start_time or 0, float(v.time_base), float(v.average_rate)
         promised = v.frames / fps                             # seconds; 0: the header does not say
         end = promised or (c.duration or math.inf) / av.time_base
-        clips = [np.clip(x, 0, end) / tick + start + 1e-3     # in ticks; 1e-3 for rounding
+        clips = [np.clip(x, 0, end) / tick + start + 1e-6     # in ticks; 1e-6 for rounding
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
         packets, ticks, counted = find_frames(c, v, low, high + 1.5 / fps / tick)
@@ -600,7 +601,9 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     """
     cc, avi, packets = v.codec_context, c.format.name == "avi", []
     # An avi numbers packets in decoding order: B-frames and one-byte packets shift the numbers.
-    counted = avi and (cc.has_b_frames or any(e.size == 1 for e in v.index_entries))
+    # FFmpeg adds one to those of H.264, with or without B-frames.
+    counted = avi and (cc.has_b_frames or cc.name == "h264"
+                       or any(e.size == 1 for e in v.index_entries))
     if low > (v.start_time or 0) and not counted:
         with contextlib.suppress(av.FFmpegError):
             c.seek(int(low), stream=v)
@@ -851,27 +854,25 @@ def find(root: Path, *names: str, required: bool = True) -> Path | None:
             for path in sorted(root.glob(depth + name)):
                 return path
     if required:
-        raise UserError(f"{root}: there is no {' or '.join(names)} in it; it comes with the "
-                        "official annotations")
+        raise UserError(f"{root}: no {' or '.join(names)}; see the official annotations")
     return None
 
 
 def find_videos(root: Path, *folders: str, frames: bool = False) -> dict[str, Path]:
-    """{name without ending: path} of the videos in these folders below root.
+    """{name without ending: path} of the videos in these folders below root; the first one wins.
 
-    folders: names or patterns, "" is root itself; the first one wins. With `frames` also folders
-    of extracted frames, which win over files beside them.
+    folders: names or patterns, "" is root itself. With `frames` also folders of extracted frames,
+    which win over files beside them.
     """
     found = {}
-    for pattern in folders:
-        for folder in sorted(root.glob(pattern)) if pattern else [root]:
-            there = {}
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.is_dir():
-                    there |= {path.name: path} if frames else {}
-                elif path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
-                    there.setdefault(path.stem, path)
-            found = {**there, **found}
+    for folder in (f for p in folders for f in (sorted(root.glob(p)) if p else [root])):
+        videos = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi"):
+                videos.setdefault(path.stem, path)
+            elif frames and path.is_dir():
+                videos[path.name] = path
+        found = {**videos, **found}
     return found
 
 
@@ -1055,19 +1056,16 @@ def fetch(url: str, instead: str) -> Path:
 
     instead: the flag to use without a network, for the error.
     """
-    name = "_".join(url.split("/")[3:]) if url.endswith(".bin") else url.rsplit("/", 1)[1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                say(f"downloading {url}")
-                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), progress=False)
         except OSError as e:
-            raise UserError(f"{url} cannot be downloaded ({e}): put the file at {path}, or use "
-                            f"{instead}") from e
+            raise UserError(f"{url}: {e}; put this file at {path}, or use {instead}") from e
         with open(path, "rb") as f:
-            say(f"{path}: SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()}")
+            say(f"{url}: SHA-256 {hashlib.file_digest(f, 'sha256').hexdigest()}")
     barrier()
     return path
 
@@ -1161,16 +1159,19 @@ def adopt(args: argparse.Namespace, saved: dict, names: Iterable[str]) -> None:
 
 def write(path: Path, content: str | bytes | Callable) -> None:
     """Write a file completely or not at all. content: text, bytes, or a function of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.tmp")
-    with open(part, "wb") as f:
-        if callable(content):
-            content(f)
-        else:
-            f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            if callable(content):
+                content(f)
+            else:
+                f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                      # torch.save hides the OSError
+        raise UserError(f"{path}: cannot be written ({e.__context__ or e})") from e
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -1205,6 +1206,11 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
     return device
 
 
+def plain_flags(args: argparse.Namespace) -> dict:
+    """The flags as numbers, strings and lists."""
+    return json.loads(json.dumps(vars(args), default=str))
+
+
 def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
     """Write a checkpoint after `step` steps, on rank 0: state_dicts and plain values by name."""
     if rank() == 0:
@@ -1212,9 +1218,7 @@ def save(path: Path, step: int, args: argparse.Namespace, **parts: Any) -> None:
         for name, x in state.get("model", {}).items():
             if x.is_floating_point() and not x.isfinite().all():
                 raise UserError(f"step {step}: {name} is not finite; no checkpoint was written")
-        flags = {k: v if isinstance(v, (bool, int, float, type(None))) else str(v)
-                 for k, v in vars(args).items()}
-        write(path, partial(torch.save, {**state, "step": step, "args": flags}))
+        write(path, partial(torch.save, {**state, "step": step, "args": plain_flags(args)}))
 
 
 def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[str] = (),
@@ -1226,13 +1230,11 @@ def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[st
     if not path.exists():
         return {"step": 0}
     state = load_checkpoint(path)
-    free = {"out", "data", "workers", "save_every", "log_every", *free}
     try:
-        now, then = ({**flags, "number of training samples": n} for flags, n in (
-            (vars(args), samples), (state["args"], state.pop("samples"))))
-        for k in now.keys() - free:
-            plain = isinstance(now[k], (bool, int, float, type(None)))
-            if then.get(k) != (now[k] if plain else str(now[k])):
+        now = {**plain_flags(args), "samples": samples}
+        then = {**state["args"], "samples": state.pop("samples")}
+        for k in now.keys() - {"out", "data", "workers", "save_every", "log_every", *free}:
+            if then.get(k) != now[k]:
                 raise UserError(f"{path}: was made with {k} {then.get(k)}, now it is {now[k]}; "
                                 "use the same to continue, or another --out")
         for k, part in parts.items():

@@ -1,11 +1,24 @@
-"""Puts the repository root on the path, so that tests import the scripts by name; toy data."""
+"""One thread, the repository's root on the path, and data for all tests."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["OMP_NUM_THREADS"] = "1"                           # sums in one order on any machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+import world  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """The small world: DATA/epic, DATA/ego4d and so on, see world.py."""
+    return world.make(tmp_path_factory.mktemp("world"))
 
 
 def smallest(name, tmp_path_factory, workers=2):

@@ -1,15 +1,12 @@
-"""Starts a script for the tests: as a user does, or in forked copies of one warm process.
+"""Starts the scripts for tests: as a user does, or in forks of one process that has imported them.
 
-`command` is the real thing, `python SCRIPT.py` or torchrun, and costs 4 to 12 seconds before the
-first step. `quick` runs the same `parse_args` and `launch` in processes forked from one that has
-imported everything, with torchrun's environment variables; it can also end them at a chosen
-instruction with SIGKILL, which is what a test of restarts needs.
+`command` is `python SCRIPT.py` or torchrun: 6 seconds before the first step. `quick` calls the same
+`parse_args`, `launch` and `main` in forked processes, and can break something in them first.
 """
 
-import functools
+import contextlib
 import importlib
-import io
-import json
+import itertools
 import math
 import multiprocessing
 import os
@@ -18,28 +15,28 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-REPO = Path(__file__).resolve().parent.parent
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
+REPO = Path(__file__).resolve().parents[1]
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 import common  # noqa: E402
-import cpctrans  # noqa: E402, F401
-import f2c_oops  # noqa: E402, F401
-import replai  # noqa: E402, F401
-import ssdet_coarsefine  # noqa: E402, F401
 
+SCRIPTS = []
+for name in ("replai", "cpctrans", "f2c_oops", "ssdet_coarsefine"):
+    with contextlib.suppress(ImportError, AttributeError):    # while they are being rewritten
+        SCRIPTS.append(importlib.import_module(name))
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules
-
-SMALL = ("--tiny --crop 32 --width 8 --batch_size 2 --epochs 2 --workers 0 --log_every 1 "
-         "--save_every 2").split()
 
 
 class Result(NamedTuple):
@@ -54,159 +51,180 @@ def free_port():
         return s.getsockname()[1]
 
 
-def command(*args, n=1, cwd=None, timeout=150, python=(), script="replai"):
-    """`python SCRIPT.py ARGS`, under torchrun with n > 1, as a user types it."""
-    start = [sys.executable, *python]
-    if n > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(n),
-                  "--master_port", str(free_port())]
-    p = subprocess.run([*start, str(REPO / f"{script}.py"), *map(str, args)], capture_output=True,
-                       cwd=cwd, timeout=timeout, stdin=subprocess.DEVNULL, check=False)
-    return Result(p.returncode, p.stdout.decode(), p.stderr.decode())
+def command(script, *flags, n=1, cwd=None, timeout=150):
+    """`python SCRIPT.py FLAGS`, or `torchrun --nproc_per_node N SCRIPT.py FLAGS`."""
+    run = ["-m", "torch.distributed.run", "--nproc_per_node", str(n),
+           "--master_port", str(free_port())] if n > 1 else []
+    p = subprocess.run([sys.executable, *run, str(REPO / f"{script}.py"), *map(str, flags)],
+                       capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False)
+    return Result(p.returncode, p.stdout, p.stderr)
 
 
-# ---- forked ----------------------------------------------------------------------------------
+# ---- forked processes ----------------------------------------------------------------------------
 
-def context():
-    ctx = multiprocessing.get_context("forkserver")
-    ctx.set_forkserver_preload(["running"])
-    return ctx
-
-
-def quick(folder, *args, n=1, die=None, kill=None, timeout=100, script="replai"):
-    """As `command`, from forked processes; what they print goes to files in `folder`.
-
-    die   (event, k): process 0 ends itself by SIGKILL at the k-th such event, see `arm`; with
-          (event, k, rank) another process does
-    kill  (file, lines, seconds): all are ended by SIGKILL, from outside, so long after the file
-          has so many lines; (file, lines, seconds, signal): all get another signal, once
-    With n > 1 the first process to fail ends the others, as under torchrun.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    port, ctx = free_port(), context()
-    running = [ctx.Process(target=_main, args=(script, r, n, port, list(map(str, args)), die,
-                                               str(folder))) for r in range(n)]
-    for p in running:
+def start(target, n, *args):
+    """n forks of a process that has imported all this; each calls target(rank, n, *args)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["running"])
+    forks = [context.Process(target=target, args=(rank, n, *args)) for rank in range(n)]
+    for p in forks:
         p.start()
-    began = time.monotonic()
-    codes, until, due, how = [None] * n, began + timeout, math.inf, ()
-    while None in codes:
+    return forks
+
+
+def quick(script, *flags, n=1, before=None, cwd=None, timeout=100):
+    """SCRIPT.py FLAGS in n forks. before(rank) runs first in each. If one fails, all are ended.
+
+    They run in the folder `cwd`, by default the one that holds --out, and write out0.txt ... there.
+    """
+    flags = [str(f) for f in flags]
+    cwd = Path(cwd or Path(flags[flags.index("--out") + 1]).parent)
+    cwd.mkdir(parents=True, exist_ok=True)
+    forks, until = start(_script, n, script, flags, free_port(), before, cwd), None
+    until = time.monotonic() + timeout
+    while None in (codes := [p.exitcode for p in forks]) and not any(codes):
+        assert time.monotonic() < until, f"{script} {' '.join(flags)} took too long"
         time.sleep(0.01)
-        codes = [p.exitcode for p in running]
-        if kill and kill[0].exists() and kill[0].read_bytes().count(b"\n") >= kill[1]:
-            due, kill, how = time.monotonic() + kill[2], None, kill[3:]
-        if time.monotonic() > due:
-            due, until = math.inf, until if how else 0
-            for p in running if how else ():
-                if p.is_alive():
-                    os.kill(p.pid, *how)
-        late = time.monotonic() > until
-        if late or any(codes):
-            if not late and any(codes) and None in codes and codes[0] is None:
-                time.sleep(0.5)                               # process 0 tells what went wrong
-            for p in running:
-                try:
-                    os.killpg(p.pid, signal.SIGKILL)          # its decoding processes too
-                except ProcessLookupError:
-                    pass
-            for p in running:
-                p.join()
-            codes = [p.exitcode for p in running]
-            assert time.monotonic() < began + timeout, "took too long"
-    text = {s: "".join((folder / f"{s}{r}.txt").read_text() for r in range(n) if
-                       (folder / f"{s}{r}.txt").exists()) for s in ("out", "err")}
-    return Result(codes[0] if codes[0] else max(codes, key=abs), text["out"], text["err"])
+    for p in forks:                                           # those that hear of the failure end
+        p.join(5 if n > 1 else None)                          # by themselves, the others here
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(p.pid, signal.SIGKILL)
+        p.join()
+    text = {s: "".join((cwd / f"{s}{r}.txt").read_text() for r in range(n)) for s in ("out", "err")}
+    return Result(next((c for c in codes if c), 0), text["out"], text["err"])
 
 
-def _main(script, rank, n, port, argv, die, folder):
+def _script(rank, n, script, flags, port, before, cwd):
     os.setsid()
+    os.chdir(cwd)
+    multiprocessing.set_start_method("fork", force=True)      # for loaders
     for fd, name in ((1, "out"), (2, "err")):
-        f = os.open(f"{folder}/{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(f, fd)
-    os.chdir(folder)
-    multiprocessing.set_start_method("fork", force=True)    # for the loaders
+        os.dup2(os.open(f"{name}{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     if n > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if die and rank == (*die, 0)[2]:
-        arm(*die[:2])
-    sys.argv = [f"{script}.py", *argv]
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if before:
+        before(rank)
+    sys.argv = [f"{script}.py", *flags]
     module = importlib.import_module(script)
     common.launch(module.main, module.parse_args())
 
 
-def suicide():
-    os.kill(os.getpid(), signal.SIGKILL)
+def processes(function, n, folder):
+    """[function(rank)] of n gloo processes."""
+    for p in start(_function, n, function, folder):
+        p.join(100)
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(n)]
 
 
-def arm(event, k):
-    """End this process by SIGKILL at the k-th (from 1) of these events:
+def _function(rank, n, function, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n)
+    torch.save(function(rank), folder / f"result{rank}.pt")
+    dist.barrier()
+    os._exit(0)
 
-    step     a step is done and logged, its checkpoint not yet written
-    line     half of a log line is written
-    term     a step is done and logged, and SIGTERM comes, not SIGKILL
-    torn     half of a new last.pt (of `torn:NAME`, of NAME) is in the temporary file
-    renamed  last.pt has just got its name
-    """
-    event, _, wanted = event.partition(":")
-    seen = 0
-    if event in ("step", "line", "term"):
-        plain = common.Log.__call__
 
-        def call(self, step, *now, **values):
-            nonlocal seen
-            seen += 1
-            if event == "line" and seen == k:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps({"stage": "pretrain", "step": step})[:20])
-                suicide()
-            plain(self, step, *now, **values)
-            if seen == k:
-                os.kill(os.getpid(), signal.SIGTERM if event == "term" else signal.SIGKILL)
-        common.Log.__call__ = call
-    else:
-        write = common.write
+# ---- what `before` can do ------------------------------------------------------------------------
 
-        def torn(path, content):
-            nonlocal seen
-            mine = path.name.endswith(wanted or "last.pt")
-            seen += mine
-            if not mine or seen != k:
-                return write(path, content)
-            if event == "renamed":
-                write(path, content)
-                suicide()
-            whole = content
-            if callable(content):
-                buffer = io.BytesIO()
-                content(buffer)
-                whole = buffer.getvalue()
-            whole = whole.encode() if isinstance(whole, str) else whole
+def counted(k, function):
+    """A function that calls `function` at its k-th call, counted from 1."""
+    calls = itertools.count(1)
+    return lambda *args, **kw: function(*args) if next(calls) == k else None
 
-            def half(f):
-                f.write(whole[:len(whole) // 2])
-                f.flush()
-                suicide()
-            write(path, half)
+
+def kill_after_step(k, rank):
+    """SIGKILL to process 0 when k steps are logged and the last one is not yet saved."""
+    log, now = common.Log.__call__, counted(k, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+    def logged(self, *args, **values):
+        log(self, *args, **values)
+        now()
+    if rank == 0:
+        common.Log.__call__ = logged
+
+
+def kill_while_writing(name, k, rank):
+    """SIGKILL to process 0 when half of the k-th file of this name is written."""
+    write = common.write
+
+    def torn(path, content):
+        def half(f):
+            f.write(b"half of a file")
+            f.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, half if path.name.endswith(name) and now(True) else content)
+    now = counted(k, bool)
+    if rank == 0:
         common.write = torn
 
 
-# ---- several processes for one function --------------------------------------------------------
-
-def processes(function, n, folder):
-    """function(rank) in n gloo processes; a list of what each returned, by way of files."""
-    ctx = context()
-    running = [ctx.Process(target=_call, args=(function, r, n, str(folder))) for r in range(n)]
-    for p in running:
-        p.start()
-    for p in running:
-        p.join(100)
-    return [torch.load(Path(folder) / f"result{r}.pt") for r in range(n)]
+def nan_in_step(k, bad, rank):
+    """On process `bad` the gradients of the k-th step are NaN."""
+    backward, now = torch.Tensor.backward, counted(k, bool)
+    if rank == bad:
+        torch.Tensor.backward = lambda loss, *args, **kw: backward(
+            loss * (math.nan if now(True) else 1), *args, **kw)
 
 
-def _call(function, rank, n, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n)
-    result = function(rank)
-    common.write(Path(folder) / f"result{rank}.pt", functools.partial(torch.save, result))
-    dist.barrier()
+def bf16_on_the_cpu(k, rank):
+    """Networks run under bfloat16 autocast, which the scripts have on CUDA alone, for k steps."""
+    common.autocast = lambda *_: torch.autocast("cpu", torch.bfloat16)
+    common.check_finite = lambda *_: None                     # a CPU's bf16 convolutions may do that
+    log, now = common.Log.__call__, counted(k, leave)
+
+    def logged(self, *args, **values):
+        log(self, *args, **values)
+        now()
+    common.Log.__call__ = logged
+
+
+def fake_cuda(k, rank):
+    """Networks and losses run forward on a GPU that does not exist, for k steps or one prediction.
+
+    Tensors there have a shape, a type and a device, no values. So a tensor left on the CPU is an
+    error, and so is a step that waits for a value.
+    """
+    start_run, load = common.start_run, DataLoader.__iter__
+
+    def batches(loader):                                      # real ones
+        with unset_fake_temporarily():
+            iterator = load(loader)
+        while True:
+            with unset_fake_temporarily():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+    def predict(args, device, dataset, network, what, batch_size=8, collate=None):
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+        with torch.no_grad(), common.autocast(device, args.precision):
+            network(common.to_device(next(iter(loader)), device))
+        leave()
+
+    def convert(module, function, recurse=True):              # as of Module.to, without its swap
+        for child in module.children():
+            convert(child, function)
+        for name, x in module._parameters.items():
+            if x is not None:
+                module._parameters[name] = nn.Parameter(function(x.detach()), x.requires_grad)
+        for name, x in module._buffers.items():
+            module._buffers[name] = x if x is None else function(x)
+        return module
+
+    warnings.simplefilter("ignore")                           # CUDA is not available
+    DataLoader.__iter__, nn.Module._apply, common.predict = batches, convert, predict
+    common.start_run = lambda *args, **kw: (start_run(*args, **kw), torch.device("cuda"))[1]
+    common.check_finite = common.save = torch.Tensor.backward = lambda *_, **__: None
+    common.Log.__call__ = counted(k, leave)
+    torch.Tensor.cpu = lambda x: leave()
+    for script in SCRIPTS:
+        script.DDP = lambda model, **_: model
+    FakeTensorMode(allow_non_fake_inputs=True).__enter__()
+
+
+def leave(*_):
+    """End this process as one that is done."""
+    print("came to its end")
+    sys.stdout.flush()
     os._exit(0)

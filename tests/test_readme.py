@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import fault_limits
 import pytest
 import running
+import world as small
 
 import common
 
@@ -91,14 +91,14 @@ def test_the_commands_are_found():
 def place(tmp_path_factory, multithumos):
     """A folder with data/NAME and data/toy/NAME, as after `make toy`."""
     root = tmp_path_factory.mktemp("readme")
-    world = fault_limits.world(root)
+    world = small.make(root / "world")
     (root / "data" / "toy").mkdir(parents=True)
     for name in ("epic", "ego4d", "ucf101", "oops", "kinetics400", "charades", "videos"):
         (root / "data" / name).symlink_to(world / name)
         (root / "data" / "toy" / name).symlink_to(world / name)
     for where in ("data", "data/toy"):
         (root / where / "multithumos").symlink_to(multithumos)
-    for k in range(fault_limits.ITEMS):                       # to pre-train on
+    for k in range(small.ITEMS):                       # to pre-train on
         (world / "ego4d" / f"v{k}.mp4").hardlink_to(world / "videos" / f"v{k}.mp4")
     return root
 
@@ -118,7 +118,7 @@ def test_every_command_runs(script, place, monkeypatch):
             continue
         args = module.parse_args([*words, *SMALLER[script].split()])
         shutil.rmtree(place / args.out, ignore_errors=True)   # of a command with other flags
-        r = running.quick(place, *words, *SMALLER[script].split(), script=script)
+        r = running.quick(script, *words, *SMALLER[script].split(), cwd=place)
         if r.code or not (place / args.out).is_dir():
             failed.append(f"{script}.py {' '.join(words)}\n    {r.err.strip()[-600:]}")
     assert not failed, "\n".join(failed)
