@@ -955,7 +955,7 @@ def gather_rows(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
 
 def share_buffers(model: nn.Module) -> None:
     """Copy batch norm's running statistics from rank 0 to all processes."""
-    for buffer in model.buffers():
+    for buffer in model.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, 0)
 
 

@@ -12,12 +12,10 @@ import hashlib
 import io
 import json
 import re
-from contextlib import contextmanager
 from itertools import groupby
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from parity_tools import watch
 
@@ -107,16 +105,6 @@ def runs(values):
     return [[k, len(list(g))] for k, g in groupby(values)]
 
 
-@contextmanager
-def group():
-    """A process group of this process alone, which the losses sum over."""
-    ours = not dist.is_initialized()
-    common.init_distributed(gpu=False)
-    yield
-    if ours:
-        dist.destroy_process_group()
-
-
 # ---- weights -----------------------------------------------------------------------------------
 
 def shapes(case, model):
@@ -146,7 +134,7 @@ def released(case, model):
 
 def filled(case, model):
     """A whole network with the case's weights, for evaluation unless the case trains."""
-    sc.load(model, released(case, model), whole=True)
+    sc.load_network(model, released(case, model), strict=True)
     count = sum(p.numel() for p in model.parameters())
     assert count == case.config.get("parameters", count), f"{count} parameters"
     return model.train(not case.config.get("eval", True))
@@ -154,7 +142,7 @@ def filled(case, model):
 
 def part(case, model):
     """A part of a network with the case's weights."""
-    common.load_weights(model, released(case, model), [{"": ""}], adapt=sc.stream_names)
+    common.load_weights(model, released(case, model), adapt=sc.convert_names)
     return model.eval()
 
 
@@ -195,21 +183,10 @@ def pooled_features(case):
     return {"features": given[0]}
 
 
-def by_parts(x, parts):
-    """Samples of a part one behind the other, as ours expects them; sample i is of part i mod n."""
-    return torch.cat([x[part::parts] for part in range(parts)])
-
-
-def as_they_were(x, parts):
-    """Undo `by_parts`."""
-    return torch.stack(x.chunk(parts), 1).flatten(0, 1)
-
-
 def train_step(case):
     model, (x, t) = x3d(case).train(), ending(case, "_x", "_t")
     (label,) = (above(case, v["built"], t) for v in case.case["inputs"].values() if "built" in v)
-    parts = case.config["base_bn_splits"]
-    logits = as_they_were(model(by_parts(x, parts)), parts)
+    logits = model(x)
     loss = F.binary_cross_entropy_with_logits(logits, label)
     loss.backward()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -229,7 +206,7 @@ def sub_batch_norm(case):
         bn.eps, bn.momentum = c["eps"], c["momentum"]
     before = norm.bn.running_mean.clone()
     with torch.no_grad():
-        y = as_they_were(norm.train()(by_parts(x, c["num_splits"])), c["num_splits"])
+        y = norm.train()(x)
         common.merge_splits(norm)
         return {"y_train": y, "split_running_mean": norm.split_bn.running_mean,
                 "split_running_var": norm.split_bn.running_var, "bn_running_mean_before": before,
@@ -278,7 +255,7 @@ def coarse(case):
     c, want, x = case.config, case.case["outputs"], tensors(case)
     assert c["learnedMixing"], "there is no fusion without learned layers"
     model = filled(case, sc.Coarse(c["version"], c["n_classes"], c["t_pool"],
-                                   "mixed" if c["isMixing"] else "own", released=True))
+                                   "mixed" if c["isMixing"] else "own", coarse_stride=1))
     named = {k: k.split("_")[0] for k in want if re.match(r"(layer|rw|mix)\d", k)}
     seen, given = watch({v: getattr(model, v) for v in named.values()}), []
     model.rw6.register_forward_pre_hook(lambda _, args: given.append(args[1]))
@@ -289,25 +266,24 @@ def coarse(case):
     meta = torch.tensor(json.loads(told(case, r"meta rows .*?: (\[\[.*?\]\])")[0]))
     with torch.set_grad_enabled(bool(c["target"])):
         logits = model(clip, features, valid, meta[:, 0])
-    found = {"logits": logits, "gaussians": given[0], "cdf": model.sampled}
+    found = {"logits": logits, "gaussians": given[0], "cdf": model.grid_times}
     if pooled:
         found["pooled"] = pooled[0][0]
     for key, name in named.items():
         found[key] = seen[name][0]
         if key != name:                                       # ... rw2_bias, rw2_scale
             found[key] = found[key][key.endswith("scale")]
-            found[key] = sc.enlarge(found[key], want[key]["shape"][-1])
-    if "rw6_scale" in found and not model.rw6.alone:          # then its sigmoid is in `Coarse`
+            found[key] = sc.resize_maps(found[key], want[key]["shape"][-1])
+    if "rw6_scale" in found and not model.rw6.sigmoid_scale:          # then its sigmoid is in `Coarse`
         found["rw6_scale"] = found["rw6_scale"].sigmoid()
     if not c["target"]:
         return found
     mask = ones_but_last(case, c["target"], len(clip))
-    frames = sc.to_labels(logits, mask.shape[1], align_corners=False)
+    frames = sc.resize_logits(logits, mask.shape[1], align_corners=False)
     drawn = values(case, told(case, r"values\(\"(\w+)\"", c["target"])[0], frames.shape)
     label = above(case, c["target"], drawn) * mask[:, None]
-    with group():
-        loss, cls, loc = sc.detection_loss(frames, label, mask, sc.detection_counts(label, mask))
-        loss.backward()
+    loss, cls, loc = sc.detection_loss(frames, label, mask)
+    loss.backward()
     return {**found, "per_frame_logits": frames, "loss": loss, "cls_loss": cls, "loc_loss": loc,
             **gradients(model)}
 
@@ -335,7 +311,7 @@ def grid_unpool(case):
     assert c.shape[1] == case.config["L"]
     y = sc.grid_unpool(x, c)
     weighted_sum(case, y).backward()
-    return {"unpooled": sc.undo_times(x, c), "upsampled": y, "grad_logits": x.grad,
+    return {"unpooled": sc.to_uniform_times(x, c), "upsampled": y, "grad_logits": x.grad,
             "grad_cdf": c.grad}
 
 
@@ -349,16 +325,16 @@ def gaussian(case):
     c, start = case.config, torch.tensor(case.config["meta"])[:, 0]
     valid = ones_but_first(len(start), c["fine_steps"], c["valid_of_first_sample"]).sum(1)
     at = times(only(case)) if c["grid"] else None
-    return {"weights": sc.gaussian(start, valid, c["fine_steps"], at, c["T"], c["L"], apart=1)}
+    return {"weights": sc.gaussian(start, valid, c["fine_steps"], at, c["T"], c["L"], coarse_stride=1)}
 
 
 def fusion_filter(case):
     c, (x, g) = case.config, ending(case, "_x", "_g")
-    level = part(case, sc.FusionFilter(c["d"], c["ch"], c["pool"], alone=not c["mixing"]))
+    level = part(case, sc.FusionFilter(c["d"], c["ch"], c["pool"], sigmoid_scale=not c["mixing"]))
     with torch.no_grad():
         found = level(x, torch.exp(-g ** 2), ones_but_first(c["b"], c["tf"], c["valid"]))
     return dict(zip(("bias", "scale"), found if c["pool"] else
-                    (sc.enlarge(m, c["h"]) for m in found)))
+                    (sc.resize_maps(m, c["h"]) for m in found)))
 
 
 def fusion_mixing(case):
@@ -378,7 +354,7 @@ def clips_of(case, x):
     """A Mixture of clips with the labels (sample index+1)*7."""
     plus, factor = map(int, told_anywhere(case, r"\(sample index\+(\d+)\)\*(\d+)"))
     label = (torch.arange(len(x)) + plus) * factor
-    return sc.single(x, label[:, None].expand(-1, x.shape[2]))
+    return sc.unmixed(x, label[:, None].expand(-1, x.shape[2]))
 
 
 def choice(case):
@@ -393,12 +369,24 @@ def mixture(mix):
             "masks": mix.present.expand(mix.label.shape)}
 
 
+def fixed_choices(T, B):
+    """With which the release augments its validation; ours does not augment."""
+    i, length = torch.arange(B), torch.full((2, B), 3 * T // 4)
+    start = torch.stack([torch.zeros_like(i), torch.full_like(i, T // 4)])
+    return {"freeze": {"start": torch.where(i % 2 == 0, T // 8, 5 * T // 8),
+                       "length": torch.full((B,), T // 4)},
+            "mixup": {"start": start, "length": length, "partner": (i + B // 2 + 1) % B,
+                      "extend": False},
+            "sliding": {"partner": (i + B // 2 + 2) % B}}
+
+
 def volume(case):
     """The drawn choices, or validation's fixed ones."""
     mix, name = clips_of(case, only(case)), case.id.split("_")[1]
-    fixed = sc.validation_choices(mix.x.shape[2], len(mix.x))
-    choices = {name: choice(case) if case.config else fixed[name]}
-    found = mixture(sc.augment(mix, choices, extend="NOT extended" not in case.what))
+    name = "sliding" if "sliding" in case.id else name
+    c = choice(case) if case.config else fixed_choices(mix.x.shape[2], len(mix.x))[name]
+    c |= {"extend": False} if "NOT extended" in case.what else {}
+    found = mixture(sc.augment(mix, {name: c}))
     return {**found, "labels": found["labels"][0]} if name == "freeze" else found
 
 
@@ -409,11 +397,10 @@ def volume_combo(case):
     limit = float(told(case, r"<= ([\d.]*\d)")[0])
     choices = {"freeze": choice(sibling(case, "volume_freeze_train")),
                "mixup": choice(sibling(case, f"volume_mixup_train_{number}")),
-               "cutmix": {"partner": torch.tensor(json.loads(permutation))}}
+               "sliding": {"partner": torch.tensor(json.loads(permutation))}}
     on = [name for name, u in zip(choices, case.config["switches"]) if u <= limit]
     mix = sc.augment(clips_of(case, x), {name: choices[name] for name in on})
-    with group():
-        loss, accuracy = sc.pretraining_loss(logits, mix, sc.pretraining_counts(mix))
+    loss, accuracy = sc.pretraining_loss(logits, mix)
     return {**mixture(mix), "loss": loss, "soft_correct": accuracy * mix.label[0].numel()}
 
 
@@ -425,23 +412,21 @@ def detection_loss(case):
     mask = ones_but_last(case, text, len(logits))
     label = above(case, text, t) * mask[:, None]
     counted = torch.ones_like(mask) if "no mask" in case.what else mask
-    with group():
-        total, cls, loc = sc.detection_loss(logits.requires_grad_(), label, counted,
-                                            sc.detection_counts(label, counted))
-        total.backward()
+    total, cls, loc = sc.detection_loss(logits.requires_grad_(), label, counted)
+    total.backward()
     return {"total": total, "cls": cls, "loc": loc, "grad_logits": logits.grad}
 
 
 def ensemble(case):
     models = list(tensors(case).values())
     assert len(models) == case.config["models"]
-    frames = sc.to_labels(sum(models) / len(models), case.config["label_length"], False)
+    frames = sc.resize_logits(sum(models) / len(models), case.config["label_length"], False)
     return {"per_frame_logits": frames, "probs": frames.sigmoid()}
 
 
 def label_rate(case):
     x, n = only(case), case.config["length"]
-    return {"fine": sc.to_labels(x, n, True), "coarse": sc.to_labels(x, n, False)}
+    return {"fine": sc.resize_logits(x, n, True), "coarse": sc.resize_logits(x, n, False)}
 
 
 def apmeter(case):
@@ -474,7 +459,7 @@ def localize(case):
     for row in csv.DictReader(io.StringIO(case.inputs()["ground_truth_csv"])):
         actions = [a.split() for a in row["actions"].split(";") if a]
         actions = [(int(c[1:]), float(a), float(b)) for c, a, b in actions]
-        truth.append(sc.localization_truth(actions, float(row["length"]), int(classes), count))
+        truth.append(sc.localization_labels(actions, float(row["length"]), int(classes), count))
         video = row["id"]
         scores.append(np.stack([
             np.full(int(classes), -np.inf) if video not in submitted or (video, j) in missing else
@@ -488,11 +473,16 @@ def localize(case):
 
 def frames25(case):
     n, want = case.config["valid"], case.case["outputs"]["official_indices"]
-    return {"indices": sc.frames_of_25(n, None, None, legacy=True),
+    return {"indices": sc.charades_frames(n, None, None, as_released=True),
             "official_indices": as_written(sc.localization_times(n).tolist(), want)}
 
 
 # ---- schedules ---------------------------------------------------------------------------------
+
+def late_state(step, bounds):
+    """In the release a long cycle ends a step late, as a counter must exceed the bound."""
+    return 3 if step in bounds[1:-1] else sc.long_state(step, bounds)
+
 
 def cycle_batches(case):
     """The place in the short cycle counts from the iterator's start, that in the long cycle not."""
@@ -500,9 +490,9 @@ def cycle_batches(case):
     short = "short cycles not used" not in case.what
     batches = []
     for k in range(c["batches"]):
-        state = sc.long_state(c["start_iteration"] + k, c["schedule"], released=True)
+        state = late_state(c["start_iteration"] + k, c["schedule"])
         factor = sc.clip_shape(state, sc.short_state(k, state), 1, 1)[2]
-        batches.append((state, base * sc.LONG_SCALE[state] * (factor if short else 1)))
+        batches.append((state, base * sc.LONG_BATCH[state] * (factor if short else 1)))
     shown = max(len(r["first_batch_sizes"]) for r in case.case["outputs"]["runs"])
     found = [(state, [b for _, b in g]) for state, g in groupby(batches, lambda x: x[0])]
     return {"runs": [{"long_index": state, "batches": len(sizes),
@@ -511,7 +501,7 @@ def cycle_batches(case):
 
 def clip_shapes(case):
     c, rows = case.config, []
-    for state in (*range(len(sc.LONG_SPAN)), -1):
+    for state in (*range(len(sc.LONG_FRAMES)), -1):
         for place in sorted({sc.short_state(k, state) for k in range(12)}):
             shape = sc.clip_shape(state, place, c["sample_duration"], c["crop_size"])
             rows.append([state, place, *shape[:2]])
@@ -520,12 +510,13 @@ def clip_shapes(case):
 
 def rates(case):
     """[[rate, how many steps]], of two groups where the words name both."""
-    c, want = case.config, case.case["outputs"]["lrs"]
-    bounds = (c["schedule"],) if "schedule" in c else ()
-    rate, found = sc.multigrid_lr if bounds else sc.ssdet_lr, []
-    for k in range(sum(n for _, n in want)):
-        x = rate(k, c["lr"], *bounds, c["milestones"], c["warmup"], released=True)
-        found.append(float(f"{x:.12g}") if bounds else [float(f"{v:.12g}") for v in x])
+    c, want, found = case.config, case.case["outputs"]["lrs"], []
+    for k in range(sum(n for _, n in want)):                  # steps 0 and 1 are not warmed up,
+        x = sc.warmup_and_steps(k, c["lr"], c["milestones"], c["warmup"] if k > 1 else 0)
+        if "schedule" in c:
+            x *= sc.LONG_BATCH[late_state(k, c["schedule"])]
+        both = [x, x * (1 if k > 1 else 0.1)]                 # then both groups have one rate
+        found.append(float(f"{x:.12g}") if "schedule" in c else [float(f"{v:.12g}") for v in both])
     return {"lrs": as_written(runs(found), want)}
 
 
@@ -535,16 +526,16 @@ def fair_multigrid(case):
     plan = sc.fair_schedule(c["steps"], c["max_epoch"], c["frames"], c["crop"], c["short_cycle"],
                             c["epoch_factor"])
     steps, lrs = sc.fair_rates(plan, c["gamma"])
-    for start, cycle in zip(steps, plan):
-        batch = cycle.batch * c["batch"]
-        norm, parts = sc.fair_norm(batch, c["num_gpus"])
-        splits = parts if norm == "sub_batchnorm" else splits
-        row = [batch, cycle.frames, cycle.crop, norm, splits,
-               FAIR_RATE * (c["frames"] // cycle.frames)]
+    for start, (_, factor, frames, crop, _) in zip(steps, plan):
+        batch = factor * c["batch"]
+        parts = batch / c["num_gpus"] / 8                     # 8 samples share their statistics
+        norm = "sub_batchnorm" if parts > 1 else "sync_batchnorm" if parts < 1 else "batchnorm"
+        splits = int(parts) if parts > 1 else splits
+        row = [batch, frames, crop, norm, splits, FAIR_RATE * (c["frames"] // frames)]
         if not changes or row != changes[-1][1:]:
             changes.append([start, *row])
-    return {"schedule": [[s.step, [s.batch, s.frames, s.crop], s.end] for s in plan],
-            "steps": steps, "lrs": lrs, "max_epoch": plan[-1].end, "changes": changes}
+    return {"schedule": [[falls, shape, end] for falls, *shape, end in plan],
+            "steps": steps, "lrs": lrs, "max_epoch": plan[-1][-1], "changes": changes}
 
 
 # ---- frames ------------------------------------------------------------------------------------
@@ -562,17 +553,18 @@ def spatial(case):
         box = sc.crop_box(w, h, c["scale"], c["tl_x"], c["tl_y"])
         flip = c["p"] < float(told(case, r"flip when p<([\d.]*\d)")[0])
     else:
-        box, flip = sc.centre_box(w, h), False
+        box, flip = sc.center_box(w, h), False
+    norms = {"kinetics": sc.KINETICS_NORM, "charades": sc.CHARADES_NORM}
     x = sc.cut(picture[None].astype(np.uint8), box, c["size"], flip)
     return {"pixels": x[:, 0].permute(1, 2, 0).float(),
-            "tensor": sc.normalise(x[None], c["norm"])[0, :, 0]}
+            "tensor": common.normalize(x[None], *norms[c["norm"]])[0, :, 0]}
 
 
 def temporal_crop(case):
     c = case.config
-    numbers = sc.kinetics_numbers(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"],
+    numbers = sc.kinetics_frames(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"],
                                   c["span"])
-    return {"frames": numbers + 1, "begin_max": sc.last_begin(c["n"], c["size"])}
+    return {"frames": numbers + 1, "begin_max": sc.max_start_kinetics(c["n"], c["size"])}
 
 
 def validation_crops(case):
@@ -587,8 +579,8 @@ def ends(numbers):
     return [int(numbers[0]) + 1, int(numbers[-1]) + 1, len(numbers)]
 
 
-def from_one(range_):
-    return [x + 1 for x in range_]
+def starts_from_one(n, span, stride):
+    return [1, sc.max_start(n, span, stride) + 1]
 
 
 def spans(case):
@@ -604,14 +596,14 @@ def charades_sampling(case):
     n, start = case.config["nf"], case.config["start"] - 1
     span, _, _, stride = spans(case)
     short = case.case["outputs"]["ssdet_train_label_len"]
-    fine, whole = sc.test_numbers(n, stride), sc.test_numbers(n, stride, whole=True)
-    return {"fine_train": ends(sc.clip_numbers(n, start, min(n, span), stride)),
+    fine, whole = sc.video_frames(n, stride), sc.video_frames(n, stride, whole=True)
+    return {"fine_train": ends(sc.clip_frames(n, start, min(n, span), stride)),
             "fine_train_label_len": min(n, start + min(n, span)) - start,
-            "fine_draw": [from_one(sc.start_range(n, span, stride, released=True))],
+            "fine_draw": [starts_from_one(n, span, stride)],
             "fine_test": ends(fine[0]), "fine_test_label_len": fine[1],
-            "ssdet_train": ends(sc.clip_numbers(n, start, short, stride)),
+            "ssdet_train": ends(sc.clip_frames(n, start, short, stride)),
             "ssdet_train_label_len": min(n, start + short) - start,
-            "ssdet_draw": [[1, sc.last_begin(n, short)]],
+            "ssdet_draw": [[1, sc.max_start_kinetics(n, short)]],
             "ssdet_test": ends(whole[0]), "ssdet_test_label_len": whole[1]}
 
 
@@ -620,15 +612,17 @@ def two_stream_sampling(case):
     span, fine_span, test_span, stride = spans(case)
     starts = [c["start"] - 1, c["start_g"] - 1]
     assert test_span == 2 * fine_span
-    clips = sc.two_stream_clips(n, *starts, span, fine_span, stride, training=True)
-    whole = sc.two_stream_clips(n, 0, 0, span, fine_span, stride, training=False)
-    draws = [from_one(sc.start_range(n, s, stride, released=True)) for s in (span, fine_span)]
+    fine, offset = sc.two_stream_frames(n, *starts, fine_span, stride)
+    test_fine, test_offset = sc.two_stream_test_frames(n, fine_span, stride)
+    draws = [starts_from_one(n, s, stride) for s in (span, fine_span)]
     draws[1][1] = min(c["start"], draws[1][1])
-    return {"train_coarse": ends(clips[0]), "train_fine": ends(clips[1]), "train_meta": clips[2],
+    return {"train_coarse": ends(sc.clip_frames(n, starts[0], min(n, span), stride)),
+            "train_fine": ends(fine),
+            "train_meta": [offset, min(n, span) // stride, n // stride, 1],
             "train_label_lens": [min(n, a + min(n, s)) - a
                                  for a, s in zip(starts, (span, fine_span))],
-            "draws": draws, "test_coarse": ends(whole[0]), "test_fine": ends(whole[1]),
-            "test_meta": whole[2]}
+            "draws": draws, "test_coarse": ends(sc.video_frames(n, stride, whole=True)[0]),
+            "test_fine": ends(test_fine), "test_meta": [test_offset, *[n // stride] * 2, 1]}
 
 
 def frame_labels(case):
@@ -665,13 +659,13 @@ def collate_coarse(case):
                        case.folder / level / f"clip{i}")
         items.append({"clip": torch.full((colours, frames, *shape), i + 1), "start": 0,
                       "label": torch.ones(classes, labels, dtype=torch.uint8),
-                      "features": sc.read_features(args, f"clip{i}")})
+                      **sc.read_features(args, f"clip{i}")})
     batch = sc.collate(items)
     (level,) = (k.removeprefix("feat_") for k in case.case["outputs"] if k.startswith("feat_layer"))
     return {"clips": [len(rows), 1, *batch["clip"].shape[1:]],
-            "labels": list(batch["label"].shape), "label_mask_sums": batch["mask"].sum(1).tolist(),
+            "labels": list(batch["label"].shape), "label_mask_sums": batch["label_mask"].sum(1).tolist(),
             f"feat_{level}": list(batch[level].shape),
-            "feat_mask_sums": batch["valid"].sum(1).tolist(),
+            "feat_mask_sums": batch["conv5_mask"].sum(1).tolist(),
             "clip_sum": float(batch["clip"].sum())}
 
 
