@@ -266,6 +266,8 @@ def test_files_have_the_official_form_and_no_video_is_made_twice(name, tmp_path)
 def test_train_and_test_share_no_group_and_no_film(tmp_path):
     toy.make_ucf101(tmp_path, 0, 1.0)
     toy.make_hmdb51(tmp_path, 0, 1.0)
+    classes = (tmp_path / "ucfTrainTestlist/classInd.txt").read_text().splitlines()
+    assert len(classes) == 101 and {f"{c} {name}" for c, name in toy.UCF_MOTIONS} < set(classes)
     for i in (1, 2, 3):
         groups = [set(re.findall(r"_g(\d\d)_", (
             tmp_path / f"ucfTrainTestlist/{split}list{i:02d}.txt").read_text()))

@@ -796,7 +796,7 @@ def make_ucf101(root, seed, scale):
             videos.append(plan_action("ucf101", 100000 * c + 1000 * group + clip, seed, motion,
                                       group, 25, (68, 92), frames, root / "UCF-101" / path))
             rows.append((group, path, c))
-    names = {c: f"Class{c}" for c in range(1, 102)} | dict(UCF_MOTIONS)
+    names = {c: f"Class{c}" for c in range(1, 102)} | dict(UCF_MOTIONS.keys())
     write_lines(folder / "classInd.txt", [f"{c} {name}" for c, name in names.items()], "\r\n")
     for i in (1, 2, 3):                                  # groups 1-7, 8-14 and 15-21 are tested
         test = range(7 * i - 6, 7 * i + 1)
