@@ -5,14 +5,17 @@ the function behind `--init`.
 """
 
 import copy
+import functools
 import math
 import re
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from parity_tools import NUMBER, Twice, only
+from parity_tools import NUMBER, Twice, only, watch
+from scipy.signal import peak_prominences
 from torch import nn
 
 import common
@@ -33,28 +36,35 @@ def twice(outputs, model):
     return {k: Twice(v, double[k]) for k, v in outputs(model).items()}
 
 
-def backbone(case, network, x):
-    """Every named map, the plain forward, and the state, whose statistics training moves."""
-    network = case.load(network, [{"": ""}], "").train(case.training())
+def backbone(case, network, stages):
+    """The map of each stage, their global maximum, and the state, whose statistics training moves.
+
+    stages: {name in the original: ours}.
+    """
+    network, x = case.load(network, [()], ("",)).train(case.training()), case.input("x")
     for m in network.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = case.config.get("bn_momentum", m.momentum)
 
     @torch.no_grad()
     def outputs(network):
-        typed = x.to(next(network.parameters()).dtype)
-        plain = copy.deepcopy(network)(typed)                 # a copy: training changes the state
-        return {**network(typed, return_embs=True), "forward": plain, **network.state_dict()}
+        seen = watch({k: getattr(network, own) for k, own in stages.items()})
+        last = network(x.to(next(network.parameters()).dtype))
+        return {**{k: maps[0] for k, maps in seen.items()}, "forward": last,
+                "pool": last.amax(tuple(range(2, last.dim())), keepdim=True),
+                **network.state_dict()}
     return twice(outputs, network) if network.training else outputs(network)
 
 
 def video_backbone(case):
     network = common.R2Plus1D(width_of(shapes(case)), case.config["depth"])
-    return backbone(case, network, case.input("x"))
+    return backbone(case, network, {k: k for k in ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")})
 
 
 def audio_backbone(case):
-    return backbone(case, common.SpectrogramCNN(width_of(shapes(case))), case.input("x"))
+    return backbone(case, common.SpectrogramCNN(width_of(shapes(case))), {
+        "conv1": "conv1", "conv2x": "block1", "conv3x": "block2", "conv4x": "block3",
+        "conv5x": "block4"})
 
 
 def replai_model(case):
@@ -63,7 +73,7 @@ def replai_model(case):
     deep = any(k.startswith("backbone.video.conv2x.1.") for k in s)
     depth, out_dim = case.config.get("depth", 18 if deep else 10), s["mlp.video_clr.2.weight"][0]
     model = replai.RepLAI(width_of(s, "backbone.video."), depth, out_dim)
-    case.load(model, replai.PRETRAIN_LAYOUTS, "backbone.")
+    case.load(model, replai.PRETRAIN_LAYOUTS, ("backbone.",))
     return model
 
 
@@ -73,7 +83,8 @@ def objective(case, model):
     tau = c["temperature"] if "temperature" in c else replai.parse_args([]).tau
     made, dtype = case.inputs(), next(model.parameters()).dtype
     out = model(*(only(made, k).to(dtype) for k in ("video_l", "video_r", "audio")))
-    avc, astc = replai.losses(out, tau)
+    avc = replai.avc_loss(out["z"], out["y"], tau)
+    astc = replai.astc_loss(out["g_fwd"], out["g_bwd"], out["q"], replai.KAPPA)
     return c["clr_coeff"] * avc + c["aot_coeff"] * astc, avc, astc
 
 
@@ -111,10 +122,7 @@ def criterion_sgd_steps(case):
 
 
 def own_avc(video_l, video_r, audio, tau):
-    """AVC of this process's rows against the candidates of all, as in `replai.losses`."""
-    z = torch.stack([video_l, video_r])
-    own = common.rank() * len(audio)
-    return replai.avc_loss(z, audio, replai.candidates(z), replai.candidates(audio), own, tau)
+    return replai.avc_loss(torch.stack([video_l, video_r]), audio, tau)
 
 
 def avc(case):
@@ -166,7 +174,7 @@ def astc(case):
     hidden, out_dim = s["mlp.aot_diff.0.weight"]
     model = nn.Module()
     model.mlp = nn.ModuleDict({"aot_diff": replai.head(out_dim, hidden, out_dim)})
-    case.load(model, [{"": ""}], "")
+    case.load(model, [()], ("",))
     x = {k: torch.from_numpy(v).requires_grad_() for k, v in made.items()}
     s_l, s_r, q = (only(x, k) for k in ("video_l", "video_r", "audio"))
     loss = replai.astc_loss(*replai.RepLAI.change(model, s_l, s_r), q, case.config["temperature"])
@@ -177,28 +185,32 @@ def astc(case):
 
 def moi(case):
     c, (x,) = case.config, case.inputs().values()
-    found = replai.find_moments(x, c["sample_rate"], c["prominence"], c["distance_bins"])
-    times, peaks = found.times, found.times[found.peaks]
+    times, curve, bins = replai.find_moments(x, c["sample_rate"], c["prominence"],
+                                             c["distance_bins"])
+    peaks = times[bins]
     kept = replai.admissible(peaks, c["segment_seconds"], c["delta_non_overlap"], c["clip_seconds"])
-    return {"zscore_mean_over_frequency": found.curve, "number_of_bins": len(found.curve),
+    return {"zscore_mean_over_frequency": curve, "number_of_bins": len(curve),
             "first_bin_seconds": times[0], "bin_step_seconds": times[1] - times[0],
-            "all_peak_bins": found.peaks, "all_peak_prominences": found.prominences,
+            "all_peak_bins": bins, "all_peak_prominences": peak_prominences(curve, bins)[0],
             "kept_peak_seconds": peaks[kept]}
 
 
 def spectrogram(case):
+    """The script has one window, hop, number of bands and rate; the case's stand in for them."""
     c, (x,) = case.config, case.inputs().values()
-    x = torch.from_numpy(np.atleast_2d(x))                              # (channels, n)
-    rate = c["audio_rate"]
-    mel = {"n_fft": round(c["window_ms"] * rate / 1000), "hop": round(c["hop_ms"] * rate / 1000),
-           "n_mels": c["n_mels"]}
+    x, new = torch.from_numpy(np.atleast_2d(x)), c["audio_rate"]        # (channels, n)
     mono = x.mean(0)
-    resampled = replai.resample(mono, c["raw_sample_rate"], rate)
-    power = replai.mel_power(resampled, rate=rate, **mel)
+    resampled = replai.resample(mono, c["raw_sample_rate"], new)
+    mel_power = functools.partial(replai.mel_power, n_fft=round(c["window_ms"] * new / 1000),
+                                  hop=round(c["hop_ms"] * new / 1000), n_mels=c["n_mels"],
+                                  sample_rate=new)
+    power = mel_power(resampled)
     log = power.clamp(min=c["log_floor"]).log()
-    picked = common.subsample(log.shape[1], c["num_temporal_frames"])
-    normalised = replai.log_mel(x, c["raw_sample_rate"], c["num_temporal_frames"], c["mean"],
-                                c["std"], c["log_floor"], rate, **mel)
+    picked = replai.subsample(log.shape[1], c["num_temporal_frames"])
+    with (mock.patch.object(replai, "mel_power", mel_power),
+          mock.patch.object(replai, "SOUND_RATE", new)):
+        normalised = replai.log_mel(x, c["raw_sample_rate"], c["num_temporal_frames"], c["mean"],
+                                    c["std"], c["log_floor"])
     return {"mono": mono[None], "resampled": resampled[None], "mel_power": power[None],
             "log": log[None], "permuted": log.T[None], "subsampled": log.T[None, picked],
             "normalised": normalised}
@@ -214,7 +226,7 @@ def mel_filterbank(case):
 
 
 def video_transform(case):
-    """Crop and number of pictures are our defaults where the case does not name them."""
+    """Crop and number of frames are our defaults where the case does not name them."""
     c, (frames,), args = case.config, case.inputs().values(), replai.parse_args([])
     named = re.search(r"centre crop (\d+)", case.what)
     crop = c.get("crop") or (int(named[1]) if named else args.crop)
@@ -225,15 +237,15 @@ def video_transform(case):
         assert size in sizes, f"scaled to {sizes[0]}, or {sizes[1]} as released, not to {size}"
         clip = replai.resize_crop_flip(frames, size, c["crop_x"], c["crop_y"], crop, c["flip"])
     else:
-        clip = replai.centre(frames, crop, "nearest" if "NEAREST" in case.what else "bilinear")
-    picked = common.subsample(len(frames), c.get("num_frames") or args.num_frames)
-    return {"clip": replai.normalize(clip[None, :, picked])[0]}
+        clip = replai.center_crop(frames, crop, "nearest" if "NEAREST" in case.what else "bilinear")
+    picked = replai.subsample(len(frames), c.get("num_frames") or args.num_frames)
+    return {"clip": common.normalize(clip[None, :, picked], *common.IMAGENET)[0]}
 
 
 def audio_window(case):
     rows = []
     for rate, total, _, start, stop in case.input("rows"):
-        first, end = common.audio_window(start, stop, rate, total)
+        first, end = replai.audio_window(start, stop, rate, total)
         rows.append([first, end - 1, end - first])
     return {"recommended_first_last_length": rows}
 
@@ -248,7 +260,7 @@ def one_cycle(case):
 def per_epoch(case):
     c = case.config
     if c["cos"]:
-        return {"lr": [replai.cosine(c["lr"], i, c["epochs"]) for i in range(c["epochs"])]}
+        return {"lr": [replai.warmup_cosine(c["lr"], i, 0, c["epochs"]) for i in range(c["epochs"])]}
     return {"lr": [replai.step_lr(c["lr"], i, c["milestones"]) for i in range(c["epochs"])]}
 
 
@@ -259,22 +271,22 @@ def warmup_cosine(case):
 
 
 def linear_classifier(case):
-    (features,), of = case.inputs().values(), {True: "sign", False: "off"}
+    """The features come in place of f_V's map; with `normalize` the original makes signs of them."""
+    (features,) = case.inputs().values()
     features = torch.from_numpy(features).flatten(1)                    # (N, D)
     probe = replai.LinearProbe(features.shape[1] // 8, num_classes=case.config["num_classes"])
-    case.load(probe, replai.PROBE_LAYOUTS, "fc.")
-    return probe.classify(features, of[case.config["normalize"]])
+    case.load(probe, replai.video_layouts("backbone."), ("fc.",))
+    probe.backbone = nn.Unflatten(1, (features.shape[1], 1, 1, 1))
+    if case.config["normalize"]:
+        features = nn.functional.normalize(features[..., None], dim=-1)[..., 0]
+    return dict(zip(case.config["num_classes"], probe(features)))
 
 
 def topk(case):
-    """The original multiplies the hits by 100 / rows in float32; our percentage is told as that."""
     scores, labels = case.input("scores"), case.input("labels").numpy()
-    n, percent = len(labels), {}
-    for k in range(1, scores.shape[1] + 1):
-        hits = replai.top_k(scores, labels, k) * n / 100
-        assert abs(hits - round(hits)) < 1e-6, f"top{k} is no share of {n} rows"
-        percent[f"top{k}"] = float(np.float32(round(hits)) * np.float32(100.0 / n))
-    return percent
+    n = len(labels)
+    return {f"top{k}": float(np.float32(replai.hits(scores, labels, k).sum())
+                             * np.float32(100.0 / n)) for k in range(1, scores.shape[1] + 1)}
 
 
 def number_set(x):
@@ -298,20 +310,17 @@ def recognition(case):
     """Logits, or probabilities where the original's switch TEST.NO_ACT is off."""
     c = case.config
     model = replai.Recognition(c["width"], c["depth"], c["num_classes"])
-    out = case.load(model, replai.BARE_LAYOUTS, "").train(case.training())(case.input("x"))
+    out = case.load(model, replai.video_layouts(""), ("",)).train(case.training())(case.input("x"))
     assert c["test_no_act"] or c["head_act"] == "softmax"
     return dict(zip(("verb", "noun"), out if c["test_no_act"] else [x.softmax(-1) for x in out]))
 
 
 def anticipation(case):
-    """The state lacks the sinusoid: it is ours, and is not loaded."""
     c, kind = case.config, case.config["aggregator"].removesuffix("Aggregator").lower()
     model = replai.Anticipation(
         c["width"], c["depth"], c["num_classes"], kind, c["multi_input_features"],
         c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
-    pe = {k: v.clone() for k, v in model.state_dict().items() if k.endswith(".pe")}
-    case.load(model, replai.PROBE_LAYOUTS, "")
-    model.load_state_dict(pe, strict=False)
+    case.load(model, replai.video_layouts("backbone."), ("",))
     model.train(case.training())
     x = case.input("x")
     features = model.encode(x)
@@ -322,17 +331,13 @@ def anticipation(case):
 
 
 def lta_windows(case):
+    """The later one more window is not ours; its count follows from ours."""
     c, (key,) = case.config, case.case["outputs"]
-    clips = np.array([k for k, n in c["actions_per_clip"].items() for _ in range(n)])
-    index = np.concatenate([np.arange(n) for n in c["actions_per_clip"].values()])
-    rows = replai.action_windows(clips, c["inputs"], c["future"])
-    extra = replai.action_windows(clips, c["inputs"], c["future"], extra=True)
-    if "window_counts_with_the_later_plus_one" in c:
-        counts = {k: int((clips[extra[:, 0]] == k).sum()) for k in c["actions_per_clip"]}
-        assert counts == c["window_counts_with_the_later_plus_one"]
-    inputs, future = index[rows[:, :c["inputs"]]], index[rows[:, c["inputs"]:]]
-    return {key: [[str(clips[r[0]]), i.tolist(), f[0], f[-1]]
-                  for r, i, f in zip(rows, inputs, future.tolist())]}
+    rows = [[clip, seen, coming[0], coming[-1]] for clip, n in c["actions_per_clip"].items()
+            for seen, coming in replai.action_windows(list(range(n)), c["inputs"], c["future"])]
+    for clip, n in c.get("window_counts_with_the_later_plus_one", {}).items():
+        assert n == 1 + sum(r[0] == clip for r in rows)
+    return {key: rows}
 
 
 def frame_sampling(case):
@@ -356,13 +361,13 @@ def keyframe_metrics(case):
 def state_heads(case):
     c = case.config
     heads = replai.StateHeads(c["channels"], c["map"], c["pool"], dropout=0.0)
-    keyframe, state = case.load(heads, [{"": ""}], "")(case.input("map"))
-    losses = replai.statechange_losses((keyframe, state), {
+    keyframe, state = case.load(heads, [()], ("",)).heads(case.input("map"))
+    losses = replai.StateChange.losses(None, (keyframe, state), {
         "state": torch.tensor(c["state_labels"]), "keyframe": torch.tensor(c["keyframe_index"]),
         "has_keyframe": torch.tensor(c["state_labels"]) > 0})
-    probs = replai.probabilities(keyframe, state)
-    return {"keyframe_logits": keyframe, "state_logits": state, "keyframe_probs": probs[0][:, None],
-            "state_probs": probs[1][:, :, None], "keyframe_loss": losses["keyframe"],
+    return {"keyframe_logits": keyframe[:, None], "state_logits": state[:, :, None],
+            "keyframe_probs": keyframe.softmax(1)[:, None],
+            "state_probs": state.softmax(1)[:, :, None], "keyframe_loss": losses["keyframe"],
             "state_loss": losses["state"], "loss": sum(losses.values())}
 
 
@@ -390,8 +395,8 @@ ADAPTERS = {
     "criterion": criterion, "criterion.two_sgd_steps": criterion_sgd_steps,
     "loss.avc": avc, "loss.avc_two_processes": avc_processes, "loss.astc": astc,
     "moi": moi, "spectrogram": spectrogram, "mel_filterbank": mel_filterbank,
-    "subsample": lambda case: {"indices": common.subsample(case.config["in"], case.config["out"])},
-    "pad_video": lambda case: {"indices": common.pad(case.config["have"], case.config["want"])},
+    "subsample": lambda case: {"indices": replai.subsample(case.config["in"], case.config["out"])},
+    "pad_video": lambda case: {"indices": replai.pad(case.config["have"], case.config["want"])},
     "video_transform": video_transform, "audio_window": audio_window,
     "schedule.onecycle_per_epoch": one_cycle, "schedule.linear_eval_steps": per_epoch,
     "schedule.cosine": per_epoch, "schedule.warmup_cosine_per_step": warmup_cosine,
