@@ -3,924 +3,220 @@ Kukleva, Schiele), ECCV 2022 workshops, arXiv:2209.11870.   Official code:
 dukaenea/unintentional_actions, commit fdde674.   Data and benchmark: Oops! (arXiv:1911.11206),
 cvlab-columbia/oops, commit ef2d93f.
 
-Something goes wrong in a video: intention, then a transition, then the unintended. Before it sees
-a label, a transformer over frozen frame features learns which temporal transformation a clip went
-through (sped up, shuffled, turned round, warped), hence what orderly motion is; a second one over
-clip embeddings learns the same of whole videos. Then both learn to tell 0 intentional, 1
-transition, 2 unintentional clips apart, to find the transition in time, and to see it coming.
+Each video shows an accident: first intentional action, then a transition, then unintentional
+action. Pre-training needs no labels. A transformer on frozen frame features predicts which temporal
+transformation was applied to a clip (speed, shuffle, flip, warp), so it learns what normal motion
+looks like. A second transformer on clip embeddings does the same for whole videos. Both are then
+fine-tuned to classify clips, to localize the transition and to anticipate the label.
 
-    f_t = φ(I_t)                                      one vector per picture, φ frozen: (D,)
-    z   = Enc_frame([c, f_1 ... f_L])_0               clip embedding: the class token's row
-    L_F2C   = mean_i CE(Head(z_i), y_i)               y: which of 8 transformations of the clip
-    v   = Enc_clip([c', z_1 ... z_N])_0               z_j of 16 pictures each, Enc_frame frozen
-    L_F2C2V = mean_i CE(Head(v_i), y_i)               y: which of 6 transformations of the video
+    f_t = φ(I_t)                                 (1)  features of frame t, (D,); φ is frozen
+    z   = Enc_frame([c, f_1 ... f_L])_0          (2)  F2C: a clip's embedding, its class token's row
+    L   = mean_i CE(Head(z_i), y_i)              (3)  y: which of 8 transformations of the clip
+    v   = Enc_clip([c', z_1 ... z_N])_0          (4)  F2C2V: a video's embedding; Enc_frame is frozen
+    L   = mean_i CE(Head(v_i), y_i)              (5)  y: which of 6 transformations of the video
 
-    q_j = Head_3(z_j), or Head_3(Enc_clip(...)_j)     clip level, video level: CE over all clips,
-    or a CRF over a video's clips, s(q, y) = a_y1 + b_yN + Σ_j q_j[y_j] + Σ_j A[y_j-1, y_j]:
-    L = log Σ_y' exp s(q, y') - s(q, y);   t̂ = middle of the clip with the largest softmax(q_j)_1
+    q_j = Head_3(z_j)  or  Head_3(Enc_clip(...)_j)        (6)  logits of clip j; clip or video level
+    L   = Σ_j w_yj CE(q_j, y_j) / Σ_j w_yj                (7)  w_c = max_k n_k / n_c; clip level: 1
+    s(q, y) = a_y1 + b_yN + Σ_j q_j[y_j] + Σ_j A[y_j-1, y_j]           (8)  or, at video level, CRF
+    L   = log Σ_y' exp s(q, y') - s(q, y)                              (9)
+    t̂   = middle of the clip with the largest p(y_j = 1)              (10)  p: of softmax or CRF
 
-Features     python f2c_oops.py --stage features --data data/oops --weights vit.pth
+Clips of (2) have L = 20 frames, all others 16. A labelled clip is one second at 16 frames per
+second: 0 intentional; 1 transition: it contains the annotated time t; 2 unintentional: it starts
+after t. Published sizes: D = 768 (ViT-B/16), 3 layers, 16 heads, an attention window of 32.
+
+Features     torchrun --nproc_per_node 8 f2c_oops.py --stage features --data data/oops
 F2C          torchrun --nproc_per_node 8 f2c_oops.py
 F2C2V        torchrun --nproc_per_node 8 f2c_oops.py --stage f2c2v
 Classify     torchrun --nproc_per_node 8 f2c_oops.py --stage classify --level video
-Localize     python f2c_oops.py --stage localize --init FILE
 Anticipate   torchrun --nproc_per_node 8 f2c_oops.py --stage classify --anticipate 1.5
-Evaluate     python f2c_oops.py --stage evaluate --init FILE
+Localize     python f2c_oops.py --stage localize --init FILE     (and --stage evaluate, the same)
 Try it       python f2c_oops.py --stage features --data data/toy/oops --tiny, then
              python f2c_oops.py --data data/toy/oops --tiny      (CPU, minutes; `make toy` first)
 
-The paper's text was not at hand, only its abstract: files named here are those of the official
-code, `ours` is from neither. Where the sources and this file differ, grep NOTE in this file.
+We had only the abstract of the paper. File names in this script are those of the official code,
+"ours" marks a choice of our own. Where sources and this file differ: grep NOTE in this file.
 """
 
-import contextlib
-import copy
-import csv
-import functools
-import io
-import json
+import itertools
 import math
-import os
-import re
 import statistics
 import struct
-import time
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import common
 from common import UserError, VideoError
 
 LABELS = ("intentional", "transition", "unintentional")
-SPEEDS = ("normal", "x2", "x4", "x8")                         # NOTE: the configs say x2, x3, x4
+SPEEDS = ("normal", "x2", "x4", "x8")        # NOTE: the configs say x2, x3, x4; the code 2, 4, 8
 CLIP_TRANSFORMS = (*SPEEDS, "shuffle", "flip", "point", "warp")
 VIDEO_TRANSFORMS = ("speed", "normal", "point", "flip", "shuffle", "warp")
-FPS = 16                             # of clips that have labels; pre-training takes every picture
-FASTER = 3                           # speed of the sped-up videos of F2C2V
-RATIOS = (1, 0.93, 1 / 0.93)         # of the labels in balanced training
-PUBLISHED_WEIGHTS = (19670 / 18069, 19670 / 4137, 1.0)        # of the labels, clips 1 s apart
-HALF = ((0.5,) * 3, (0.5 + 1e-8,) * 3)      # mean and std of timm's ViT; the ε is the release's
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-KINETICS = ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989))
-DENSE = 450                          # tokens up to which one masked attention beats blocks
+VIDEO_SPEED = 3                      # speed-up factor in F2C2V
+FPS = 16                             # of labelled clips; pre-training uses the video's own rate
+GRID = 0.25                          # seconds between labelled clips, at the least
 PAD = -1
-SHAPE = {"layers": 3, "heads": 16, "window": 32, "ff": 3072, "mlp": 1024, "positions": 7200}
-common.FREE_FLAGS |= {"features", "list", "val_list", "allow_missing", "tolerance"}
+FRAME_NETS = ("vit_b16", "resnet50", "resnet18")
+CLIP_NETS = ("r2plus1d_18", "r3d_18", "r2plus1d_152")         # 3-D networks: features of clips
+
+# Epochs and batch size of pre-training, and of classification at each level (configs/).
+PUBLISHED = {"f2c": (100, 128), "f2c2v": (100, 16), "clip": (50, 256), "video": (50, 8)}
+TINY = {"f2c": (60, 16), "f2c2v": (30, 8), "clip": (10, 256), "video": (15, 8)}
+SIZES = {"heads": 16, "ff": 3072, "mlp": 1024, "positions": 7200, "dropout": 0.1}     # configs/
+TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
+              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
 
 
-# ---- arguments ---------------------------------------------------------------------------------
+# ---- 1. transformations of a clip (official file: dataloaders/oops_ttibua_loader.py) ------------
 
-TESTS = ["localize", "evaluate"]
-STAGES = ["f2c", "f2c2v", "features", "classify", *TESTS]
-OF_CLIPS = ["r2plus1d_18", "r3d_18", "r2plus1d_152"]          # backbones with kernels in time
-BACKBONES = ["vit_b16", "resnet50", "resnet18", *OF_CLIPS]
+def crop_frames(rng, n, size):
+    """`size` consecutive frames out of n: (size,).
 
-
-def parse_args(argv=None):
-    p = common.Parser(__doc__, STAGES, ["oops"])
-    p.data.add_argument("--list", type=Path, metavar="FILE",
-                        help="names of the videos to pre-train on, .txt or .csv (default: "
-                             "train_all_org.csv of --data, else its train.txt)")
-    p.data.add_argument("--val_list", type=Path, metavar="FILE",
-                        help="and of those to validate the pre-training on (default: "
-                             "val_all_org.csv of --data, else its val.txt)")
-
-    g = p.add_argument_group("clips")
-    g.add_argument("--clip_len", type=int, default=20, metavar="L",
-                   help="frames per clip of f2c, at the video's own rate (default: %(default)s, "
-                        "configs/)")
-    g.add_argument("--step", type=float, metavar="SECONDS",
-                   help="from one labelled clip to the next; 0.25 at clip level, 1 at video level "
-                        "(default: %(default)s, as released)")
-    g.add_argument("--crops", choices=["half", "full"], default="half",
-                   help="clips begin in the first half of the possible places, or anywhere "
-                        "(default: %(default)s, as released)")
-
-    g = p.add_argument_group("method")
-    g.add_argument("--init", metavar="FILE",
-                   help="weights to start from: none, or a file: ours or of the release's form "
-                        "(default: none; else the run before in the chain)")
-    g.add_argument("--transforms", type=str, metavar="LIST",
-                   help="what the pre-training tells apart. f2c: "
-                        f"{','.join(CLIP_TRANSFORMS)}; f2c2v: {','.join(VIDEO_TRANSFORMS)}; leave "
-                        "some out for the ablations (default: all, as released)")
-    for key, text, source in (
-            ("layers", "layers of each encoder", "configs/"),
-            ("heads", "heads of its attention", "configs/"),
-            ("window", "tokens that attention reaches, half of them to each side", "configs/"),
-            ("ff", "width of the feed-forward layers", "configs/"),
-            ("mlp", "width of the head", "as released"),
-            ("positions", "rows of the position table", "configs/")):
-        g.add_argument(f"--{key}", type=int, metavar="N", help=f"{text} (default: {SHAPE[key]} or "
-                       f"the checkpoint's, {source})")
-    g.add_argument("--dropout", type=float, default=0.1, metavar="X",
-                   help="share dropped in the encoders; 0: also none in the head, which has 0.2 "
-                        "(default: %(default)s, configs/)")
-    g.add_argument("--init_std", type=float, default=0.02, metavar="X",
-                   help="standard deviation of the encoders' first weights (default: %(default)s, "
-                        "Longformer's)")
-
-    g = p.add_argument_group("features")
-    g.add_argument("--features", type=Path, metavar="DIR",
-                   help="features, in train/ and val/: written by --stage features, read by the "
-                        "others")
-    g.add_argument("--backbone", choices=BACKBONES, default=BACKBONES[0],
-                   help="φ, frozen; the last three make vectors of clips, not of frames (default: "
-                        "%(default)s, models/vit.py)")
-    g.add_argument("--weights", metavar="W",
-                   help="of φ: none, torchvision, timm (vit_b16: 21k, then 1k, as models/vit.py; "
-                        "the official README says 21k) or a file; which of them the paper used is "
-                        "unverified")
-    g.add_argument("--naming", choices=["plain", "mp4"], default="plain",
-                   help="files NAME.npz or NAME.mp4.npz; both are read (default: %(default)s, "
-                        "ours; the release has both)")
-    g.add_argument("--float16", action="store_true", help="half precision, half the size on disk")
-
-    g = p.add_argument_group("classification", "localize and evaluate take --level, --loss and "
-                             "--step from the checkpoint")
-    g.add_argument("--level", choices=["clip", "video"],
-                   help="one clip at a time, or all clips of a video (default: %(default)s, ours)")
-    g.add_argument("--loss", choices=["ce", "crf", "regression"],
-                   help="ce: cross entropy; crf: over a video's clips; regression: of the "
-                        "transition time by one number per video (default: %(default)s, ours; "
-                        "configs/ have crf at video level)")
-    g.add_argument("--class_weights", choices=["none", "computed", "published"],
-                   help="of the labels in ce. none: clip level, as released; computed: from the "
-                        "training labels, ours at video level; published: transformer2x/vtn.py's")
-    g.add_argument("--unbalanced", action="store_true",
-                   help="clip level: without the copies of clips of rarer labels")
-    g.add_argument("--freeze", action="store_true", help="train head and CRF alone")
-    g.add_argument("--finetune_frames", action="store_true",
-                   help="f2c2v and video level: the frame encoder learns, too")
-    g.add_argument("--anticipate", type=float, metavar="SECONDS",
-                   help="foresee the label of what follows so much later; 0.5, 1, 1.5 or 2 in the "
-                        "official code, 1.5 in the benchmark; which the paper has is unverified")
-    g.add_argument("--anticipate_protocol", choices=["paper", "oops"], default="paper",
-                   help="which clips count, and how they are labelled (README); oops: the "
-                        "benchmark's (default: %(default)s, the official code)")
-
-    g = p.add_argument_group("optimization", "AdamW, gradients cut to norm 1")
-    g.add_argument("--epochs", type=int, metavar="N",
-                   help="passes over the training videos (default: %(default)s, configs/)")
-    g.add_argument("--batch_size", type=int, metavar="N",
-                   help="videos, at clip level clips, per step over all GPUs (default: "
-                        "%(default)s, configs/; video level: the official code)")
-    g.add_argument("--lr", type=float, metavar="X",
-                   help="learning rate, first value; half a cosine to 1e-6, by epoch (default: "
-                        "%(default)s, configs/)")
-    g.add_argument("--weight_decay", type=float, default=1e-4, metavar="X",
-                   help="on all parameters, norms and biases, too (default: %(default)s, configs/; "
-                        "backbones of clips: r21d/mainr21d.py)")
-    g.add_argument("--select", choices=["val", "last"], default="val",
-                   help="best.pt is of the best validation, or of the last (default: %(default)s, "
-                        "as published)")
-
-    g = p.add_argument_group("evaluation")
-    g.add_argument("--tolerance", type=float, nargs="+", default=[0.25, 1.0], metavar="SECONDS",
-                   help="localization counts a time that is so near to one of the annotated "
-                        "(default: %(default)s, the benchmark's)")
-    g.add_argument("--allow_missing", action="store_true",
-                   help="go on though some validation videos have no features")
-
-    g = p.add_argument_group("faults of the release")
-    g.add_argument("--compat", choices=["fixed", "released"], default="fixed",
-                   help="released: with the faults of the release (README), for its checkpoints "
-                        "(default: %(default)s, ours)")
-    args = common.parse(p, recipe, argv)
-    check(p, args)
-    return args
-
-
-def recipe(chosen):
-    """Defaults of the published run that the flags name; smaller ones for --tiny."""
-    stage, runs = chosen.stage, Path("runs")
-    level, loss = chosen.level or "clip", chosen.loss or "ce"
-    level = "video" if loss == "regression" else level
-    before = {"f2c2v": "f2c", "classify": {"clip": "f2c", "video": "f2c2v"}[level]}.get(stage)
-    data = chosen.data or Path("data") / chosen.dataset
-    r = {"data": data, "features": data / "features" / chosen.backbone, "lr": 1e-4}
-    if chosen.weights is None:
-        r["weights"] = ("none" if chosen.tiny else "timm" if chosen.backbone == "vit_b16"
-                        else "torchvision")
-    if before and chosen.backbone in OF_CLIPS:
-        r["init"] = "none"                                    # there is no encoder to start from
-    elif before:
-        r["init"] = str(runs / f"f2c_oops_{chosen.dataset}_{before}" / "best.pt")
-    if stage in ("classify", *TESTS):
-        seconds = f"_anticipate{chosen.anticipate:g}" if chosen.anticipate else ""
-        kind = "_video" * (level == "video") + f"_{loss}" * (loss != "ce") + (
-            f"_{chosen.backbone}" * (chosen.backbone in OF_CLIPS))
-        folder = runs / f"f2c_oops_{chosen.dataset}_classify{kind}{seconds}"
-        r |= {"out": folder} if stage == "classify" else {"init": str(folder / "best.pt")}
-    if stage not in TESTS:                                    # these ask the checkpoint
-        r |= {"level": level, "loss": loss, "step": 1.0 if level == "video" else 0.25}
-        r["class_weights"] = ("none" if level == "clip" or loss != "ce" else "computed" if
-                              chosen.compat == "fixed" or chosen.anticipate else "published")
-    sequences = level == "video" or loss == "crf"
-    r |= {"f2c": {"epochs": 100, "batch_size": 128}, "f2c2v": {"epochs": 100, "batch_size": 16},
-          "classify": {"epochs": 50, "batch_size": 8 if sequences else 256}}.get(stage, {})
-    if chosen.backbone in OF_CLIPS:
-        r["weight_decay"] = 1e-8                              # r21d/mainr21d.py
-    if chosen.tiny:
-        r |= {"workers": 2, "log_every": 20, "save_every": 100, "lr": 1e-3, "dropout": 0.0}
-        r |= {"f2c": {"epochs": 60, "batch_size": 16}, "f2c2v": {"epochs": 30, "batch_size": 8},
-              "classify": {"epochs": 15 if sequences else 10}}.get(stage, {})
-        if stage == "f2c" or (chosen.init or r.get("init")) == "none":
-            r |= {"layers": 2, "heads": 4, "ff": 256, "mlp": 128, "positions": 1000}
-        r |= {"init_std": 0.08}           # a narrow network attends sooner than with 0.02
-    return r
-
-
-def check(p, args):
-    """Flags that do not go together."""
-    allowed = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
-    chosen = allowed if args.transforms is None else args.transforms.split(",")
-    args.transforms = ",".join(n for n in allowed if n in chosen)
-    crf, at_video = args.loss == "crf", args.level == "video"
-    faults = {
-        f"--transforms: two at least of {','.join(allowed)}, none twice":
-            len(set(chosen)) < max(2, len(chosen)) or not set(chosen) <= set(allowed),
-        f"--clip_len {args.clip_len}: must be at least 8": args.clip_len < 8,
-        f"--positions {args.positions}: must be at least 3": (args.positions or 3) < 3,
-        f"--step {args.step}: must be a multiple of 1/{FPS} s, above 0":
-            args.step is not None and not (args.step > 0 and (args.step * FPS).is_integer()),
-        f"--tolerance {args.tolerance}: must be seconds, 0 or more":
-            not all(0 <= x < 1e6 for x in args.tolerance),
-        f"--anticipate {args.anticipate}: must be seconds, above 0 and below 60":
-            args.anticipate is not None and not 0 < args.anticipate < 60,
-        f"--dropout {args.dropout}: must be below 1": not args.dropout < 1,
-        "--loss regression is of whole videos (--level video), without --anticipate":
-            args.loss == "regression" and bool(args.level == "clip" or args.anticipate),
-        "--class_weights go with --loss ce": args.class_weights not in (None, "none")
-            and args.loss in ("crf", "regression"),
-        "--unbalanced goes with --level clip --loss ce": args.unbalanced and (crf or at_video),
-        "--finetune_frames goes with --stage f2c2v and --level video":
-            args.finetune_frames and args.stage == "classify" and not at_video,
-        "--freeze and --finetune_frames exclude each other": args.freeze and args.finetune_frames,
-        "--init: names a trained classifier": args.stage in TESTS and args.init == "none",
-        "--anticipate has no time to localize": args.stage == "localize" and bool(args.anticipate)}
-    for fault, there in faults.items():
-        if there:
-            p.error(fault)
-    steps = (args.anticipate or 0) / (args.step or 1)
-    if args.anticipate_protocol == "oops" and args.stage == "classify" and steps % 1:
-        p.error(f"--anticipate {args.anticipate}: must be a multiple of --step {args.step} in the "
-                "protocol of oops, which shows another clip")
-
-
-# ---- annotations (official files: Oops annotations; resources/metadata/oops) --------------------
-
-class Annotation(NamedTuple):
-    """Transition times of a video by several annotators, sorted, -1 where one saw none; its
-    length in seconds; the times relative to it.
+    NOTE: as in the release, the start is drawn from the first half of the possible starts, so a
+    crop rarely reaches the end of a video.
     """
-    t: tuple
-    len: float
-    rel_t: tuple
-
-
-def checked(where, name):
-    """NAME, if it can be the name of a file and nothing else."""
-    bad = name in ("", ".", "..") or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", name)
-    if bad or len(name.encode()) > 230:                       # file systems take 255 bytes
-        raise UserError(f"{where}: {name!r:.80} is no file name")
-    return name
-
-
-def read_names(path):
-    """Names of videos, without .mp4: the rows of a .txt, the column `filename` of a .csv."""
-    if path.suffix == ".csv":
-        rows = [(row["_line"], row["filename"]) for row in common.read_table(path, ["filename"])]
-    else:
-        data = path.read_bytes()
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError as e:
-            line = data[:e.start].count(b"\n") + 1
-            raise UserError(f"{path}:{line}: is not in UTF-8") from e
-        rows = [(n, r.rstrip("\r")) for n, r in enumerate(text.split("\n"), 1) if r.strip()]
-    found = [checked(f"{path}:{line}", name.removesuffix(".mp4")) for line, name in rows]
-    if not found:
-        raise UserError(f"{path}: holds no names of videos")
-    if len(set(found)) < len(found):
-        common.say(f"note: {path}: {len(found) - len(set(found))} names stand there twice")
-    return list(dict.fromkeys(found))
-
-
-def read_notes(path, heldout=False):
-    """{name: Annotation} of transition_times.json, or of heldout_transition_times.json, where one
-    annotator gives one time, without a length (0 here) or a relative time.
-    """
-    table, notes, odd = common.read_json(path), {}, []
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: holds no object of videos")
-    for name, value in table.items():
-        where = f"{path}: {checked(path, name)!r:.80}"
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: is no object")
-        t, fields = read_times(where, value, "t", 1 if heldout else 3), common.Fields(where, value)
-        if heldout:
-            notes[name.removesuffix(".mp4")] = Annotation(t, 0.0, ())
-            continue
-        length, rel_t = float(fields.number("len")), read_times(where, value, "rel_t", 3)
-        if length <= 0:
-            raise fields.fault("len", "is no length in seconds")
-        if t[2] > length + 1 or max(abs(r * length - x) for r, x in zip(rel_t, t)) > 0.1:
-            odd.append(name)
-        notes[name.removesuffix(".mp4")] = Annotation(t, length, rel_t)
-    if odd:
-        common.say(f"warning: {path}: t, len and rel_t of {len(odd)} videos contradict each "
-                   f"other, the first is {odd[0]!r:.80}")
-    return notes
-
-
-def read_times(where, value, key, count):
-    """A sorted list of numbers of an entry."""
-    x = value.get(key)
-    if not isinstance(x, list) or len(x) != count:
-        raise UserError(f"{where}.{key}: {x!r:.80} is no list of {count} numbers")
-    fields = common.Fields(f"{where}.{key}", dict(enumerate(x)))
-    return tuple(sorted(fields.number(i) for i in range(count)))
-
-
-def names_of(args, part, labelled):
-    """Names of the videos of a part, from its official list."""
-    given = {"train": args.list, "val": args.val_list}[part]
-    official = [f"{part}.txt", f"{part}.csv"] if labelled else [f"{part}_all_org.csv",
-                                                                f"{part}.txt"]
-    path = given if given and not labelled else next(
-        filter(None, (common.find(args.data, name) for name in official)), None)
-    if path is None or not path.is_file():
-        raise UserError(f"{path or args.data / official[-1]}: no such file; it comes with the "
-                        "official annotations")
-    return read_names(path)
-
-
-def official_counts(notes, names):
-    """What the release's loss weights and the benchmark's chance row tell of the official files:
-    {what: (published, ours from the lengths alone)}.
-    """
-    published = {16: (18069, 4137, 19670), 4: (61320, 16097, 83023)}
-    checks = {}
-    for step, level in ((16, "video"), (4, "clip")):
-        counts = np.zeros(3, int)
-        for note in (notes[n] for n in names["train"] if n in notes):
-            if usable(note, "train", level):
-                T = int(note.len * FPS)
-                _, spans = cut_clips(T, FPS, np.arange(T) / FPS, step)
-                counts += np.bincount(run_labels(spans, note.t[1], released=True), minlength=3)
-        for c, label in enumerate(LABELS):
-            checks[f"{label} clips {step / FPS:g} s apart"] = published[step][c], int(counts[c])
-    val = [notes[n] for n in names["val"] if n in notes and usable(notes[n], "val", "clip")]
-    checks["chance localization, %"] = 6.80, 100 * float(np.mean(
-        [chance(v.len, v.t[1], 0.25) for v in val]))
-    return checks
-
-
-def self_check(notes, names):
-    """Print how far `official_counts` are off, where these are the official annotations."""
-    if len(notes) != 10961:
-        return
-    for what, (published, ours) in official_counts(notes, names).items():
-        off = abs(ours - published) > (0.05 if "chance" in what else 0.005 * published)
-        common.say(f"self-check {'DIFFERS' if off else 'ok'}: {what}: published {published}, "
-                   f"from the annotations {ours:.6g} ({100 * (ours / published - 1):+.2f} %)")
-
-
-# ---- feature files ------------------------------------------------------------------------------
-
-class Video(NamedTuple):
-    """A video's feature file: T vectors of D numbers, when they are seen, and its annotation.
-
-    dtype, offset: how and where they lie in the file; offset None: packed, to be read as a whole.
-    times: (T,) seconds of the frames; spans: (T, 2), where the vectors are of clips, else None.
-    """
-    name: str
-    path: str
-    frames: int
-    dim: int
-    dtype: str
-    offset: int
-    fps: float
-    times: np.ndarray
-    spans: np.ndarray
-    note: Annotation
-
-
-def video_file(args, part, name):
-    """Where a video lies in the official folders."""
-    return args.data / "oops_video" / part / f"{name}.mp4"
-
-
-@contextlib.contextmanager
-def readable(path):
-    """Whatever is wrong with a feature file becomes a VideoError."""
-    try:
-        yield
-    except VideoError:
-        raise
-    except Exception as e:                                    # zip, lzma, tokenize, NumPy's own ...
-        why = " ".join(str(e).split())[:80] or type(e).__name__
-        raise VideoError(f"{path}: no feature file ({why})") from e
-
-
-@functools.lru_cache(4096)
-def npy_header(data):
-    """(shape, order, data type) of an .npy file's first bytes: NumPy parses Python, slowly."""
-    f = io.BytesIO(data)
-    return {(1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0}[np.lib.format.read_magic(f)](f)
-
-
-def array(z, name):
-    """An array of an archive; objects are refused."""
-    data = z.read(f"{name}.npy")
-    start = header_size(data)
-    shape, fortran, dtype = npy_header(data[:start])
-    if fortran or dtype.hasobject:
-        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape)
-
-
-def header_size(data):
-    """Of an .npy file's first bytes."""
-    return 10 + int.from_bytes(data[8:10], "little") if data[6:7] == b"\x01" else (
-        12 + int.from_bytes(data[8:12], "little"))
-
-
-def layout(z):
-    """(shape, data type, offset in the file or None) of the features of an archive."""
-    info = z.getinfo("arr_0.npy")
-    with z.open(info) as f:
-        data = f.read(12)
-        inside = header_size(data)
-        shape, fortran, dtype = npy_header(data + f.read(inside - 12))
-    if len(shape) != 2 or 0 in shape or dtype.kind != "f":
-        raise ValueError(f"arr_0 is {dtype} {shape}, not T vectors of D numbers")
-    if info.compress_type != zipfile.ZIP_STORED or fortran:
-        return shape, dtype, None
-    z.fp.seek(info.header_offset + 26)                        # of the local header
-    name, extra = struct.unpack("<HH", z.fp.read(4))
-    return shape, dtype, info.header_offset + 30 + name + extra + inside
-
-
-def look(path, video, name, note=None):
-    """A Video from its feature file; times only with an annotation. Files that lack them take them
-    from the video itself, which may have up to two pictures more or less.
-    """
-    with readable(path), zipfile.ZipFile(path) as z:
-        (T, D), dtype, offset = layout(z)
-        there = {n.removesuffix(".npy") for n in z.namelist()}
-        spans = array(z, "spans") if "spans" in there else None
-        times, fps = None, 0.0
-        if note and spans is None and {"times", "fps"} <= there:
-            times, fps = array(z, "times"), float(array(z, "fps"))
-        elif note and spans is None:
-            if not video.is_file():
-                raise VideoError(f"{path}: has no times, and {video} is not there to take them "
-                                 "from")
-            times, fps = common.clock(video)
-            if abs(len(times) - T) > 2:
-                raise VideoError(f"{path}: has {T} vectors, {video} {len(times)} pictures")
-            T = min(T, len(times))
-            times = times[:T]
-        for x, shape in ((times, (T,)), (spans, (T, 2))):
-            if x is not None and (x.shape != shape or x.dtype.kind not in "fiu"
-                                  or not np.isfinite(x).all() or not -1 < x.min() < x.max()
-                                  or (np.diff(x, axis=0) < 0).any()):
-                raise ValueError("its times do not fit its vectors, or do not ascend")
-        if times is not None and not 0.2 < fps * np.median(np.diff(times)) < 5:
-            raise ValueError(f"its times are not those of {fps} pictures per second")
-    made = Video(name, str(path), T, D, dtype.str, offset, fps, times, spans, note)
-    if note and not len(cut(made, 4)[0]):
-        raise VideoError(f"{path}: is shorter than a clip of one second")
-    return made
-
-
-def read_rows(video, rows):
-    """Vectors `rows` of a video's feature file, float32: only these are read.   (n,) -> (n, D)"""
-    with readable(video.path):
-        if video.offset is None:
-            with zipfile.ZipFile(video.path) as z:
-                x = array(z, "arr_0")
-        else:
-            x = np.memmap(video.path, video.dtype, "r", video.offset, (video.frames, video.dim))
-        with np.errstate(over="ignore"):                      # of float64: found below
-            x = torch.from_numpy(x[rows].astype(np.float32))
-    if not torch.isfinite(x).all():
-        raise VideoError(f"{video.path}: holds NaN or Inf")
-    return x
-
-
-@common.no_collector()
-def listing(folder, stamped):
-    """{file: [bytes, time]} of a folder's .npz files; {file: None} if not `stamped`."""
-    found = {}
-    with os.scandir(folder) if folder.is_dir() else contextlib.nullcontext([]) as entries:
-        for e in entries:
-            if e.name.endswith(".npz"):
-                try:
-                    found[e.name] = [e.stat().st_size, e.stat().st_mtime_ns] if stamped else None
-                except FileNotFoundError:                     # just gone
-                    continue
-    return found
-
-
-@common.no_collector()
-def read_index(folder, here):
-    """{file: [bytes, time, T, D, dtype, offset]} of feature files that hold vectors of pictures
-    and are as they were. Files that are packed, so without an offset, are not in it.
-    """
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-        form = [int, int, str, int]
-        return {f: row for f, row in index.items() if here.get(f) == row[:2]
-                and [type(x) for x in row[2:]] == form and min(row[2], row[3]) > 0 <= row[5]
-                and row[4] in ("<f2", "<f4", "<f8")}          # no objects: these run code
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-        return {}                                             # not there, or not ours: made anew
-
-
-def write_index(folder, index, videos):
-    """Bring index.json up to date, where the folder can be written. videos: [(Video, stamp)]"""
-    new = {v.path.rpartition("/")[2]: [*stamp, v.frames, v.dim, v.dtype, v.offset]
-           for v, stamp in videos if stamp and v.spans is None and v.offset is not None}
-    if new:
-        with contextlib.suppress(UserError):
-            common.write(folder / "index.json", json.dumps({**index, **new}))
-
-
-def look_at_all(args, part, folder, chosen, notes):
-    """[Video, or what is wrong] of the videos of these names, shared among the processes.
-
-    Without annotations, what `look` finds is kept in index.json beside the files, so that a file
-    is opened again only when it has changed: there may be many.
-    """
-    here = listing(folder, stamped=notes is None)
-    index = read_index(folder, here) if notes is None else {}
-
-    def file_of(name):
-        return next((f for f in (f"{name}.npz", f"{name}.mp4.npz") if f in here), "")
-
-    def examine(name):                                        # -> (Video or fault, stamp to keep)
-        file, video = file_of(name), video_file(args, part, name)
-        if not file:
-            return f"{folder / name}.npz: no such file", None
-        try:
-            return look(folder / file, video, name, (notes or {}).get(name)), here[file]
-        except VideoError as e:
-            return str(e), None
-
-    mine, found = range(common.rank(), len(chosen), common.world_size()), {}
-    with common.no_collector():
-        for i in mine:
-            row = index.get(file_of(chosen[i]))
-            if row:
-                found[i] = Video(chosen[i], f"{folder}/{file_of(chosen[i])}", *row[2:], 0.0, None,
-                                 None, None), None
-    rest = [i for i in mine if i not in found]
-    with ThreadPoolExecutor(16) as pool:                      # on a network disk each file waits
-        found |= zip(rest, pool.map(examine, (chosen[i] for i in rest)))
-    found = common.gather(found, expect=len(chosen)).values()
-    if common.rank() == 0:
-        write_index(folder, index, [(v, s) for v, s in found if isinstance(v, Video)])
-    return [v for v, _ in found]
-
-
-def scan(args, part, notes=None):
-    """The videos of a part that have features, as [Video]; with annotations only labelled ones.
-
-    Training goes on without a file that is missing or broken, and says how many there are;
-    evaluation stops, unless --allow_missing.
-    """
-    chosen = names_of(args, part, notes is not None)
-    chosen = (chosen if notes is None else with_labels(args, part, chosen, notes))[:args.limit]
-    folder = args.features / part if (args.features / part).is_dir() else args.features
-    found = look_at_all(args, part, folder, chosen, notes)
-    videos = [x for x in found if isinstance(x, Video)]
-    faults = [x for x in found if not isinstance(x, Video)]
-    if not videos:
-        raise UserError(f"{folder}: holds no features of the {part} videos; --stage features makes "
-                        f"them ({faults[0]})")
-    if faults and part == "val" and notes is not None and not args.allow_missing:
-        raise UserError(f"{faults[0]} ({len(faults)} of {len(chosen)} validation videos; "
-                        "--allow_missing leaves them out)")
-    same_kind(videos)
-    other = [v for v in videos if v.times is not None and abs(v.times[-1] - v.note.len) > 1]
-    if other:
-        common.say(f"warning: {len(other)} of the {part} videos are not as long as annotated, the "
-                   f"first is {other[0].path}: {other[0].times[-1]:.2f} s, not {other[0].note.len}")
-    common.say(f"{part}: {len(videos)} of {len(chosen)} videos have features"
-               + "".join(f"; the first without: {fault}" for fault in faults[:1]))
-    return videos
-
-
-def with_labels(args, part, chosen, notes):
-    """Those of the names that have usable labels; says how many have not, and why."""
-    annotated = [n for n in chosen if n in notes]
-    good = [n for n in annotated if usable(notes[n], part, args.level)]
-    unseen = sum(notes[n].t[1] < 0 for n in annotated)
-    common.say(f"{part}: {len(chosen)} videos, {len(annotated)} annotated, {len(good)} usable "
-               f"(in {unseen} two annotators saw no transition; the others: too near to an end of "
-               "the video, or by its length)")
-    if not good:
-        raise UserError(f"{args.data}: none of the {len(chosen)} names of the {part} list has "
-                        "usable times in transition_times.json")
-    return good
-
-
-def same_kind(videos):
-    """Refuse features of different networks."""
-    kinds = {}
-    for v in videos:
-        kinds.setdefault((f"of {'pictures' if v.spans is None else 'clips'}", v.dim), v.path)
-    (first, *others) = kinds.items()
-    for (what, dim), path in others:
-        raise UserError(f"{path}: its features are {what}, {dim} numbers, those of {first[1]} "
-                        f"{first[0][0]}, {first[0][1]} numbers")
-
-
-def cut(video, step):
-    """Clips of a Video: rows of its feature file (N, 16), or (N, 1) of clips, and their spans."""
-    if video.spans is None:
-        return cut_clips(video.frames, video.fps, video.times, step)
-    if step % 4:
-        raise UserError(f"--step {step / FPS:g}: {video.path} has clips 0.25 s apart")
-    return np.arange(video.frames)[::step // 4, None], video.spans[::step // 4]
-
-
-# ---- features of frames (official files: dataloaders/dl_utils.py, utils/py12transforms.py) ------
-
-def normalise(x, mean, std):
-    """uint8 (n, H, W, 3) -> (n, 3, H, W) float."""
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (mean, std))
-    return (x.permute(0, 3, 1, 2) / 255 - mean) / std
-
-
-def clip_pictures(x, size=(128, 171), crop=112):
-    """Pictures for a 3-D network: scaled without antialiasing, normalised, the centre cut out.
-
-    uint8 (T, H, W, 3) -> (T, 3, crop, crop)
-    """
-    x = F.interpolate(x.permute(0, 3, 1, 2) / 255, size, mode="bilinear", align_corners=False)
-    mean, std = (torch.tensor(v)[:, None, None] for v in KINETICS)
-    top, left = (round((s - crop) / 2) for s in size)
-    return ((x - mean) / std)[..., top:top + crop, left:left + crop]
-
-
-# ---- transformations of a clip (official file: dataloaders/oops_ttibua_loader.py) ---------------
-
-def random_start(rng, n, size, reach="half"):
-    """First of `size` consecutive frames out of n.
-
-    NOTE: the release draws from the first half of the possible places, so that a crop hardly ever
-    reaches a video's end; `reach` full draws from all of them.
-    """
-    return int(rng.integers((n - size) // (2 if reach == "half" else 1) + 1))
+    return rng.integers((n - size) // 2 + 1) + np.arange(size)
 
 
 def max_speed(T, size):
-    """The largest M <= 3 for which T frames hold a clip of `size` frames, each 2^M apart."""
+    """Largest M <= 3 such that a clip of `size` frames with stride 2^M fits into T frames."""
     return int(min(math.log2(T / size), 3))
 
 
-def speed_up(T, k, start, size):
-    """`size` of the frames 0, 2^k, 2·2^k, ..., from number `start` of these on."""
-    return np.arange(0, T, 2 ** k)[start:start + size]
+def speed_up(rng, T, k, size):
+    """A crop of every 2^k-th frame: (size,)."""
+    frames = np.arange(0, T, 2 ** k)
+    return frames[crop_frames(rng, len(frames), size)] if len(frames) > size else frames
 
 
-def shuffle(start, order):
-    """The frames from `start` on in another order. NOTE: the release shuffles 19 of 20."""
-    return start + np.asarray(order)
+def shuffle(rng, T, size, as_released=False):
+    """A crop in random order. NOTE: the release permutes only 19 of the 20 frames, so the length
+    of the clip gives its label away.
+    """
+    return crop_frames(rng, T, size)[rng.permutation(size - as_released)]
 
 
-def double_flip(start, offset, size):
-    """Forward, then back: part of x_1 ... x_L x_L ... x_1."""
-    x = start + np.arange(size)
+def double_flip(rng, T, size):
+    """A crop x forward, then backward: `size` frames of x_1 ... x_L x_L ... x_1."""
+    x, offset = crop_frames(rng, T, size), rng.integers(2, size)
     return np.concatenate([x, x[::-1]])[offset:offset + size]
 
 
-def random_point(normal, fast, offset, size):
-    """Frames at normal speed, from a random point on sped-up ones."""
-    return np.concatenate([normal, fast])[offset:offset + size]
-
-
-def warp(start, steps=None, order=None, size=20):
-    """Frames at uneven distances: after each of the `steps`, or the sorted first of an `order`."""
-    picked = np.cumsum(steps) if steps is not None else np.sort(order[:size])
-    return start + picked
-
-
-def warp_extent(T, M, size, released):
-    """(frames that a warp chooses from, is it by steps?).
-
-    NOTE: the release crops 19·2^M frames, of which steps may lead out (it crashes then), and which
-    are 19, all of them, for M = 0: no warp, and its length betrays it. We choose from 20·2^M; for
-    M <= 1 from up to 40, so that short videos are warped as well.
+def random_speed_point(rng, normal, fast):
+    """The last frames of `normal`, then the first of `fast`, which is another place of the video.
+    NOTE: as released, `fast` may have normal speed, too.
     """
-    if released:
-        return (size - 1) * 2 ** M, M > 1
-    return (size * 2 ** M, True) if M > 1 else (min(T, 2 * size), False)
+    offset = rng.integers(5, len(normal) - 4)
+    return np.concatenate([normal, fast])[offset:offset + len(normal)]
 
 
-def draw_clip_choices(rng, T, names, size=20, reach="half", released=False):
-    """Everything random about the transformed clips of a video of T > size frames."""
+def warp(rng, T, size, as_released=False):
+    """`size` frames in order, from one to the next a random step of 1 to 2^M.
+
+    NOTE: the release crops 19·2^M frames. (a) The steps can leave this crop, and the release
+    crashes; with `as_released` we clamp. (b) For M = 0 the crop has 19 frames and all of them are
+    used: no warp, and the length gives the label away. We crop 20·2^M frames, for M <= 1 up to 40.
+    """
     M = max_speed(T, size)
-    speeds = [k for k in range(M + 1) if SPEEDS[k] in names]
-    c = {"speed": int(rng.choice(speeds or M + 1)), "sped": bool(speeds)}
-    left = len(range(0, T, 2 ** c["speed"]))
-    c["speed_start"] = random_start(rng, left, size, reach) if left > size else 0
-    c["normal_start"] = random_start(rng, T, size, reach)
-    c["shuffle_start"] = random_start(rng, T, size, reach)
-    c["shuffle_order"] = rng.permutation(size - released)
-    c["flip_start"] = random_start(rng, T, size, reach)
-    c["flip_offset"] = int(rng.integers(2, size))
-    c["point_offset"] = int(rng.integers(5, max(6, size - 4)))
-    extent, by_steps = warp_extent(T, M, size, released)
-    c["warp_start"] = random_start(rng, T, extent, reach)
-    steps, order = rng.integers(1, 2 ** M + 1, size), rng.permutation(extent)
-    if by_steps and released:                                 # NOTE: clamped, not crashed
-        steps = np.diff(np.minimum(np.cumsum(steps), T - 1 - c["warp_start"]), prepend=0)
-    elif by_steps:
-        steps[0] -= 1                                         # the first frame of the crop, too
-    c["warp"] = {"steps": steps} if by_steps else {"order": order}
-    return c
+    extent = (size - as_released) * 2 ** M if as_released or M > 1 else min(T, 2 * size)
+    start = crop_frames(rng, T, extent)[0]
+    if M <= 1:
+        return start + np.sort(rng.permutation(extent)[:size])
+    steps = np.cumsum(rng.integers(1, 2 ** M + 1, size))
+    return np.minimum(start + steps, T - 1) if as_released else start + steps - 1
 
 
-def transform_clips(T, c, names, size=20):
-    """[(name, frames)] of the transformed clips of a video, for the choices `c`, in the order of
-    the release: sped up, normal, shuffled, flipped, from a random point on, warped.
+def transform_clips(rng, T, names, size=20, as_released=False):
+    """[(name, frames (size,))]: one clip per transformation in `names`; none of a video that is
+    too short. At most one of the speeds is drawn.
     """
-    fast = speed_up(T, c["speed"], c["speed_start"], size)
-    normal = c["normal_start"] + np.arange(size)
-    made = [(SPEEDS[c["speed"]], fast)] if c["sped"] else []
-    made += [("normal", normal), ("shuffle", shuffle(c["shuffle_start"], c["shuffle_order"])),
-             ("flip", double_flip(c["flip_start"], c["flip_offset"], size)),
-             ("point", random_point(normal, fast, c["point_offset"], size)),
-             ("warp", warp(c["warp_start"], **c["warp"], size=size))]
-    return [(name, frames) for name, frames in made if name in names]
+    if T <= size:
+        return []
+    M = max_speed(T, size)
+    speeds = [k for k in range(M + 1) if SPEEDS[k] in names] or range(M + 1)
+    k = speeds[rng.integers(len(speeds))]
+    fast = speed_up(rng, T, k, size)
+    normal = crop_frames(rng, T, size)
+    clips = [(SPEEDS[k], fast), ("normal", normal),
+             ("shuffle", shuffle(rng, T, size, as_released)),
+             ("flip", double_flip(rng, T, size)),
+             ("point", random_speed_point(rng, normal, fast)),
+             ("warp", warp(rng, T, size, as_released))]
+    return [(name, frames) for name, frames in clips if name in names]
 
 
-# ---- transformations of a video (official file: dataloaders/oops_ttibua_loader.py) --------------
+# ---- 2. transformations of a video (the same official file) -------------------------------------
 
-def split_clips(frames, size=16):
-    """Cut a sequence of frames into clips, the rest dropped.    (n,) -> (n // size, size)"""
+def split_clips(frames, size):
+    """Consecutive clips; the remainder is dropped.    (n,) -> (n // size, size)"""
     return frames[:len(frames) // size * size].reshape(-1, size)
 
 
-def long_enough(T, size=16):
-    """Has a sped-up video at least four clips?"""
-    return T > 4 * FASTER * size
-
-
-def split_points(T, size=16):
-    """Where a video may be turned round or cut in two: from a quarter to three quarters of it."""
-    whole = T // size * size
-    return range(int(0.25 * whole), int(0.75 * whole), size)
-
-
-def draw_video_choices(rng, T, size=16, released=False):
-    """Everything random about the transformed versions of a video of T >= size frames."""
-    c = {"speed": not released or rng.integers(7) < 2}        # NOTE: 2 of 7 times in the release
-    for name in ("flip", "warp"):
-        c[name] = int(rng.choice(split_points(T, size)))
-    c["order"] = rng.permutation(T // size)
-    return c
-
-
-def transform_video(T, c, names, size=16):
-    """[(name, frames (N, size))] of the transformed versions of a video, for the choices `c`."""
-    x, long = np.arange(T // size * size), long_enough(T, size)
-    half = len(x) // size // 2 * size
-    made = [("speed", split_clips(x[::FASTER], size))] if long and c["speed"] else []
-    made += [("normal", split_clips(x, size))]
-    made += [("point", np.concatenate([split_clips(x[:half], size),
-                                       split_clips(x[half::FASTER], size)]))] if long else []
-    made += [("flip", split_clips(np.concatenate([x[:c["flip"]], x[c["flip"]:][::-1]]), size)),
-             ("shuffle", split_clips(x, size)[c["order"]]),
-             ("warp", split_clips(np.concatenate([x[c["warp"]:], x[:c["warp"]]]), size))]
-    return [(name, clips) for name, clips in made if name in names]
-
-
-def possible(T, names, video, size, released=False):
-    """Do T frames suffice for one of the named transformations, whatever is drawn?"""
-    if video:
-        always = {"normal", "flip", "shuffle", "warp"} | (
-            set() if not long_enough(T) else {"point"} if released else {"point", "speed"})
-        return T >= 16 and not always.isdisjoint(names)
-    slow = {SPEEDS[k] for k in range(max_speed(T, size) + 1)} if T > size else set()
-    return T > size and not ({*CLIP_TRANSFORMS[4:], *slow}).isdisjoint(names)
-
-
-def label_of(name, names, released=False):
-    """Number of a transformation. NOTE: F2C2V as released gives the random point the label of the
-    double flip, 3, and 2 to nobody (which it does only for the whole list).
+def transform_video(rng, T, names, size=16, as_released=False):
+    """[(name, frames (N, size))]: one version of the video per transformation in `names`; none of
+    a video that is too short.
     """
-    if released and name == "point" and len(names) == len(VIDEO_TRANSFORMS):
-        name = "flip"
-    return names.index(name)
+    if T < size:
+        return []
+    x = np.arange(T // size * size)
+    starts = range(int(0.25 * len(x)), int(0.75 * len(x)), size)
+    flip_at, roll_at = int(rng.choice(starts)), int(rng.choice(starts))
+    middle = len(x) // size // 2 * size
+    long_enough = T > 4 * VIDEO_SPEED * size                  # the fast version has four clips
+    versions = {}
+    # NOTE: the release includes the fast version with probability 2/7 only; we always do.
+    if long_enough and not (as_released and rng.integers(7) >= 2):
+        versions["speed"] = x[::VIDEO_SPEED]
+    versions["normal"] = x
+    if long_enough:
+        versions["point"] = np.concatenate([split_clips(x[:middle], size).ravel(),
+                                            x[middle::VIDEO_SPEED]])
+    versions["flip"] = np.concatenate([x[:flip_at], x[flip_at:][::-1]])
+    versions["shuffle"] = split_clips(x, size)[rng.permutation(len(x) // size)].ravel()
+    versions["warp"] = np.roll(x, -roll_at)
+    # NOTE: in the release the random point has the label of the double flip, 3; 2 is never used.
+    labels = {"point": "flip"} if as_released and len(names) == len(VIDEO_TRANSFORMS) else {}
+    return [(labels.get(name, name), split_clips(frames, size))
+            for name, frames in versions.items() if name in names]
 
 
-# ---- clips and their labels (official files: transformer2x/my_oops_loader.py, Oops dataloader.py)
+# ---- 3. encoder (official file: models/pm_vtn.py) -----------------------------------------------
 
-def cut_clips(T, fps, times, step):
-    """Clips of 16 frames on a grid of 16 fps: frames (N, 16), first and last second (N, 2).
+def local_attention(q, k, v, valid, half_window, dropout=0.0, chunk=256):
+    """softmax(q_i·k_j/√d) v_j over the valid tokens j with |i - j| <= half_window, and j = 0.
 
-    step: positions of the grid from one clip to the next, 4 or 16 for 0.25 and 1 s. Position k is
-    frame ⌊k·fps/16⌋; T frames have ⌊16·T/fps⌋ positions. A tail shorter than a clip is dropped.
-    NOTE: the release goes from frames to times and back, now and then one frame early.
+    q, k, v: (B, H, n, d); valid: (B, n) bool, or None if all are. Queries are processed in chunks,
+    and each needs only the keys near it: time and memory are linear in n.
     """
-    ratio = float(fps) / FPS
-    if ratio.is_integer():
-        grid = np.arange(0, T, int(ratio))
-    else:
-        k = np.arange(math.floor(T * float(FPS) / float(fps)), dtype=np.float32)
-        grid = np.floor(k * np.float32(ratio)).astype(np.int64)
-    starts = np.arange(0, len(grid) - FPS + 1, step)
-    frames = grid[starts[:, None] + np.arange(FPS)].reshape(-1, FPS)          # (N, 16)
-    return frames, np.asarray(times)[frames[:, [0, -1]]].reshape(-1, 2)
+    i, rows = torch.arange(q.shape[2], device=q.device), []
+    for first in range(0, len(i), chunk):
+        query = slice(first, first + chunk)
+        j = torch.cat([i[:1], i[max(1, first - half_window):first + chunk + half_window]])
+        mask = ((i[query, None] - j).abs() <= half_window) | (j == 0)         # (chunk, keys)
+        if valid is not None:
+            mask = (mask & valid[:, None, j])[:, None]                        # (B, 1, chunk, keys)
+        near = (k, v) if len(j) == len(i) else (k[:, :, j], v[:, :, j])
+        rows.append(F.scaled_dot_product_attention(q[:, :, query], *near, mask, dropout))
+    return torch.cat(rows, 2)
 
-
-def raw_labels(spans, t):
-    """Of each clip by itself: 1 if it holds the time t, 2 if it begins after t, else 0."""
-    start, stop = spans.T
-    return np.where((start <= t) & (t <= stop), 1, np.where(start > t, 2, 0))
-
-
-def run_labels(spans, t, released=False):
-    """Labels 0 ... 0 1 ... 1 2 ... 2 of a video's clips, from its transition time t.
-
-    NOTE: as released a video is all 0 if t falls between two clips (4 of 100 when these lie 1 s
-    apart); we give the clip nearer to t the label 1. After the last clip both are all 0.
-    """
-    labels = raw_labels(spans, t)
-    if not (labels == 1).any():
-        if released or not (labels == 2).any():
-            return np.zeros_like(labels)
-        labels[np.abs(spans - t).min(1).argmin()] = 1
-    first, out = int((labels == 1).argmax()), np.zeros_like(labels)
-    out[first:] = 1
-    after = np.flatnonzero(labels[first:] == 2)
-    if len(after):
-        out[first + after[0]:] = 2
-    return out
-
-
-def anticipation(spans, t, ahead, protocol, step, released=False):
-    """(which clips are shown, their labels) to foresee what is `ahead` seconds later.
-
-    paper: every clip is labelled as if it were seen `ahead` seconds later, each by itself. oops,
-    the benchmark's: the clip `ahead` seconds before one, with that one's label; clips without such
-    a predecessor are left out.
-    """
-    if protocol == "paper":
-        return np.arange(len(spans)), raw_labels(spans + ahead, t)
-    back = round(ahead * FPS / step)
-    return np.arange(max(0, len(spans) - back)), run_labels(spans, t, released)[back:]
-
-
-def balanced(labels, rng):
-    """Clips of one video for training: all, then copies of the rarer labels, cycling through them
-    in a random order, until they are as many as the most frequent one times RATIOS.
-    """
-    counts = [int((labels == c).sum()) for c in range(3)]
-    most = max(counts)
-    picked = [np.arange(len(labels))]
-    for c, (n, ratio) in enumerate(zip(counts, RATIOS)):
-        if 0 < n and c != counts.index(most):
-            copies = max(0, round(n * (most * ratio / n - 1)))
-            picked.append(np.resize(rng.permutation(np.flatnonzero(labels == c)), copies))
-    return np.concatenate(picked)
-
-
-def usable(note, part, level):
-    """Has a video labels? Not without a middle annotation well inside of it, nor by its length."""
-    shortest, longest = (3.0, math.inf) if (part, level) == ("train", "video") else (3.2, 30.0)
-    inside = note.t[1] >= 0 and 0.01 <= statistics.median(note.rel_t) <= 0.99
-    return inside and shortest <= note.len <= longest
-
-
-# ---- model (official files: models/pm_vtn.py, transformer2x/vtn.py) -----------------------------
 
 class Layer(nn.Module):
-    """One layer of the Longformer (arXiv:2004.05150): each frame attends to its neighbours and to
-    the class token, the class token to all, by projections of its own. Norm after the sum.
+    """One layer of the Longformer (arXiv:2004.05150), with norms after the sums. Frames attend to
+    their neighbours and to the class token. The class token attends to all tokens, with its own
+    projections.
     """
 
     def __init__(self, dim, heads, window, ff, dropout):
         super().__init__()
-        self.heads, self.reach, self.p = heads, window // 2, dropout          # reach: one-sided
+        self.heads, self.half_window = heads, window // 2     # half of the window on each side
         self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
         self.query_global, self.key_global, self.value_global = (
             nn.Linear(dim, dim) for _ in range(3))
@@ -928,1303 +224,1198 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, ff), nn.Linear(ff, dim)
         self.norm2, self.drop = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
 
-    def near(self, h, seen):
-        """Attention of every token over its neighbours and the class token: (B, n, E)."""
+    def attend_local(self, h, valid):
+        """Local attention of all tokens; row 0 is replaced by `attend_global`.    -> (B, n, E)"""
         q, k, v = (p(h).unflatten(2, (self.heads, -1)).transpose(1, 2)
-                   for p in (self.query, self.key, self.value))               # (B, H, n, E/H)
-        p = self.p if self.training else 0.0
-        attend = whole_attention if h.shape[1] <= DENSE else block_attention
-        return attend(q, k, v, seen, self.reach, p).transpose(1, 2).flatten(2)
+                   for p in (self.query, self.key, self.value))               # (B, H, n, d)
+        dropout = self.drop.p if self.training else 0.0
+        rows = local_attention(q, k, v, valid, self.half_window, dropout)
+        return rows.transpose(1, 2).flatten(2)
 
-    def far(self, h, seen):
-        """Attention of the class token over all tokens: (B, 1, E).
+    def attend_global(self, h, valid):
+        """softmax(q·k/√d) v with the class token as the only query.    -> (B, 1, E)
 
-        With one query, q·(W h_j + b) = (Wᵀq)·h_j + q·b and Σ a_j (V h_j + b) = V Σ a_j h_j +
-        b Σ a_j: keys and values need not be computed for every token.
+        k_j = W h_j + b and v_j = V h_j + c are not computed, which saves a fifth of the products:
+        q·k_j = (Wᵀq)·h_j + q·b, and Σ_j a_j v_j = V Σ_j a_j h_j + c Σ_j a_j.
         """
         q = self.query_global(h[:, 0]).unflatten(1, (self.heads, -1))         # (B, H, d)
-        W, V = (x.weight.unflatten(0, q.shape[1:]) for x in (self.key_global, self.value_global))
-        b, c = (x.bias.unflatten(0, q.shape[1:]) for x in (self.key_global, self.value_global))
+        (W, b), (V, c) = ((p.weight.unflatten(0, q.shape[1:]), p.bias.unflatten(0, q.shape[1:]))
+                          for p in (self.key_global, self.value_global))      # (H, d, E), (H, d)
         score = torch.einsum("bhd,hde->bhe", q, W) @ h.mT + (q * b).sum(2, keepdim=True)
-        score = score.float() / q.shape[2] ** 0.5                             # (B, H, n)
-        if seen is not None:
-            score = score.masked_fill(~seen[:, None], -math.inf)
-        a = self.drop(score.softmax(2)).to(h.dtype)
-        mixed = torch.einsum("bhe,hde->bhd", a @ h, V)
-        return (mixed + c * a.sum(2, keepdim=True)).flatten(1)[:, None]
+        if valid is not None:
+            score = score.masked_fill(~valid[:, None], -math.inf)             # (B, H, n)
+        a = self.drop((score / q.shape[2] ** 0.5).softmax(2))
+        row = torch.einsum("bhe,hde->bhd", a @ h, V) + c * a.sum(2, keepdim=True)
+        return row.flatten(1)[:, None]
 
-    def forward(self, h, seen=None, only_class=False):
-        """(B, n, E) -> the same; only_class: (B, 1, E), the one row that will be read."""
-        rows = self.far(h, seen)
+    def forward(self, h, valid=None, only_class=False):
+        """(B, n, E) -> (B, n, E), or with `only_class` the class token's row, (B, 1, E)."""
+        rows = self.attend_global(h, valid)
         if only_class:
             h = h[:, :1]
         else:
-            rows = torch.cat([rows, self.near(h, seen)[:, 1:]], 1)
+            rows = torch.cat([rows, self.attend_local(h, valid)[:, 1:]], 1)
         h = self.norm1(self.drop(self.out(rows)) + h)
         return self.norm2(self.drop(self.fc2(F.gelu(self.fc1(h)))) + h)
 
 
-def whole_attention(q, k, v, seen, reach, p=0.0):
-    """softmax(q·k/√d) v over |i - j| <= reach and j = 0, of tokens that may be seen.
-
-    q, k, v: (B, H, n, d); seen: (B, n) bool or None; p: dropout.
-    """
-    i = torch.arange(q.shape[2], device=q.device)
-    mask = ((i[:, None] - i).abs() <= reach) | (i == 0)                       # (n, n)
-    if seen is not None:
-        mask = (mask & seen[:, None])[:, None]                                # (B, 1, n, n)
-    return F.scaled_dot_product_attention(q, k, v, mask, p)
-
-
-def block_attention(q, k, v, seen, reach, p=0.0):
-    """The same in memory and time linear in n: blocks of queries, each with its own block of keys,
-    the two beside it, and the class token.
-    """
-    B, _, n, _ = q.shape
-    size = max(reach, 64)
-    blocks = -(-n // size)
-    tail = blocks * size - n
-    seen = q.new_ones(1, n, dtype=torch.bool) if seen is None else seen
-
-    def around(x):                                            # (..., n, d) -> (..., blocks, 3s, d)
-        return F.pad(x, (0, 0, size, size + tail)).unfold(-2, 3 * size, size).mT
-
-    i = torch.arange(size, device=q.device)[:, None]
-    j = torch.arange(3 * size, device=q.device) - size
-    there = around(seen[..., None].float())[..., 0].bool()                    # (B, blocks, 3s)
-    there[:, 0, :size + 1] = False                            # the class token has its own column
-    if blocks > 1:
-        there[:, 1, 0] = False                                # the second block reaches it, too
-    mask = ((i - j).abs() <= reach) & there[:, :, None]                       # (B, blocks, s, 3s)
-    mask = F.pad(mask, (1, 0), value=True)[:, None]           # (B, 1, blocks, s, 1 + 3s)
-    k, v = (torch.cat([x[:, :, None, :1].expand(-1, -1, blocks, -1, -1), around(x)], 3)
-            for x in (k, v))                                  # (B, H, blocks, 1 + 3s, d)
-    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, size))
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))            # (B·blocks, H, s, d)
-    mask = mask.expand(B, *mask.shape[1:]).transpose(1, 2).flatten(0, 1)      # (B·blocks, 1, s, ·)
-    out = F.scaled_dot_product_attention(q, k, v, mask, p).unflatten(0, (B, blocks))
-    return out.transpose(1, 2).flatten(2, 3)[:, :, :n]                        # (B, H, n, d)
-
-
 class Encoder(nn.Module):
-    """Class token and frames, or clips, through the layers ("VTN", models/pm_vtn.py).
+    """Transformer over a class token and n frame features or clip embeddings ("VTN").
 
-    NOTE: the release pads to a multiple of twice the window, 21 tokens to 64; that changes nothing
-    and is left out.
+    all_rows: return every row, not only the class token's. NOTE: in the release the class token
+    counts as one of the n valid tokens, so the last frame is always masked.
     """
 
     def __init__(self, dim, layers=3, heads=16, window=32, ff=3072, positions=7200, dropout=0.1,
-                 init_std=0.02):
+                 init_std=0.02, all_rows=False, as_released=False):
         super().__init__()
+        self.all_rows, self.as_released = all_rows, as_released
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.position = nn.Embedding(positions, dim, padding_idx=positions - 1)
-        self.kind = nn.Embedding(2, dim)                      # 1: the class token, 0: the others
+        self.token_type = nn.Embedding(2, dim)                # 1: class token, 0: the others
         self.norm, self.drop = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
         self.layers = nn.ModuleList(Layer(dim, heads, window, ff, dropout) for _ in range(layers))
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(m.weight, std=init_std)
-                if isinstance(m, nn.Linear):
-                    nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
         nn.init.zeros_(self.position.weight[-1:].detach())
+        # Without all_rows the last layer's local attention is not computed and gets no gradient,
+        # which DDP must know. NOTE: video level uses that of Enc_clip first after F2C2V, random.
+        last = self.layers[-1]
+        for part in () if all_rows else (last.query, last.key, last.value):
+            part.requires_grad_(False)
 
-    def forward(self, x, lengths=None, every=False):
-        """x: (B, n, E); lengths: (B,), how many rows of x may be seen, None: all.
+    def train(self, mode=True):
+        """A frozen encoder stays in evaluation mode, without dropout. NOTE: not in the release."""
+        return super().train(mode and (self.cls_token.requires_grad or self.as_released))
 
-        Returns the class token's row (B, E), or `every` row (B, 1 + n, E), of which those past the
-        lengths mean nothing.
+    def forward(self, x, lengths=None):
+        """x: (B, n, E); lengths: (B,), the valid rows of each x, or None if all are.
+
+        Returns the class token's row (B, E), or with all_rows (B, 1 + n, E), of which the rows
+        past the length mean nothing.
         """
         B, n, _ = x.shape
-        last = self.position.num_embeddings - 2
-        place = torch.arange(n, device=x.device) % last
-        place = torch.cat([place.new_tensor([last]), place])  # the class token comes first
-        kind = (place == last).long()
-        h = torch.cat([self.cls_token.expand(B, -1, -1).to(x.dtype), x], 1)   # (B, 1 + n, E)
-        h = self.drop(self.norm(h + self.position(place) + self.kind(kind)))
-        seen = None
-        if lengths is not None:
-            seen = torch.arange(1 + n, device=x.device) <= lengths[:, None]
+        last = self.position.num_embeddings - 2               # position of the class token
+        position = torch.arange(n, device=x.device) % last
+        position = torch.cat([position.new_tensor([last]), position])
+        h = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)               # (B, 1 + n, E)
+        h = h + self.position(position) + self.token_type((position == last).long())
+        h = self.drop(self.norm(h))
+        valid = None
+        if lengths is not None or self.as_released:
+            lengths = torch.full((B,), n, device=x.device) if lengths is None else lengths
+            tokens = lengths if self.as_released else lengths + 1             # with the class token
+            valid = torch.arange(1 + n, device=x.device) < tokens[:, None]    # (B, 1 + n)
         for layer in self.layers[:-1]:
-            h = layer(h, seen)
-        h = self.layers[-1](h, seen, only_class=not every)
-        return h if every else h[:, 0]
+            h = layer(h, valid)
+        h = self.layers[-1](h, valid, only_class=not self.all_rows)
+        return h if self.all_rows else h[:, 0]                # (2) (4)
 
 
-def head(dim, mlp, classes, dropout):
-    """Classifier of an embedding; places in it are those of the release."""
+# ---- 4. networks (official file: transformer2x/vtn.py) ------------------------------------------
+
+def make_head(dim, mlp, classes, dropout):
+    """Classifier of an embedding. Its indices are the release's, whose checkpoints load."""
     return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, mlp), nn.GELU(),
                          nn.Dropout(0.2 if dropout else 0.0), nn.Linear(mlp, classes))
 
 
-def restack(rows, order):
-    """Rows (U, ...) in the order of each video's clips, zeros where that is PAD: (B, N, ...)."""
-    stacked = rows[order.clamp(min=0)]
-    return stacked * (order != PAD).view(*order.shape, *[1] * (rows.dim() - 1)).to(rows.dtype)
-
-
-def quieten(model):
-    """After `.train()`: encoders that do not learn have no dropout. NOTE: as released, they do."""
-    for part in model.children():
-        if isinstance(part, Encoder) and not part.cls_token.requires_grad and not model.released:
-            part.eval()
-    return model
-
-
 class F2C(nn.Module):
-    """Frames to clip: Enc_frame and a head.
+    """Frames to clip: Enc_frame and a head."""
 
-    NOTE: `released` counts the class token among the L frames that may be seen, so that the last
-    frame is never seen; but with a CRF, by another fault of it, all are.
-    """
-
-    takes = "length"                                          # beside the clips, of a batch
-
-    def __init__(self, dim, classes, mlp=1024, released=False, crf=False, dropout=0.1, **shape):
+    def __init__(self, dim, classes, mlp=1024, dropout=0.1, **sizes):
         super().__init__()
-        self.released, self.hide_last = released, released and not crf
-        self.frames = Encoder(dim, dropout=dropout, **shape)
-        self.head = head(dim, mlp, classes, dropout)
-        self.crf = CRF(classes) if crf else None
-        for part in (self.frames.layers[-1].query, self.frames.layers[-1].key,
-                     self.frames.layers[-1].value):
-            part.requires_grad_(False)                        # only the class token's row is read
+        self.frame_encoder = Encoder(dim, dropout=dropout, **sizes)
+        self.head = make_head(dim, mlp, classes, dropout)
 
-    def embed(self, x, lengths=None):
-        """Clip embeddings z.    x: (B, L, D), lengths: (B,) -> (B, D)"""
-        if self.hide_last:
-            full = torch.full((len(x),), x.shape[1], device=x.device)
-            lengths = (full if lengths is None else lengths) - 1
-        return self.frames(x.float(), lengths)
-
-    def train(self, mode=True):
-        return quieten(super().train(mode))
-
-    def forward(self, x, lengths=None):
-        """Logits of each clip, (B, C)."""
-        return self.head(self.embed(x, lengths))
+    def forward(self, clips, lengths=None):
+        """Logits.    clips: (B, L, D), lengths: (B,) or None -> (B, C)"""
+        return self.head(self.frame_encoder(clips, lengths))  # (6)
 
 
 class F2C2V(nn.Module):
-    """Clips to video: Enc_frame, from F2C and frozen, Enc_clip and a head.
+    """Clips to video: Enc_frame, frozen unless `finetune_frames`, Enc_clip and a head.
 
-    per_clip: logits of every clip, else of the video. tune: Enc_frame learns, too. NOTE: as
-    `released` the last clip of a video is never seen, and the logits of clip j are read from the
-    row of clip j - 1, those of the first from the class token; the dropout of Enc_frame, frozen as
-    it is, stays active.
+    per_clip: one prediction per clip (fine-tuning), else one per video (pre-training). NOTE: the
+    release reads clip j from the row of clip j - 1, and clip 1 from the class token's row.
     """
-    takes = "order"
 
-    def __init__(self, dim, classes, mlp=1024, released=False, crf=False, per_clip=False,
-                 tune=False, dropout=0.1, **shape):
+    def __init__(self, dim, classes, mlp=1024, dropout=0.1, per_clip=False, crf=False,
+                 finetune_frames=False, **sizes):
         super().__init__()
-        self.released, self.per_clip, self.tune = released, per_clip, tune
-        self.hide_last = released
-        self.frames, self.clips = (Encoder(dim, dropout=dropout, **shape) for _ in range(2))
-        self.head = head(dim, mlp, classes, dropout)
+        self.frame_encoder = Encoder(dim, dropout=dropout, **sizes)
+        self.frame_encoder.requires_grad_(finetune_frames)
+        self.clip_encoder = Encoder(dim, dropout=dropout, all_rows=per_clip, **sizes)
+        self.head = make_head(dim, mlp, classes, dropout)
         self.crf = CRF(classes) if crf else None
-        self.frames.requires_grad_(tune)
-        for part in [self.frames.layers[-1]] + [self.clips.layers[-1]] * (not per_clip):
-            for p in (part.query, part.key, part.value):
-                p.requires_grad_(False)                       # only the class token's row is read
 
-    embed = F2C.embed
-
-    def train(self, mode=True):
-        return quieten(super().train(mode))
-
-    def forward(self, x, order):
-        """x: (U, 16, D) clips; order: (B, N), which of them each video consists of, then PAD.
-
-        Returns (B, C), or, per clip, (B, N, C).
+    def forward(self, clips, clip_index):
+        """clips: (U, 16, D); clip_index: (B, N), which of them are the clips of each video, padded
+        with PAD. Returns logits (B, C), or per clip (B, N, C).
         """
-        with torch.set_grad_enabled(self.tune and torch.is_grad_enabled()):
-            z = self.embed(x)                                 # (U, D)
-        z, n = restack(z, order), (order != PAD).sum(1)       # (B, N, D), (B,)
-        v = self.clips(z, n - int(self.released), every=self.per_clip)
-        if self.per_clip:
-            v = v[:, :-1] if self.released else v[:, 1:]      # (B, N, D)
-        return self.head(v)
+        z = gather_clips(self.frame_encoder(clips), clip_index)               # (B, N, D)
+        v = self.clip_encoder(z, (clip_index != PAD).sum(1))
+        if self.clip_encoder.all_rows:
+            v = v[:, :-1] if self.clip_encoder.as_released else v[:, 1:]      # (B, N, D)
+        return self.head(v)                                   # (6)
+
+
+def gather_clips(z, clip_index):
+    """Embeddings of each video's clips, 0 at padding.    (U, D), (B, N) -> (B, N, D)"""
+    return z[clip_index.clamp(min=0)] * (clip_index != PAD)[..., None]
 
 
 class CRF(nn.Module):
-    """Scores of label sequences: a (start), b (end), A (transitions, from row to column)."""
+    """Conditional random field over the labels y of a video's clips, with their logits q.
 
-    def __init__(self, tags):
+    q: (B, N, K) float32; n: (B,), the number of valid clips of each video, at least 1.
+    """
+
+    def __init__(self, labels):
         super().__init__()
-        self.start_transitions = nn.Parameter(torch.empty(tags).uniform_(-0.1, 0.1))
-        self.end_transitions = nn.Parameter(torch.empty(tags).uniform_(-0.1, 0.1))
-        self.transitions = nn.Parameter(torch.empty(tags, tags).uniform_(-0.1, 0.1))
+        self.start_transitions = nn.Parameter(torch.empty(labels).uniform_(-0.1, 0.1))        # a
+        self.end_transitions = nn.Parameter(torch.empty(labels).uniform_(-0.1, 0.1))          # b
+        self.transitions = nn.Parameter(torch.empty(labels, labels).uniform_(-0.1, 0.1))      # A
 
-    def forward(self):
-        return self.start_transitions, self.end_transitions, self.transitions
+    def score(self, q, y, n):
+        """s(q, y): (B,)    y: (B, N)"""
+        valid = torch.arange(q.shape[1], device=q.device) < n[:, None]        # (B, N)
+        y = y.masked_fill(~valid, 0)
+        unary = q.gather(2, y[..., None])[..., 0] * valid                     # q_j[y_j]
+        pairwise = self.transitions[y[:, :-1], y[:, 1:]] * valid[:, 1:]       # A[y_j-1, y_j]
+        first, last = y[:, 0], y.gather(1, n[:, None] - 1)[:, 0]
+        return (self.start_transitions[first] + self.end_transitions[last] + unary.sum(1)
+                + pairwise.sum(1))                            # (8)
+
+    def log_partition(self, q, n, reduce=torch.logsumexp):
+        """log Σ_y exp s(q, y) over all y, by the forward recursion: (B,)"""
+        alpha = self.start_transitions + q[:, 0]                              # (B, K)
+        for j in range(1, q.shape[1]):
+            alpha_next = reduce(alpha[:, :, None] + self.transitions, 1) + q[:, j]
+            alpha = torch.where((j < n)[:, None], alpha_next, alpha)
+        return reduce(alpha + self.end_transitions, 1)
+
+    def nll(self, q, y, n):
+        """-log p(y | q): (B,)"""
+        return self.log_partition(q, n) - self.score(q, y, n) # (9)
+
+    def marginals(self, q, n, reduce=torch.logsumexp):
+        """p(y_j = k | q), (B, N, K): ∂ log_partition / ∂ q_j[k], by autograd."""
+        with torch.inference_mode(False), torch.enable_grad():
+            q = q.detach().clone().requires_grad_()
+            return torch.autograd.grad(self.log_partition(q, n, reduce).sum(), q)[0]
+
+    def viterbi(self, q, n):
+        """The most probable labels, (B, N). With max instead of logsumexp, `log_partition` is the
+        score of the best path, and its gradient is 1 on the path and 0 elsewhere.
+        """
+        return self.marginals(q, n, lambda x, dim: x.max(dim).values).argmax(2)
 
 
-def crf_score(q, y, n, a, b, A):
-    """s(q, y) = a_y1 + b_yn + Σ_j q_j[y_j] + Σ_j>1 A[y_j-1, y_j].
+# ---- 5. losses (official files: rep_learning/train.py, transformer2x/train.py) ------------------
 
-    q: (B, N, K) logits, y: (B, N) labels, n: (B,) lengths >= 1 -> (B,)
+def cross_entropy(logits, label, class_weights=None):
+    """(Σ_i w_yi CE_i, Σ_i w_yi); divide them for the mean. Labels PAD are ignored.
+
+    logits: (..., C), label: (...), class_weights: (C,)
     """
-    there = torch.arange(q.shape[1], device=q.device) < n[:, None]            # (B, N)
-    y = y.masked_fill(~there, 0)
-    emitted = (q.gather(2, y[..., None])[..., 0] * there).sum(1)
-    passed = (A[y[:, :-1], y[:, 1:]] * there[:, 1:]).sum(1)
-    last = y.gather(1, n[:, None] - 1)[:, 0]
-    return a[y[:, 0]] + b[last] + emitted + passed
+    logits, label = logits.float().flatten(0, -2), label.flatten()
+    weights = torch.ones_like(logits[0]) if class_weights is None else class_weights
+    total = F.cross_entropy(logits, label, weights, ignore_index=PAD, reduction="sum")
+    return total, weights[label[label != PAD]].sum()
 
 
-def crf_log_partition(q, n, a, b, A):
-    """log Σ_y exp s(q, y) over all sequences of n labels, by the forward recursion: (B,)"""
-    alpha = a + q[:, 0]                                                       # (B, K)
-    for j in range(1, q.shape[1]):
-        following = torch.logsumexp(alpha[:, :, None] + A, 1) + q[:, j]
-        alpha = torch.where((j < n)[:, None], following, alpha)
-    return torch.logsumexp(alpha + b, 1)
-
-
-def crf_nll(q, y, n, crf):
-    """-log p(y | q) of each video: (B,). The logits come in float32, n >= 1."""
-    return crf_log_partition(q, n, *crf()) - crf_score(q, y, n, *crf())
-
-
-def crf_viterbi(q, n, crf):
-    """The most probable labels of each video: [(n_i,)]."""
-    a, b, A = crf()
-    best, back = a + q[:, 0], []
-    for j in range(1, q.shape[1]):
-        values, where = (best[:, :, None] + A).max(1)                         # (B, K)
-        best = torch.where((j < n)[:, None], values + q[:, j], best)
-        back.append(where)
-    tags = []
-    for i, length in enumerate(n.tolist()):
-        path = [int((best[i] + b).argmax())]
-        for where in reversed(back[:length - 1]):
-            path.append(int(where[i, path[-1]]))
-        tags.append(torch.tensor(path[::-1]))
-    return tags
-
-
-def crf_marginals(q, n, crf):
-    """p(y_j = k | q), (B, N, K): the gradient of the log partition function by the logits."""
-    with torch.inference_mode(False), torch.enable_grad():
-        q = q.detach().clone().requires_grad_()
-        parts = [p.detach().clone() for p in crf()]
-        return torch.autograd.grad(crf_log_partition(q, n, *parts).sum(), q)[0]
-
-
-# ---- loss (official files: rep_learning/train.py, transformer2x/train.py) -----------------------
-
-def cross_entropy(logits, labels, weights=None):
-    """(Σ_i w_yi CE_i, Σ_i w_yi): a mean is their quotient.    (M, C), (M,); labels PAD are not
-    counted.
+def global_mean(total, count):
+    """This process's share of Σ total / Σ count over all processes, times their number, because
+    DDP averages gradients. A mean per process would depend on how the clips are distributed.
     """
-    total = F.cross_entropy(logits.float(), labels, weights, ignore_index=PAD, reduction="sum")
-    each = labels != PAD
-    if weights is not None:
-        each = each * weights[labels.clamp(min=0)]
-    return total, each.sum()
+    return total * common.world_size() / common.sum_processes(count.float())
 
 
-def over_all(total, count):
-    """Σ total / Σ count over all processes, as DDP, which takes the mean of the gradients, needs
-    it: the loss of a global batch does not depend on how it is shared out.
+def loss_of(args, model, out, label, class_weights=None):
+    """{"loss", "top1"} of a batch over all processes, by --loss.
+
+    out: (B, C) or (B, N, C) logits; label: (B,) or (B, N), padded with PAD.
     """
-    count = count.detach().clone().float()
-    dist.all_reduce(count)
-    return total * common.world_size() / count.clamp(min=1e-12)
+    if args.loss == "regression":
+        return regression_terms(out, label)
+    valid = label != PAD
+    if args.loss == "crf":
+        loss = model.crf.nll(out.float(), label, valid.sum(1)).sum() * common.world_size()    # (9)
+    else:
+        loss = global_mean(*cross_entropy(out, label, class_weights))         # (3) (5) (7)
+    correct = (out.argmax(-1) == label) & valid
+    return {"loss": loss, "top1": 100 * global_mean(correct.sum(), valid.sum())}
 
+
+# ---- 6. training (official file: rep_learning/train.py) -----------------------------------------
 
 def learning_rate(lr, epoch, epochs, end=1e-6):
-    """Of an epoch, from 0: half a cosine from lr to `end`, no warm-up (utils/util_functions.py)."""
+    """Half a cosine from lr to `end`, constant within an epoch (utils/util_functions.py)."""
     return end + (lr - end) * (math.cos(math.pi * epoch / epochs) + 1) / 2
 
 
-# ---- metrics (official files: action_localization/test.py, Oops eval_results.py) ----------------
+def train(args, device, model, dataset, val, class_weights=None):
+    """The training loop of f2c, f2c2v and classify; then best.pt on the validation set `val`."""
+    if args.compile:
+        model.compile()
+    ddp = DDP(model, gradient_as_bucket_view=True)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=1e-4)     # also of norms
+    saved = common.resume(args.out / "last.pt", args, len(dataset), ["features"], model=model,
+                          optimizer=optimizer)
+    start, best = saved["step"], saved.get("best", -math.inf)
 
-def accuracy(labels, predicted):
-    """(overall, [per true class]) of clips; nan for a class without clips."""
-    hit = labels == predicted
-    return float(hit.mean()), [float(hit[labels == c].mean()) if (labels == c).any() else math.nan
-                               for c in range(3)]
+    per_epoch = len(dataset) // args.batch_size
+    steps = args.epochs * per_epoch
+    log = common.Log(args, start, steps)
+    ddp.train()
+    for step, batch in log.steps(common.batches(args, dataset, device, start, steps, collate)):
+        lr = learning_rate(args.lr, step // per_epoch, args.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        common.seed_step(args.seed, step)                     # dropout repeats after a restart
+        batch = common.to_device(batch, device)
+        with common.autocast(device, args.precision):
+            out = ddp(*inputs_of(batch))                      # (2) (4) (6)
+        terms = loss_of(args, model, out, batch["label"], class_weights)      # (3) (5) (7) (9)
+        optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        gradient = nn.utils.clip_grad_norm_(learned, 1.0)     # configs/
+        ended = (step + 1) % per_epoch == 0
+        saving = ended or (step + 1) % args.save_every == 0
+        if saving or log.due(step):
+            common.check_finite(step, model, terms["loss"])   # NaN stops the run before the update
+        optimizer.step()
+
+        metrics = {}
+        if ended:
+            metrics = validate(args, device, model.eval(), val)
+            if args.select == "last" or not metrics["val_top1"] <= best:
+                best = metrics["val_top1"]
+                common.save(args.out / "best.pt", step + 1, args, model=model)
+            ddp.train()
+        log(step, saving, **terms, gradient=gradient, lr=lr, **metrics)
+        if saving:
+            common.save(args.out / "last.pt", step + 1, args, samples=len(dataset), model=model,
+                        optimizer=optimizer, best=best)
+    common.barrier()                                          # rank 0 has written
+    model.load_state_dict(common.load_checkpoint(args.out / "best.pt")["model"])
+    metrics = validate(args, device, model.eval(), val)
+    common.draw_curve(args, ["loss", "top1", "val_loss", "val_top1", "lr"])
+    common.finish(args, {**metrics, "broken_training_samples": log.total("broken")})
 
 
-def predicted_time(prob, spans):
-    """t̂: middle of the clip that most probably holds the transition, the first such; 0 if none
-    can.    prob, (N,): p(label 1)
+def inputs_of(batch):
+    """Arguments of a network's `forward`."""
+    return [batch[k] for k in ("clips", "lengths", "clip_index") if k in batch]
+
+
+def validate(args, device, model, val):
+    """{"val_loss", "val_top1", "val_<class>"} on the validation set."""
+    if args.stage == "classify":
+        scores = predict_clips(args, device, model, val)
+        return label_metrics(args, val, scores, "val_")
+    names = args.transforms.split(",")
+
+    def network(batch):
+        p = model(*inputs_of(batch)).float().softmax(1)
+        rows = torch.cat([p, batch["label"][:, None]], 1)
+        return {"rows": rows.split(batch["count"].tolist())}  # of each video
+
+    dataset = common.Samples(args, val, make_pretext)
+    rows = common.predict(args, device, dataset, network, "validation", 16, collate)["rows"]
+    p, label = np.split(torch.cat([*rows]).numpy(), [len(names)], 1)
+    return classification_metrics(label[:, 0].astype(int), p.argmax(1), p, names, "val_")
+
+
+def make_pretext(args, videos, i, rng):
+    """Sample of f2c: up to six transformed clips of a video. Of f2c2v: up to six versions of it;
+    they share most clips, so each distinct clip is read and encoded once.
     """
-    j = int(prob.argmax())
-    return float(spans[j].mean()) if prob[j] > 0 else 0.0
+    names = args.transforms.split(",")
+    transform = transform_video if args.stage == "f2c2v" else transform_clips
+    made = transform(rng, videos[i].length, names, as_released=args.as_released)
+    label = torch.tensor([names.index(name) for name, _ in made])
+    frames = [frames for _, frames in made]
+    if args.stage == "f2c2v":
+        clips, clip_index = read_distinct_clips(videos[i].features, frames)
+        return {"clips": clips, "clip_index": clip_index, "label": label}
+    x = read_features(videos[i].features, np.concatenate(frames))
+    return {"clips": x.split([len(clip) for clip in frames]), "label": label}
 
 
-def distance(t_hat, t):
-    """Seconds to the nearest of the annotated times. Entries of -1 match nothing in practice."""
-    return min(abs(t_hat - x) for x in t)
+def collate(samples):
+    """A batch of all clips of all samples.
 
-
-def localization(errors, lengths, tolerances=(0.25, 1.0)):
-    """Share of videos, in %, found within each tolerance, and mean, median and sample standard
-    deviation of the error in seconds; mean and median relative to the length.
+    clips: (U, L, D), padded; lengths: (U,), only if they differ; clip_index: (S, N), only of
+    sequences of clips, such as videos: which clips each one consists of, padded with PAD; label:
+    (U,) or (S,), or (S, N) with one label per clip; count: (B,), labels or sequences per sample.
     """
-    e = np.asarray(errors, dtype=np.float64)
-    metrics = {f"within_{k:g}s": 100 * float((e <= k).mean()) for k in tolerances}
-    relative = e / np.asarray(lengths)
-    return {**metrics, "mean_error_s": float(e.mean()), "median_error_s": float(np.median(e)),
-            "std_error_s": float(e.std(ddof=1)) if len(e) > 1 else 0.0,
-            "mean_relative_error": float(relative.mean()),
-            "median_relative_error": float(np.median(relative))}
+    clips = [clip for sample in samples for clip in sample["clips"]]
+    label = [label for sample in samples for label in sample["label"]]
+    batch = {"clips": pad_sequence(clips, True, PAD), "label": pad_sequence(label, True, PAD)
+             if label[0].dim() else torch.stack(label),
+             "count": torch.tensor([len(sample["label"]) for sample in samples]),
+             "broken": [sample.get("broken", "") for sample in samples]}
+    lengths = torch.tensor([len(clip) for clip in clips])
+    if "clip_index" in samples[0]:
+        first = itertools.accumulate((len(sample["clips"]) for sample in samples), initial=0)
+        batch["clip_index"] = pad_sequence([k + index for k, sample in zip(first, samples)
+                                            for index in sample["clip_index"]], True, PAD)
+    elif lengths.min() < lengths.max():
+        batch["lengths"] = lengths
+    return batch
 
 
-def regression_loss(out, relative):
-    """Σ SmoothL1, β 0.01, of the predicted and the true transition time relative to the length.
-
-    out: (B,) logits, relative: (B,). The optional variant of action_localization.
-    """
-    return F.smooth_l1_loss(out.float().sigmoid(), relative, reduction="sum", beta=0.01)
-
-
-def chance(length, t, tolerance):
-    """Probability that a uniformly random time lies within the tolerance of t."""
-    return (min(length, t + tolerance) - max(0.0, t - tolerance)) / length
-
-
-# ---- weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ---------------------------
-
-def released_names(theirs, ours, layers):
-    """{names of the release: our names} of an encoder, as beginnings."""
-    t = f"{theirs}temporal_encoder."
-    names = {f"{theirs}cls_token": "cls_token",
-             f"{t}embeddings.position_embeddings.": "position.",
-             f"{t}embeddings.token_type_embeddings.": "kind.", f"{t}embeddings.LayerNorm.": "norm."}
-    for i in range(layers):
-        parts = {f"attention.self.{p}.": f"{p}." for p in (
-            "query", "key", "value", "query_global", "key_global", "value_global")}
-        parts |= {"attention.output.dense.": "out.", "attention.output.LayerNorm.": "norm1.",
-                  "intermediate.dense.": "fc1.", "output.dense.": "fc2.",
-                  "output.LayerNorm.": "norm2."}
-        names |= {f"{t}encoder.layer.{i}.{a}": f"layers.{i}.{b}" for a, b in parts.items()}
-    return {a: ours + b for a, b in names.items()}
+def pretrain(args, device):
+    """F2C or F2C2V: predict which transformation was applied, on all videos, without labels."""
+    names = args.transforms.split(",")
+    transform = transform_video if args.stage == "f2c2v" else transform_clips
+    shortest = next(T for T in itertools.count(1)
+                    if transform(np.random.default_rng(0), T, names))
+    splits = []
+    for split in ("train", "val"):
+        videos = read_videos(args, split)
+        splits.append([video for video in videos if video.length >= shortest])
+        common.say(f"{split}: {len(videos) - len(splits[-1])} videos have less than {shortest} "
+                   "frames and are left out")
+        if not splits[-1]:
+            raise UserError(f"{args.features / split}: all videos have less than {shortest} frames")
+    model = make_model(args, splits[0][0].dim, len(names)).to(device)
+    load_init(args, model)
+    train(args, device, model, common.Samples(args, splits[0], make_pretext), splits[1])
 
 
-def layouts(layers, heads=True):
-    """Naming schemes of checkpoints: ours; the release's of one level and of two. heads: with
-    classifier and CRF, which do not pass from one stage to the next.
-    """
-    one = released_names("", "frames.", layers)
-    two = (released_names("local_model.", "frames.", layers)
-           | released_names("global_model.", "clips.", layers))
-    if not heads:
-        return [{"frames.": "frames.", "clips.": "clips."}, one, two]
-    crf = {"crf.": "crf."}
-    return [{"": ""}, one | {"mlp_head.": "head."} | crf,
-            two | {"global_model.mlp_head.": "head."} | crf]
+# ---- 7. features (official files: feat_exteact/, r21d/extr_r21d_feats.py) -----------------------
 
-
-def timm_names(layers):
-    """{names of timm's vision transformers: torchvision's names}, as beginnings."""
-    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
-             "patch_embed.proj.": "conv_proj.", "norm.": "encoder.ln."}
-    parts = {"norm1.": "ln_1.", "norm2.": "ln_2.", "mlp.fc1.": "mlp.0.", "mlp.fc2.": "mlp.3.",
-             "attn.qkv.": "self_attention.in_proj_", "attn.proj.": "self_attention.out_proj."}
-    return names | {f"blocks.{i}.{a}": f"encoder.layers.encoder_layer_{i}.{b}"
-                    for i in range(layers) for a, b in parts.items()}
-
-
-def describe(path):
-    """What is known of a checkpoint: flags of ours; of the release's what the tensors tell.
-
-    NOTE: these do not tell heads and window: --heads and --window may, else 16 and 32.
-    """
-    found, tensors = common.load_file(path), common.find_weights(path)
-    video = any(k.startswith(("clips.", "global_model.")) for k in tensors)
-    if isinstance(found, dict) and isinstance(found.get("args"), dict) and "step" in found:
-        known = found["args"]
-        dim = tensors.get("frames.cls_token", tensors.get("head.0.weight"))   # the latter: ClipMLP
-    else:
-        t = "local_model." if video else ""
-        depth = [int(m[1]) + 1 for k in tensors if (
-            m := re.match(rf"{t}temporal_encoder\.encoder\.layer\.(\d+)\.", k))]
-        rows = {"ff": f"{t}temporal_encoder.encoder.layer.0.intermediate.dense.weight",
-                "mlp": f"{t.replace('local', 'global')}mlp_head.1.weight",
-                "positions": f"{t}temporal_encoder.embeddings.position_embeddings.weight"}
-        dim = tensors.get(f"{t}cls_token")
-        known = {"layers": max(depth, default=None),
-                 **{k: len(tensors[name]) for k, name in rows.items() if name in tensors}}
-        known["loss"] = "crf" if "crf.transitions" in tensors else "ce"
-    if dim is None or dim.dim() < 2:
-        raise UserError(f"{path}: no checkpoint of this method: it has no class token")
-    known = {**known, "dim": dim.shape[-1], "level": "video" if video else "clip"}
-    legal = {**{k: lambda x: isinstance(x, int) and 0 < x < 10 ** 6 for k in SHAPE},
-             "layers": lambda x: isinstance(x, int) and 0 < x <= len(tensors),
-             "positions": lambda x: isinstance(x, int) and 2 < x < 10 ** 6,
-             "loss": lambda x: x in ("ce", "crf", "regression"),
-             "compat": lambda x: x in ("fixed", "released"),
-             "step": lambda x: isinstance(x, float) and x > 0 and (x * FPS).is_integer(),
-             "anticipate": lambda x: isinstance(x, float) and 0 < x < 60}
-    for key, right in legal.items():
-        if known.get(key) is not None and not right(known[key]):
-            raise UserError(f"{path}: its --{key} {known[key]!r:.40} is not possible")
-    return known
-
-
-# ---- stage features (official files: feat_exteact/, r21d/extr_r21d_feats.py) --------------------
-
+# Mean and standard deviation of the frames. HALF: of timm's ViT, ε as in the release.
+HALF = (0.5,) * 3, (0.5 + 1e-8,) * 3
+KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 TIMM = ("https://huggingface.co/timm/vit_base_patch16_224.augreg_in21k_ft_in1k/resolve/main/"
         "pytorch_model.bin")
+TIMM_NAMES = (                       # regular expressions: timm's names -> torchvision's
+    ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("^norm", "encoder.ln"),
+    (r"patch_embed\.proj", "conv_proj"), ("norm1", "ln_1"), ("norm2", "ln_2"),
+    (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.3"), (r"attn\.proj", "self_attention.out_proj"),
+    (r"blocks\.", "encoder.layers.encoder_layer_"), (r"attn\.qkv\.", "self_attention.in_proj_"))
 
 
-class Pictures(IterableDataset):
-    """What φ needs of each video, in pieces of bounded size, by as many processes as there are.
+def bottleneck_r2plus1d(layers):
+    """R(2+1)D of bottleneck blocks (IG-65M, arXiv:1905.00561); [3, 8, 36, 3] has 152 layers. The
+    width inside a factored convolution follows from its own block, not as in torchvision from the
+    block before.
+    """
+    from torchvision.models.video import resnet
 
-    Yields (video, fps, times or spans, pieces for φ, is it the last one?), or the video's number
-    and what is wrong with it. Pictures: uint8 (n, S, S, 3), short side scaled to S, the centre of
-    the long side; clips: (n, 3, 16, S, S), each 0.25 s after the one before.
-    NOTE: the release cuts the picture up to 56 pixels off its centre.
+    class Factored(resnet.Conv2Plus1D):
+        def __init__(self, cin, cout, between, stride=1, padding=1):
+            super().__init__(cin, cout, 27 * cin * cout // (9 * cin + 3 * cout), stride, padding)
+
+    def stem():
+        return nn.Sequential(*resnet.R2Plus1dStem(), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)))
+
+    net = resnet.VideoResNet(resnet.Bottleneck, [Factored] * 4, layers, stem, 359)
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm3d):
+            m.eps = 1e-3
+    return net
+
+
+def headless(net):
+    """A torchvision network without its classifier; `out_dim` is the width of its features."""
+    head = "heads" if hasattr(net, "heads") else "fc"
+    classifier = getattr(net, head)
+    net.out_dim = (classifier if head == "fc" else classifier[-1]).in_features
+    setattr(net, head, nn.Identity())
+    return net.eval()
+
+
+def make_feature_network(name):
+    """φ on random weights. Of frames (B, 3, H, W): vit_b16 (D = 768), resnet18 (512), resnet50
+    (2048). Of clips (B, 3, 16, H, W): r2plus1d_18, r3d_18 (512), r2plus1d_152 (2048).
+    """
+    from torchvision.models import get_model
+    if name == "r2plus1d_152":
+        return headless(bottleneck_r2plus1d([3, 8, 36, 3]))
+    return headless(get_model({"vit_b16": "vit_b_16"}.get(name, name)))
+
+
+def load_feature_network(args):
+    """(φ with its weights, mean and standard deviation of its frames). With --tiny φ makes a frame
+    of 8 x 8 pixels, or two of a clip.
+    """
+    name, weights, clips = args.backbone, args.weights, args.backbone in CLIP_NETS
+    if args.tiny:
+        pool = nn.AdaptiveAvgPool3d((2, 8, 8)) if clips else nn.AdaptiveAvgPool2d(8)
+        net = nn.Sequential(pool, nn.Flatten())
+        net.out_dim = 3 * 64 * (1 + clips)
+        return net, HALF
+    torch.manual_seed(args.seed)
+    net = make_feature_network(name)
+    if weights == "none":
+        return net, KINETICS if clips else HALF
+    if weights == "timm" and name == "vit_b16":
+        weights = common.fetch(TIMM, "--weights torchvision, FILE or none")
+    elif weights == "torchvision" and name != "r2plus1d_152":
+        from torchvision.models import get_model_weights
+        weights = next(iter(get_model_weights({"vit_b16": "vit_b_16"}.get(name, name))))
+        weights = common.fetch(weights.url, "--weights FILE or none")
+    elif weights in ("timm", "torchvision"):
+        raise UserError(f"--weights {weights} has none of {name}: give a FILE")
+    timm = "pos_embed" in common.read_weights(Path(weights))
+    common.load_weights(net, Path(weights), [TIMM_NAMES if timm else ()])
+    return net, KINETICS if clips else HALF if timm else common.IMAGENET
+
+
+def normalize(frames, mean, std):
+    """uint8 (n, H, W, 3) -> (n, 3, H, W) float"""
+    return common.normalize(frames.permute(3, 0, 1, 2), mean, std).transpose(0, 1)
+
+
+def resize_clip(frames, size=(128, 171), crop=112):
+    """Input of a 3-D network: normalized, resized without antialiasing, cropped at the centre.
+
+    uint8 (T, H, W, 3) -> (T, 3, crop, crop) float
+    """
+    x = F.interpolate(normalize(frames, *KINETICS), size, mode="bilinear", align_corners=False)
+    top, left = (round((s - crop) / 2) for s in size)
+    return x[..., top:top + crop, left:left + crop]
+
+
+class VideoFrames(IterableDataset):
+    """The frames of some videos in pieces: (number of the video, times (n,), frames).
+
+    Frames are uint8 (n, side, side, 3), scaled to the short side and cropped at the centre (NOTE:
+    the release crops up to 56 pixels off it). For 3-D networks they are what `resize_clip` returns.
+    A video ends with (number, None, None), or with (number, error message, None).
     """
 
     def __init__(self, paths, clips, side):
         self.paths, self.clips, self.side = paths, clips, side
 
     def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        first, every = (info.id, info.num_workers) if info else (0, 1)
-        for i in range(first, len(self.paths), every):
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for i in range(first, len(self.paths), stride):
+            frames = common.stream_frames(self.paths[i], None if self.clips else self.side)
             try:
-                fps = common.probe(Path(self.paths[i])).fps
-                pieces = self.clips_of if self.clips else self.pictures_of
-                held = None                                   # one behind, to know the last
-                for piece in pieces(Path(self.paths[i]), fps):
-                    if held:
-                        yield i, fps, *held, False
-                    held = piece
-                if held is None:
-                    raise VideoError(f"{self.paths[i]}: is shorter than a clip")
-                yield i, fps, *held, True
+                while piece := [*itertools.islice(frames, 64)]:
+                    times, images = zip(*piece)
+                    x = torch.from_numpy(np.stack(images))
+                    yield i, np.array(times), resize_clip(x) if self.clips else self.crop(x)
+                yield i, None, None
             except VideoError as e:
-                yield i, str(e)
+                yield i, str(e), None
 
-    def pictures_of(self, path, _):
-        def size(w, h):
-            return tuple(int(s * self.side / min(w, h)) for s in (w, h))
-
-        for times, x in common.stream(path, size):
-            top, left = ((s - self.side) // 2 for s in x.shape[1:3])
-            x = x[:, top:top + self.side, left:left + self.side]
-            yield times, torch.from_numpy(np.ascontiguousarray(x))
-
-    def clips_of(self, path, fps):
-        ratio, k, n = fps / FPS, 0, 0                         # position on the grid, picture
-        kept, made = [], []                                   # (time, picture), (span, clip)
-        size = (round(self.side * 128 / 112), round(self.side * 171 / 112))
-
-        def cut_off(last):                                    # a position is sure once one follows
-            while len(kept) >= FPS + (not last):
-                part = kept[:FPS]
-                made.append(((part[0][0], part[-1][0]), torch.stack([x for _, x in part], 1)))
-                del kept[:4]
-            while len(made) >= 8 or (last and made):
-                spans, clips = zip(*made[:8])
-                del made[:8]
-                yield np.array(spans), torch.stack(clips)
-
-        for times, x in common.stream(path, chunk=16):
-            while (j := math.floor(np.float32(k) * np.float32(ratio)) - n) < len(times):
-                picture = clip_pictures(torch.from_numpy(x[j:j + 1]), size, self.side)[0]
-                kept.append((times[j], picture))
-                k += 1
-            n += len(times)
-            yield from cut_off(False)
-        if not ratio.is_integer() and k > math.floor(n / ratio):
-            kept.pop()                                        # as `cut_clips` counts
-        yield from cut_off(True)
+    def crop(self, x):
+        """(n, H, W, 3) -> (n, side, side, 3)"""
+        size = [max(self.side, s * self.side // min(x.shape[1:3])) for s in x.shape[1:3]]
+        if min(x.shape[1:3]) < self.side:                     # larger frames came scaled down
+            x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
+        top, left = ((s - self.side) // 2 for s in x.shape[1:3])
+        return x[:, top:top + self.side, left:left + self.side].contiguous()
 
 
-def backbone(args):
-    """(φ, mean and std of its pictures, what its weights are)."""
-    torch.manual_seed(args.seed)
-    net, name = common.feature_network(args.backbone, args.tiny), args.backbone
-    clips = name in OF_CLIPS
-    if args.weights == "none":
-        return net, HALF, f"none, seed {args.seed}"
-    if args.tiny:
-        raise UserError("--tiny makes its own small backbone: --weights none")
-    path = Path(args.weights)
-    if args.weights == "torchvision" and name != "r2plus1d_152":
-        from torchvision.models import get_model_weights
-        url = next(iter(get_model_weights(name.replace("vit_b16", "vit_b_16")))).url
-        path = common.fetch(url, "use --weights FILE, or none")
-    elif args.weights == "timm" and name == "vit_b16":
-        path = common.fetch(TIMM, "use --weights torchvision, FILE or none")
-    elif args.weights in ("torchvision", "timm"):
-        raise UserError(f"--weights {args.weights}: has none of {name}; a FILE is needed")
-    layouts = [{"": ""}] + [timm_names(12)] * (name == "vit_b16")
-    common.load_weights(net, path, layouts)
-    timm = "pos_embed" in common.find_weights(path)
-    norm = KINETICS if clips else HALF if timm else IMAGENET
-    return net, norm, f"{path.name}, pictures {'(x - 0.5) / 0.5' if timm else 'as torchvision'}"
-
-
-@torch.inference_mode()
-def calibrate(net, norm, paths, clips, side, spread=0.1):
-    """Centre and scale the channels of a small untrained network by what it makes of some videos:
-    as they are, they hardly differ from one picture to the next, and nothing is learned from them.
-    """
-    made = {}
-    for i, *piece in Pictures(paths, clips, side):
-        if i not in made and len(piece) == 4:                 # the first pictures of each
-            made[i] = net(piece[2] if clips else normalise(piece[2], *norm))
-    if not made:
-        raise UserError(f"{paths[0]}: can not be read, nor can the {len(paths) - 1} after it")
-    z = torch.cat(list(made.values()))
-    net.shift.copy_(z.mean(0))
-    net.scale.copy_(spread / z.std(0).clamp(min=1e-6))
-
-
-def save_features(args, path, fps, parts):
-    """One video's .npz: arr_0 (T, D), fps, and times (T,), or spans (T, 2) of clips."""
-    seen, x = (np.concatenate(p) for p in zip(*parts))
-    x = x.astype(np.float16 if args.float16 else np.float32)
-    if not np.isfinite(x).all():
-        raise UserError(f"{path}: its features are not finite; nothing was written")
-    kind = "spans" if seen.ndim == 2 else "times"
-    common.write(path, lambda f: np.savez(f, arr_0=x, fps=fps, **{kind: seen}))
-
-
-def extract_part(args, device, network, part, files, clips, side):
-    """Features of the videos that have none yet, shared out: ({name: fault}, how many made)."""
-    folder, ending = args.features / part, ".mp4.npz" if args.naming == "mp4" else ".npz"
-    if common.rank() == 0 and folder.is_dir():
-        common.remove_stale(folder)
-    common.barrier()
-    mine, failed = [], {}
-    for f in files[common.rank()::common.world_size()]:
-        try:
-            checked(f.parent, f.stem)
-            if not any((folder / f"{f.stem}{e}").exists() for e in (".npz", ".mp4.npz")):
-                mine.append(f)
-        except UserError as e:
-            failed[f"{part}/{f.name!r}"] = str(e)
-    common.barrier()
-    loader = DataLoader(Pictures([str(f) for f in mine], clips, side), batch_size=None,
-                        num_workers=min(args.workers, len(mine)), generator=torch.Generator())
-    done, parts, began = 0, {}, time.perf_counter()
-    shown = began
-    for i, *piece in loader:
-        if len(piece) == 1:
-            failed[f"{part}/{mine[i].name}"] = piece[0]
-            parts.pop(i, None)
-            print(f"warning: {' '.join(piece[0].split())}; left out", flush=True)
-            continue
-        fps, seen, x, last = piece
-        parts.setdefault(i, []).append((np.asarray(seen), network(x.to(device))))
-        if last:
-            save_features(args, folder / f"{mine[i].stem}{ending}", fps, parts.pop(i))
-            done += 1
-        if time.perf_counter() - shown > 10:
-            shown = time.perf_counter()
-            left = (shown - began) / max(1, done) * (len(mine) - done)
-            common.say(f"{part} {done}/{len(mine)} videos of this process, ETA {left:.0f} s")
-    return failed, done
+def encode_videos(args, paths, encode):
+    """(path, times (T,), encode(frames) of all pieces, joined) of each video that can be read."""
+    frames = VideoFrames(paths, args.backbone in CLIP_NETS, 32 if args.tiny else 224)
+    loader = DataLoader(frames, batch_size=None, num_workers=min(args.workers, len(paths)),
+                        generator=torch.Generator())
+    pieces = {}                                               # {number: [(times, features)]}
+    for i, times, x in loader:
+        if x is not None:
+            pieces.setdefault(i, []).append((times, encode(x)))
+        elif times is not None:
+            print(f"warning: {times}; skipped", flush=True)
+            pieces.pop(i, None)
+        else:
+            times, z = zip(*pieces.pop(i))
+            yield paths[i], np.concatenate(times), torch.cat(z)
 
 
 def extract(args, device):
-    """Features of every video in oops_video/train and val, each once; killed, it goes on."""
-    files = {}
-    for part in ("train", "val"):
-        folder = args.data / "oops_video" / part
-        files[part] = sorted(folder.glob("*.mp4"))
-        if not files[part]:
-            raise UserError(f"{folder}: holds no .mp4 videos")
-        other = len(os.listdir(folder)) - len(files[part])
-        if other:
-            common.say(f"note: {folder}: {other} entries are no .mp4 and passed over")
-    net, norm, weights = backbone(args)
-    clips = args.backbone in OF_CLIPS
-    side = 32 if args.tiny else 112 if clips else 224
-    common.claim(args.features, net, {"backbone": args.backbone, "weights": weights, "side": side,
-                                      "tiny": args.tiny})
-    if args.tiny:
-        calibrate(net, norm, [str(f) for f in files["train"][:16]], clips, side)
-    net = net.to(device)
+    """Features of every video in oops_video/train and val as NAME.npz: arr_0 (T, D), times and fps.
+    Existing files are skipped, so a killed run goes on.
+    """
+    net, norm = load_feature_network(args)
+    net, clips = net.to(device).eval(), args.backbone in CLIP_NETS
     if args.compile:
         net.compile()
 
     @torch.inference_mode()
     def network(x):
         with common.autocast(device, args.precision):
-            return net(x if clips else normalise(x, *norm)).float().cpu().numpy()
+            return net(x).float().cpu()
 
-    failed, totals = {}, {}
-    for part in files:
-        some = files[part][:args.limit]
-        broken, done = extract_part(args, device, network, part, some, clips, side)
-        every = [(broken, done)] * common.world_size()
-        if common.world_size() > 1:
-            dist.all_gather_object(every, (broken, done))
-        failed |= {k: v for faults, _ in every for k, v in sorted(faults.items())}
-        totals |= {f"{part}_videos": len(some),
-                   f"{part}_made": sum(made for _, made in every)}
-    if common.rank() == 0:
-        common.write_json(args.out / "metrics.json", {**totals, "unreadable": failed,
-                                                      "weights": weights, "dim": net.out_dim})
-    common.say("  ".join(f"{k} {v}" for k, v in totals.items()) + f"  dim {net.out_dim}  "
-               f"unreadable {len(failed)}  in {args.features}")
+    def encode(x):
+        return x if clips else network(normalize(x.to(device), *norm))        # (1)
 
-
-# ---- samples -----------------------------------------------------------------------------------
-
-class ClipPretext(Dataset):
-    """F2C: the transformed clips of each video, up to six of them."""
-
-    def __init__(self, videos, args):
-        self.videos, self.args = common.Packed(videos), args
-        self.names = args.transforms.split(",")
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (-1, key)               # -1: validation
-        a, v = self.args, self.videos[i]
-        rng = np.random.default_rng((a.seed, epoch + 1, i, 2))               # 2: this dataset's own
-        c = draw_clip_choices(rng, v.frames, self.names, a.clip_len, a.crops,
-                              a.compat == "released")
-        made = transform_clips(v.frames, c, self.names, a.clip_len)
-        x = read_rows(v, np.concatenate([frames for _, frames in made]))
-        return {"clips": x.split([len(frames) for _, frames in made]),
-                "label": torch.tensor([self.names.index(name) for name, _ in made])}
-
-
-class VideoPretext(ClipPretext):
-    """F2C2V: the transformed versions of each video, up to six, of clips of 16 frames.
-
-    Versions share most of their clips, so each clip is read, and embedded, once.
-    """
-
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (-1, key)
-        v, released = self.videos[i], self.args.compat == "released"
-        rng = np.random.default_rng((self.args.seed, epoch + 1, i, 3))       # 3: likewise
-        made = transform_video(v.frames, draw_video_choices(rng, v.frames, released=released),
-                               self.names)
-        clips, order = np.unique(np.concatenate([frames for _, frames in made]), axis=0,
-                                 return_inverse=True)
-        x = read_rows(v, clips.ravel())
-        return {"pool": x.view(*clips.shape, -1),                             # (U, 16, D)
-                "order": torch.from_numpy(order.ravel()).split([len(f) for _, f in made]),
-                "label": torch.tensor([label_of(n, self.names, released) for n, _ in made])}
-
-
-class LabelledClips(Dataset):
-    """Clip level: single clips of all videos. table: (M, 3) of video, clip and label."""
-
-    def __init__(self, videos, table, step):
-        self.videos, self.table, self.step = common.Packed(videos), table, step
-
-    def __len__(self):
-        return len(self.table)
-
-    def __getitem__(self, key):
-        i, j, label = self.table[key[1]]
-        video = self.videos[i]
-        return {"x": read_rows(video, cut(video, self.step)[0][j]), "label": label}
-
-
-class LabelledVideos(Dataset):
-    """All clips of each video, in their order, cut into `phases` sequences: the clips 0, p, 2p ...,
-    the clips 1, p + 1, ... So a model trained on clips 1 s apart reads clips 0.25 s apart.
-    """
-
-    def __init__(self, videos, args, step, phases=1):
-        self.videos, self.args = common.Packed(videos), args
-        self.step, self.phases = step, phases
-
-    def __len__(self):
-        return len(self.videos)
-
-    def __getitem__(self, key):
-        video = self.videos[key[1] if isinstance(key, tuple) else key]
-        frames, spans = cut(video, self.step)
-        which, labels = targets(self.args, video, spans, self.step)
-        frames = frames[which]                                # what may not be seen is not
-        x = read_rows(video, frames.ravel())
-        return {"pool": x.view(*frames.shape, -1), "label": torch.from_numpy(labels),
-                "order": [torch.arange(p, len(frames), self.phases)
-                          for p in range(min(self.phases, len(frames)))],
-                "time": torch.tensor([video.note.t[1], video.note.len])}
-
-
-def targets(args, video, spans, step):
-    """(clips to be shown, their labels) of a video, as --anticipate and --compat say."""
-    t, released = video.note.t[1], args.compat == "released"
-    if args.anticipate:
-        return anticipation(spans, t, args.anticipate, args.anticipate_protocol, step, released)
-    return np.arange(len(spans)), run_labels(spans, t, released)
-
-
-def collate_clips(items):
-    """Clips of all items, shorter ones filled with PAD: x (S, L, D); labels (S,); length (S,), if
-    there are shorter ones.
-    """
-    clips = [clip for item in items for clip in item["clips"]]
-    length = torch.tensor([len(c) for c in clips])
-    return {"x": nn.utils.rnn.pad_sequence(clips, True, PAD), "label": torch.cat(
-        [item["label"] for item in items]), "broken": [item.get("broken", "") for item in items],
-        **({"length": length} if length.min() < length.max() else {})}
-
-
-def collate_videos(items):
-    """The clips of all items one behind the other: x (U, 16, D); which of them each sequence has:
-    order (S, N), then PAD; labels, of the sequences (S,) or of their clips (S, N).
-    """
-    order, first, labels = [], 0, [item["label"] for item in items]
-    for item in items:
-        order += [first + o for o in item["order"]]
-        first += len(item["pool"])
-    batch = {"x": torch.cat([item["pool"] for item in items]),
-             "order": nn.utils.rnn.pad_sequence(order, True, PAD),
-             "broken": [item.get("broken", "") for item in items]}
-    if "time" not in items[0]:
-        return {**batch, "label": torch.cat(labels)}
-    return {**batch, "label": nn.utils.rnn.pad_sequence(labels, True, PAD),
-            "time": torch.stack([item["time"] for item in items])}
-
-
-# ---- training ----------------------------------------------------------------------------------
-
-def prepare(args, path):
-    """Take from the checkpoint what the flags leave open of the network's shape; returns what is
-    known of it. None for `--init none`.
-    """
-    known = None if path in (None, "none") else describe(Path(path))
-    wanted = dict(SHAPE)
-    if args.stage in TESTS:                                   # the classifier, as it was trained
-        wanted |= {"level": None, "loss": "ce", "anticipate": None,
-                   "step": 1.0 if known["level"] == "video" else 0.25}
-    for key, default in [*wanted.items(), ("compat", args.compat)]:
-        given, made = getattr(args, key), (known or {}).get(key)
-        if given is None:
-            setattr(args, key, default if made is None else made)
-        elif made is not None and given != made:
-            raise UserError(f"{path}: was made with --{key} {made}, now it is {given}")
-    if args.stage == "localize" and args.anticipate:
-        raise UserError(f"{path}: foresees labels, it has no time to localize; --stage evaluate")
-    return known
-
-
-def build(args, dim, classes, level, per_clip=False, crf=False):
-    """The model of a stage."""
-    if dim % args.heads:
-        raise UserError(f"--heads {args.heads} do not divide the {dim} channels of the features")
-    options = {k: getattr(args, k) for k in ("layers", "heads", "window", "ff", "positions",
-                                             "dropout", "mlp", "init_std")}
-    options |= {"released": args.compat == "released", "crf": crf}
-    if level == "clip":
-        return F2C(dim, classes, **options)
-    return F2C2V(dim, classes, **options, per_clip=per_clip, tune=args.finetune_frames)
-
-
-def initialise(args, model, known, dim):
-    """Fill the encoders: of F2C the frame encoder alone, of F2C2V both; heads are new."""
-    if known is None:
-        return common.say("init none: random weights")
-    if known["dim"] != dim:
-        raise UserError(f"{args.init}: is of features of {known['dim']} numbers, those of "
-                        f"{args.features} have {dim}")
-    both = known["level"] == "video" and isinstance(model, F2C2V)
-    common.load_weights(model, Path(args.init), layouts(args.layers, heads=False),
-                        ("frames.", "clips.") if both else "frames.")
-
-
-def train(args, device, model, dataset, collate, losses, validate):
-    """The loop of all stages. losses: (output, batch) -> terms; validate: model -> metrics, of
-    which `val_top1` may choose the checkpoint.
-    """
-    names = "\n".join(v.name for v in dataset.videos)
-    samples = f"{len(dataset)} (list {zlib.crc32(names.encode()):08x})"
-    dataset = common.SkipBroken(dataset, args.seed)
-    if args.compile:
-        model.compile()
-    ddp = DDP(model, gradient_as_bucket_view=True)
-    learned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=args.weight_decay)
-    if common.world_size() > 2:
-        common.settle(ddp, *inputs(model, to_device(collate([dataset[0, 0]]), device)))
-    saved = common.resume(args.out / "last.pt", args, model=model, optimizer=optimizer)
-    start, best = saved["step"], saved.get("best", -math.inf)
-    common.same_samples(saved, samples, args.out)
-
-    per_epoch = len(dataset) // args.batch_size
-    steps = args.epochs * per_epoch
-    sampler = common.StepSampler(len(dataset), args.batch_size, args.seed, start, steps)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
-                        pin_memory=device.type == "cuda", collate_fn=collate,
-                        generator=torch.Generator())
-    log = common.Log(args, start, steps, per_epoch)
-    ddp.train()
-    for step, batch in log.steps(loader):
-        lr = learning_rate(args.lr, step // per_epoch, args.epochs, min(1e-6, args.lr))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        common.seed_step(args.seed, step, common.rank())      # dropout repeats after a restart
-        batch = to_device(batch, device)
-        with common.autocast(device, args.precision):
-            out = ddp(*inputs(model, batch))
-        terms = losses(out, batch)
-        optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        norm = log.guard(step, optimizer, loss=terms["loss"])
-        nn.utils.clip_grads_with_norm_(learned, 1.0, norm)
-        optimizer.step()
-
-        ended, measured = (step + 1) % per_epoch == 0, {}
-        saving = ended or (step + 1) % args.save_every == 0 or log.stopping
-        if ended:
-            began = time.perf_counter()
-            measured = validate(model.eval())
-            if args.select == "last" or measured["val_top1"] > best:
-                best = measured["val_top1"]
-                common.save(args.out / "best.pt", step + 1, args, model=model)
-            ddp.train()
-            log.since += time.perf_counter() - began          # not part of the training speed
-        log(step, saving, **terms, gradient=norm, lr=lr, **measured)
-        if saving:
-            common.save(args.out / "last.pt", step + 1, args, model=model, optimizer=optimizer,
-                        best=best, samples=samples)
+    common.claim(args.features, {k: getattr(args, k) for k in ("backbone", "weights", "tiny")})
+    videos = [path for split in ("train", "val") for path in common.spread(
+        sorted((args.data / "oops_video" / split).glob("*.mp4")), args.limit)]
+    if not videos:
+        raise UserError(f"{args.data / 'oops_video'}: holds no .mp4 videos in train/ and val/")
+    files = {path: args.features / path.parent.name / f"{path.stem}.npz" for path in videos}
+    todo = [path for path in videos if not files[path].exists()]
+    common.say(f"{len(videos)} videos, {len(todo)} without features")
+    common.barrier()                                          # before a process writes a file
+    todo = todo[common.rank()::common.world_size()]
+    for path, times, z in common.progress(encode_videos(args, todo, encode), len(todo), "videos"):
+        fps = common.probe(path).fps
+        if clips:                                             # z: all frames
+            rows, times = cut_clips(len(z), fps, times, GRID)
+            z = torch.cat([torch.empty(0, net.out_dim), *(
+                network(z[some].transpose(1, 2).to(device))   # (8, 3, 16, H, W)
+                for some in torch.from_numpy(rows).split(8))])
+        common.write(files[path], lambda f: np.savez(f, arr_0=z.numpy(), times=times, fps=fps))
     common.barrier()
-    if common.rank() == 0:
-        common.draw_curve(args.out, f"{args.stage} on {args.dataset}",
-                          ["loss", "top1", "val_loss", "val_top1", "lr"])
-    model.load_state_dict(common.load_file(args.out / "best.pt")["model"])
-    return {**validate(model.eval()), "training_samples_broken": log.total("broken")}
+    common.finish(args, {"videos": len(videos),
+                         "videos_with_features": sum(f.exists() for f in files.values())})
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+# ---- 8. clips and labels of Oops! (official files: transformer2x/my_oops_loader.py, dataloader.py)
 
-
-def inputs(model, batch):
-    """What a model takes of a batch: clips, and their lengths, or their order in videos."""
-    return [batch["x"], *(batch[k] for k in [model.takes] if k in batch)]
-
-
-def finish(args, metrics):
-    """metrics.json and a line of the console."""
-    if common.rank() == 0:
-        common.write_json(args.out / "metrics.json", metrics)
-    common.say("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()
-                         if isinstance(v, (int, float))))
-
-
-# ---- stages f2c and f2c2v (official files: rep_learning/main.py, train.py) ----------------------
-
-def pretext_videos(args, part):
-    """The videos of a part of which at least one transformation can be made."""
-    videos, names = scan(args, part), args.transforms.split(",")
-    if videos[0].spans is not None:
-        raise UserError(f"{args.features}: holds features of clips; the pre-training needs those "
-                        "of pictures")
-    long = [v for v in videos if possible(v.frames, names, args.stage == "f2c2v", args.clip_len,
-                                          args.compat == "released")]
-    common.say(f"{part}: {len(videos) - len(long)} videos are too short and left out")
-    if not long:
-        raise UserError(f"{args.features}: no {part} video is long enough")
-    return long
-
-
-def pretrain(args, device, known):
-    """F2C or F2C2V: tell the transformations apart, on labelled and unlabelled videos alike."""
-    video = args.stage == "f2c2v"
-    dataset, checked = ((VideoPretext if video else ClipPretext)(pretext_videos(args, part), args)
-                        for part in ("train", "val"))
-    same_kind([dataset.videos[0], checked.videos[0]])
-    dim = checked.videos[0].dim
-    collate, names = collate_videos if video else collate_clips, args.transforms.split(",")
-    torch.manual_seed(args.seed)                              # the same weights on every process
-    model = build(args, dim, len(names), "video" if video else "clip").to(device)
-    if not (args.out / "last.pt").exists():
-        initialise(args, model, known, dim)
-
-    def losses(logits, batch):
-        total, n = cross_entropy(logits, batch["label"])
-        hits = (logits.argmax(1) == batch["label"]).float().sum()
-        return {"loss": over_all(total, n), "top1": over_all(hits, n)}
-
-    def validate(model):
-        def network(_, batch):
-            label = batch["label"].to(device)
-            logits = model(*inputs(model, to_device(batch, device))).float()
-            lost = F.cross_entropy(logits, label, reduction="none")
-            rows = torch.stack([lost, (logits.argmax(1) == label).float(), label.float()], 1)
-            return [rows.split(batch["count"])]
-        rows, = common.predict(args, device, checked, network, "val", 16, lambda items: {
-            **collate(items), "count": [len(item["label"]) for item in items]})
-        loss, hit, label = np.concatenate(rows).T
-        per_class = {f"val_{n}": float(hit[label == c].mean())
-                     for c, n in enumerate(names) if (label == c).any()}
-        return {"val_loss": float(loss.mean()), "val_top1": float(hit.mean()), **per_class}
-
-    finish(args, train(args, device, model, dataset, collate, losses, validate))
-
-
-# ---- stage classify (official files: action_classification/, transformer2x/, r21d/mainr21d.py) --
-
-class ClipMLP(nn.Module):
-    """Of features of clips, R(2+1)D-18's: two hidden layers, no pre-training (r21d/mainr21d.py).
-
-    NOTE: the release trains it with Adam, we with AdamW as all others.
+class Annotation(NamedTuple):
+    """t: transition times in seconds of three annotators, sorted, -1 where one found none; length
+    of the video in seconds; rel_t: t / length.
     """
-    takes, crf = "length", None
-
-    def __init__(self, dim, classes, dropout=0.1):
-        super().__init__()
-        p = dropout and 0.1
-        self.head = nn.Sequential(nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(p),
-                                  nn.Linear(256, 128), nn.Dropout(p), nn.ReLU(),
-                                  nn.Linear(128, classes))
-
-    def forward(self, x, lengths=None):
-        """(B, 1, D) -> (B, C)"""
-        return self.head(x[:, 0].float())
+    t: tuple
+    length: float
+    rel_t: tuple
 
 
-def classifier(args, video):
-    """The model of stage `classify`, for features like those of a Video."""
-    if video.spans is not None:
-        if args.level == "video" or args.loss != "ce" or args.freeze:
-            raise UserError(f"{args.features}: holds features of clips: --level clip --loss ce, "
-                            "without --freeze")
-        return ClipMLP(video.dim, 3, args.dropout)
-    regress = args.loss == "regression"
-    return build(args, video.dim, 1 if regress else 3, args.level, per_clip=not regress,
-                 crf=args.loss == "crf")
+def has_labels(annotation, split, level):
+    """True if the middle annotation lies inside the video and its length is allowed."""
+    shortest, longest = (3.0, math.inf) if (split, level) == ("train", "video") else (3.2, 30.0)
+    inside = annotation.t[1] >= 0 and 0.01 <= statistics.median(annotation.rel_t) <= 0.99
+    return inside and shortest <= annotation.length <= longest
 
 
-def annotations(args):
-    """{name: Annotation} of the transition times below --data."""
-    path = common.find(args.data, "transition_times.json")
-    if path is None:
-        raise UserError(f"{args.data}: holds no transition_times.json; it comes with the official "
-                        "annotations")
-    notes = read_notes(path)
-    self_check(notes, {part: names_of(args, part, True) for part in ("train", "val")})
-    return notes
+def cut_clips(T, fps, times, spacing):
+    """Clips of 16 frames at 16 fps, `spacing` seconds apart: frames (N, 16), start and end (N, 2).
 
-
-def clip_table(args, videos):
-    """(M, 3) of video, clip and label, for training at clip level, balanced unless --unbalanced."""
-    step, rows, counts = round(args.step * FPS), [], np.zeros(3, int)
-    single = args.level == "clip" and args.loss == "ce"
-    for i, video in enumerate(videos):
-        which, labels = targets(args, video, cut(video, step)[1], step)
-        counts += np.bincount(labels, minlength=3)
-        if len(labels):
-            rng = np.random.default_rng((args.seed, i, 4))
-            keep = balanced(labels, rng) if single and not args.unbalanced else slice(None)
-            labels, which = labels[keep], which[keep]
-            rows.append(np.stack([np.full(len(which), i), which, labels], 1))
-    if not rows:
-        raise UserError(f"{args.data}: no training video has a clip to show and a label for it")
-    common.say(f"labels of the training clips, {args.step:g} s apart: "
-               + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
-    return np.concatenate(rows)
-
-
-def weights_of(args, counts):
-    """Class weights of the cross entropy, (3,) or None: the most frequent label's count over each.
+    Position k of the grid at 16 fps is frame ⌊k·fps/16⌋ of T. T frames have ⌊16·T/fps⌋ positions,
+    or ⌈16·T/fps⌉ if fps is a multiple of 16. A remainder shorter than a clip is dropped.
+    NOTE: the release converts frames to times and back, which is sometimes one frame too early.
     """
-    if args.class_weights == "none":
-        return None
-    if args.class_weights == "published":
-        return torch.tensor(PUBLISHED_WEIGHTS, dtype=torch.float32)
-    if not counts.all():
-        raise UserError(f"--class_weights computed: a label has no training clip: {counts}")
-    weights = torch.tensor(counts.max() / counts, dtype=torch.float32)
-    common.say(f"class weights {[round(float(w), 4) for w in weights]}")
-    return weights
-
-
-def clip_losses(args, model, weights):
-    """(output, batch) -> loss and accuracy of clips, by cross entropy or CRF.
-
-    The CRF's loss is summed over a batch at video level, the mean at clip level. NOTE: the release
-    sums over one process's videos, then takes the mean over processes; the sum over all of them
-    does not depend on how many there are.
-    """
-    def losses(out, batch):
-        label = batch["label"]
-        if args.loss == "crf":
-            out = restack(out, batch["order"]) if args.level == "clip" else out
-            nll = crf_nll(out.float(), label, (label != PAD).sum(1), model.crf).sum()
-            videos = torch.tensor(len(label), device=label.device)
-            loss = nll * common.world_size() if args.level == "video" else over_all(nll, videos)
-        logits, label = out.flatten(0, -2), label.flatten()
-        if args.loss == "ce":
-            loss = over_all(*cross_entropy(logits, label, weights))
-        hits = ((logits.argmax(1) == label) & (label != PAD)).float().sum()
-        return {"loss": loss, "top1": over_all(hits, (label != PAD).sum())}
-    return losses
-
-
-def time_losses(out, batch):
-    """Loss of the regression variant, summed over the batch, and the share within 1.5 s."""
-    t, length = batch["time"].float().unbind(1)
-    near = ((out[:, 0].float().sigmoid() * length - t).abs() <= 1.5).float().sum()
-    return {"loss": regression_loss(out[:, 0], t / length) * common.world_size(),
-            "top1": over_all(near, torch.tensor(len(t), device=t.device))}
-
-
-def clip_metrics(args, device, model, videos, step):
-    """Loss, accuracy, and accuracy per class of the clips of all validation videos."""
-    found = predict_clips(args, device, model, videos, step)
-    label, tags, prob = stack(args, videos, found, step)
-    overall, each = accuracy(label, tags)
-    lost = -np.log(np.maximum(prob[np.arange(len(label)), label], 1e-12)).mean()
-    return {"val_loss": float(lost), "val_top1": overall,
-            **{f"val_{n}": x for n, x in zip(LABELS, each) if x == x}}
-
-
-def classify(args, device, known):
-    """Fine-tune on labelled videos: at clip level, at video level, with or without CRF."""
-    notes, step = annotations(args), round(args.step * FPS)
-    videos, val = scan(args, "train", notes), scan(args, "val", notes)
-    same_kind([*videos, *val])
-    table = clip_table(args, videos)
-    if args.level == "clip" and args.loss == "ce":
-        dataset, collate = LabelledClips(videos, table, step), torch.utils.data.default_collate
+    frames_per_position = float(fps) / FPS
+    if frames_per_position.is_integer():
+        grid = np.arange(0, T, int(frames_per_position))
     else:
-        dataset = LabelledVideos([videos[i] for i in np.unique(table[:, 0])], args, step)
-        collate = collate_videos
-    if args.anticipate and args.level == "video" or args.loss == "crf" and args.anticipate:
-        common.say("note: a model of whole videos sees the clips that follow, what it anticipates "
-                   "among them, as in the release; --level clip --loss ce does not")
-    torch.manual_seed(args.seed)
-    model = classifier(args, val[0]).to(device)
-    if not (args.out / "last.pt").exists() and not isinstance(model, ClipMLP):
-        initialise(args, model, known, val[0].dim)
-    if args.freeze:
-        for part in model.children():
-            part.requires_grad_(not isinstance(part, Encoder))
-    weights = weights_of(args, np.bincount(table[:, 2], minlength=3))
-    losses = clip_losses(args, model, weights if weights is None else weights.to(device))
-
-    def validate(model):
-        if args.loss != "regression":
-            return clip_metrics(args, device, model, val, step)
-        found = regress_videos(args, device, model, val)
-        return {"val_top1": float(np.mean([abs(t - v.note.t[1]) <= 1.5
-                                           for t, v in zip(found, val)]))}
-
-    metrics = train(args, device, model, dataset, collate,
-                    time_losses if args.loss == "regression" else losses, validate)
-    finish(args, {**metrics, "step_s": args.step, "val_videos": len(val),
-                  "chosen_on": {"val": "the validation videos, as published",
-                                "last": "nothing: the last epoch"}[args.select]})
+        k = np.arange(math.floor(T * float(FPS) / float(fps)), dtype=np.float32)
+        grid = np.floor(k * np.float32(frames_per_position)).astype(np.int64)
+    first = np.arange(0, len(grid) - FPS + 1, round(spacing * FPS))
+    frames = grid[first[:, None] + np.arange(FPS)].reshape(-1, FPS)           # (N, 16)
+    return frames, np.asarray(times)[frames[:, [0, -1]]].reshape(-1, 2)
 
 
-# ---- stages localize and evaluate (official files: action_localization/main_al.py, test.py) -----
+def clip_labels(spans, t):
+    """Label of each clip by itself: 1 if it contains t, 2 if it starts after t, else 0."""
+    start, end = spans.T
+    return np.where((start <= t) & (t <= end), 1, np.where(start > t, 2, 0))
 
-@torch.inference_mode()
-def predict_clips(args, device, model, videos, step):
-    """[(p(label) (N, 3), most probable labels (N,))] of each video's clips, `step` grid positions
-    apart, as far as --anticipate shows them. With a CRF: posterior marginals and Viterbi's labels.
 
-    A model of sequences reads clips as far apart as in training: nearer ones as several sequences.
+def video_labels(spans, t, as_released=False):
+    """Labels 0 ... 0 1 ... 1 2 ... 2 of a video's clips, from its transition time t: (N,).
+
+    NOTE: if t falls between two clips, the release labels the whole video 0 (4 % of the videos,
+    clips 1 s apart). We label the nearest clip 1. After the last clip, all labels are 0 in both.
     """
-    alone = isinstance(model, (F2C, ClipMLP)) and model.crf is None
-    phases = 1 if alone else max(1, round(args.step * FPS) // step)
-    crf = copy.deepcopy(model.crf).cpu() if model.crf else None               # no loop on a GPU
+    labels = clip_labels(spans, t)
+    if 1 not in labels:
+        if as_released or 2 not in labels:
+            return np.zeros_like(labels)
+        labels[np.abs(spans - t).min(1).argmin()] = 1
+    return labels
 
-    def network(_, batch):
-        out = model(*inputs(model, to_device(batch, device))).float()
-        if alone:
-            p = out.softmax(1)
-            return [[p], [p.argmax(1)]]
-        order = batch["order"]
-        q = (out if out.dim() == 3 else restack(out, order.to(device))).cpu()
-        n, there = (order != PAD).sum(1), order != PAD        # (phases,), (phases, n)
-        p, tags = q.softmax(2), q.argmax(2)
-        if crf is not None:
+
+def anticipation_labels(spans, t, anticipate, protocol, spacing, as_released=False):
+    """(clips that are inputs, their labels) to predict what is `anticipate` seconds later.
+
+    paper: each clip has the label of the time `anticipate` seconds later, by itself. oops, the
+    benchmark's: clip i - anticipate / spacing is the input for the label of clip i.
+    """
+    if protocol == "paper":
+        return np.arange(len(spans)), clip_labels(spans + anticipate, t)
+    shift = round(anticipate / spacing)
+    return (np.arange(max(0, len(spans) - shift)),
+            video_labels(spans, t, as_released)[shift:])
+
+
+def balance_labels(labels, rng):
+    """Indices of the training clips of one video: all, then copies of those with rarer labels.
+
+    Label c gets m·r_c clips, m: clips of the most frequent label, r = 1, 0.93, 1 / 0.93. Copies
+    go through the clips of a label in a random order.
+    """
+    counts = np.bincount(labels, minlength=3)
+    indices = [np.arange(len(labels))]
+    for c, ratio in enumerate((1, 0.93, 1 / 0.93)):
+        if counts[c] and c != counts.argmax():
+            n = int(counts[c])
+            copies = max(0, round(n * (int(counts.max()) * ratio / n - 1)))   # rounded as released
+            indices.append(np.resize(rng.permutation(np.flatnonzero(labels == c)), copies))
+    return np.concatenate(indices)
+
+
+class Video(NamedTuple):
+    """A video with a file of T = length features of width D. Of a labelled video also its clock,
+    `times` in seconds: (T,) of frames, or (T, 2), start and end, of the clips of a 3-D network.
+    """
+    path: Path
+    features: Path
+    length: int
+    dim: int
+    times: np.ndarray | None = None
+    fps: float = 0.0
+    annotation: Annotation | None = None
+
+
+class LabelledVideo(NamedTuple):
+    """The clips of a video: rows of its feature file (N, 16), or (N, 1) of clip features; start and
+    end (N, 2); labels (N,); sequences: the model reads them in so many interleaved sequences.
+    """
+    video: Video
+    rows: np.ndarray
+    spans: np.ndarray
+    labels: np.ndarray
+    sequences: int
+
+
+def read_names(path):
+    """Names of videos without .mp4: lines of a .txt file, column `filename` of a .csv file."""
+    read, parse = ((common.read_table, lambda row: row["filename"]) if path.suffix == ".csv" else
+                   (common.read_lines, str))
+    return list(dict.fromkeys(name.removesuffix(".mp4") for name in read(path, parse)))
+
+
+def read_annotations(data):
+    """{name: Annotation} from transition_times.json below --data."""
+    def parse(name, entry):
+        t, rel_t = (tuple(sorted(map(float, entry[key]))) for key in ("t", "rel_t"))
+        if not len(t) == len(rel_t) == 3 or not 0 < entry["len"] < math.inf:
+            raise ValueError("needs three times t, three rel_t and a length len")
+        return name.removesuffix(".mp4"), Annotation(t, float(entry["len"]), rel_t)
+
+    return dict(common.read_json(common.find(data, "transition_times.json"), parse))
+
+
+def map_features(path):
+    """arr_0 of a .npz file, (T, D), mapped into memory. np.savez does not compress, so that reading
+    a clip's rows is 20 times faster than np.load.
+    """
+    with common.reading(path, error=VideoError), open(path, "rb") as f:
+        header = f.read(30)                                   # of the archive's first file,
+        f.seek(sum(struct.unpack("<HH", header[26:])), 1)     # which is arr_0.npy
+        np.lib.format.read_magic(f)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        if len(shape) != 2 or dtype.kind != "f":
+            raise ValueError(f"arr_0 is {dtype} {shape}, not (frames, width) numbers")
+        return np.memmap(f, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+
+
+def read_features(path, rows):
+    """Rows of a feature file, float32.    (n,) -> (n, D)"""
+    with common.reading(path, error=VideoError):
+        x = torch.from_numpy(map_features(path)[rows].astype(np.float32))
+        if not x.isfinite().all():
+            raise ValueError("holds NaN or Inf")
+        return x
+
+
+def read_distinct_clips(path, sequences):
+    """Each distinct clip of some sequences of clips, read once: features (U, 16, D), and the index
+    of each sequence's clips among them.    sequences: [rows (N, 16)]
+    """
+    clips, index = np.unique(np.concatenate(sequences), axis=0, return_inverse=True)
+    x = read_features(path, clips.ravel()).view(*clips.shape, -1)
+    return x, torch.from_numpy(index.ravel()).split([len(rows) for rows in sequences])
+
+
+def read_video(path, features, annotation=None):
+    """The Video of a feature file. Without `times` in it, as the release's, they are the video's."""
+    length, dim = map_features(features).shape
+    if annotation is None:
+        return Video(path, features, length, dim)
+    with common.reading(features, error=VideoError), np.load(features) as z:
+        times, fps = (z["times"], float(z["fps"])) if "times" in z else common.clock(path)
+        if abs(len(times) - length) > 2:
+            raise ValueError(f"has {length} rows, but the video {len(times)} frames")
+    length = min(length, len(times))
+    return Video(path, features, length, dim, times[:length], fps, annotation)
+
+
+def read_videos(args, split, annotations=None):
+    """The Videos of a split that have features; with annotations only those that have labels. In
+    training, those with a broken file of features are left out.
+    """
+    official = [f"{split}.txt"] if annotations else [f"{split}_all_org.csv", f"{split}.txt"]
+    names = read_names(common.find(args.data, *official))
+    if annotations is not None:
+        names = [name for name in names if name in annotations
+                 and has_labels(annotations[name], split, args.level)]
+    folder = args.features / split                            # NAME.npz or NAME.mp4.npz
+    files = {path.name.removesuffix(".npz").removesuffix(".mp4"): path
+             for path in folder.glob("*.npz")}
+    missing = [name for name in names if name not in files]
+    common.say(f"{split}: {len(names)} videos, {len(missing)} without features "
+               f"{missing[:1] or ''}")
+    videos = []
+    for name in common.spread([name for name in names if name in files], args.limit):
+        try:
+            path = args.data / "oops_video" / split / f"{name}.mp4"
+            videos.append(read_video(path, files[name], annotations and annotations[name]))
+        except VideoError as e:
+            if split == "val":
+                raise
+            common.say(f"warning: {e}; left out")
+    if not videos:
+        raise UserError(f"{folder}: has no features of the {len(names)} videos of {split}; --stage "
+                        "features makes them")
+    if len({video.dim for video in videos}) > 1:
+        raise UserError(f"{folder}: holds features of different widths")
+    return videos
+
+
+def label_videos(args, videos, spacing, sequences=1):
+    """LabelledVideos with clips `spacing` seconds apart, of videos that are longer than a clip."""
+    items = []
+    for video in videos:
+        if video.times.ndim == 2:                             # clips GRID apart
+            every = round(spacing / GRID)
+            rows, spans = np.arange(video.length)[::every, None], video.times[::every]
+        else:
+            rows, spans = cut_clips(video.length, video.fps, video.times, spacing)
+        if len(rows):
+            _, labels = labels_of(args, video, spans, spacing)
+            items.append(LabelledVideo(video, rows, spans, labels, min(sequences, len(rows))))
+    return items
+
+
+def labels_of(args, video, spans, spacing, protocol="paper"):
+    """(clips that are inputs, their labels) for classification or anticipation."""
+    t = video.annotation.t[1]
+    if args.anticipate:
+        return anticipation_labels(spans, t, args.anticipate, protocol, spacing, args.as_released)
+    return np.arange(len(spans)), video_labels(spans, t, args.as_released)
+
+
+# ---- 9. classify (official files: action_classification/, transformer2x/, r21d/mainr21d.py) -----
+
+def make_clip_mlp(dim, classes):
+    """Classifier of clip features (B, 1, D) of a 3-D network, without pre-training. NOTE: the
+    release (r21d/mainr21d.py) uses Adam with weight decay 1e-8; we AdamW with 1e-4, as everywhere.
+    """
+    return nn.Sequential(nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1),
+                         nn.Linear(256, 128), nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
+
+
+def regression_terms(out, label):
+    """Regression of the transition time relative to the length (action_localization/
+    train_regression.py).    out: (B, 1), label: (B, 2), time and length in seconds
+    """
+    relative, (t, length) = out[:, 0].float().sigmoid(), label.float().unbind(1)
+    loss = F.smooth_l1_loss(relative, t / length, reduction="sum", beta=0.01)
+    correct = (relative * length - t).abs() <= 1.5
+    # NOTE: the release sums over the videos of a process, then averages over processes. The sum
+    # over all videos does not depend on the number of processes; the same for the CRF.
+    return {"loss": loss * common.world_size(),
+            "top1": 100 * global_mean(correct.sum(), correct.new_tensor(len(t), dtype=t.dtype))}
+
+
+def make_labelled_clip(args, clips, i, rng):
+    """Sample at clip level: one clip."""
+    path, rows, label = clips[i]
+    return {"clips": [read_features(path, rows)], "label": torch.tensor([label])}
+
+
+def make_labelled_video(args, videos, i, rng):
+    """Sample at video level: all clips of a video, as one sequence or several interleaved ones."""
+    video, rows, _, labels, sequences = videos[i]
+    clips, clip_index = read_distinct_clips(video.features,
+                                            [rows[p::sequences] for p in range(sequences)])
+    label = torch.from_numpy(labels)[None]
+    if args.loss == "regression":
+        label = torch.tensor([[video.annotation.t[1], video.annotation.length]])
+    return {"clips": clips, "clip_index": clip_index, "label": label}
+
+
+def classify(args, device):
+    """Fine-tune on labelled videos, at clip level or at video level."""
+    annotations = read_annotations(args.data)
+    train_videos, val_videos = (label_videos(args, read_videos(args, split, annotations),
+                                             args.spacing) for split in ("train", "val"))
+    counts = np.bincount(np.concatenate([v.labels for v in train_videos]), minlength=3)
+    # The official videos at 29.97 fps have 18,096, 4,142 and 19,740 clips 1 s apart, and 61,346,
+    # 16,090 and 83,493 clips 0.25 s apart, at video level and --as_released.
+    common.say(f"training clips {args.spacing:g} s apart: "
+               + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
+    if not counts.all():
+        raise UserError(f"{args.data}: a label has no training clips")
+    if args.level == "video":
+        dataset = common.Samples(args, train_videos, make_labelled_video)
+        class_weights = torch.tensor(counts.max() / counts).float().to(device)
+    else:
+        clips = [(v.video.features, v.rows[j], v.labels[j]) for i, v in enumerate(train_videos)
+                 for j in balance_labels(v.labels, np.random.default_rng((args.seed, i)))]
+        dataset, class_weights = common.Samples(args, clips, make_labelled_clip), None
+    if args.anticipate and args.level == "video":
+        common.say("warning: at video level the model also sees the clips that it anticipates, as "
+                   "in the release; at --level clip it does not")
+    model = make_model(args, train_videos[0].video.dim, 1 if args.loss == "regression" else 3)
+    load_init(args, model)
+    train(args, device, model.to(device), dataset, val_videos, class_weights)
+
+
+def predict_clips(args, device, model, videos):
+    """[scores (N, 4)] of each video's clips in time order: probabilities of the labels, and the
+    predicted label. By a CRF: marginals, and Viterbi's label. By regression: [t̂ / length (1,)].
+    """
+    def network(batch):
+        clips, clip_index = batch["clips"], batch["clip_index"]               # of one video
+        q = model(clips, clip_index) if args.level == "video" else model(clips)[clip_index]
+        q = q.float()
+        if args.loss == "regression":
+            return {"scores": q.sigmoid()}
+        p, predicted, valid = q.softmax(2), q.argmax(2), clip_index != PAD
+        if args.loss == "crf":
+            predicted = model.crf.viterbi(q, valid.sum(1))
             # NOTE: the release localizes by the softmax of the CRF's inputs.
-            p = crf_marginals(q, n, crf) if args.compat == "fixed" else p
-            tags = nn.utils.rnn.pad_sequence(crf_viterbi(q, n, crf), True, PAD)
-        back = order[there].argsort()
-        return [[p[there][back]], [tags[there][back]]]
+            p = p if args.as_released else model.crf.marginals(q, valid.sum(1))
+        rows = torch.cat([p, predicted[..., None]], 2)        # (sequences, N, 4)
+        scores = rows.new_empty(int(valid.sum()), 4)
+        for first, (row, there) in enumerate(zip(rows, valid)):
+            scores[first::len(rows)] = row[there]             # interleaved: first, first + S, ...
+        return {"scores": [scores]}
 
-    shown = [len(targets(args, v, cut(v, step)[1], step)[0]) > 0 for v in videos]
-    dataset = LabelledVideos([v for v, s in zip(videos, shown) if s], args, step, phases)
-    found = common.predict(args, device, dataset, network, "val", 1, collate_videos)
-    pairs = iter([(p, tags.astype(int)) for p, tags in zip(*found)])
-    return [next(pairs) if s else (np.zeros((0, 3)), np.zeros(0, int)) for s in shown]
-
-
-def regress_videos(args, device, model, videos):
-    """t̂ of each video: the model's share of its length."""
-    dataset = LabelledVideos(videos, args, round(args.step * FPS))
-    found, = common.predict(args, device, dataset, lambda _, batch: [
-        model(*inputs(model, to_device(batch, device)))[:, 0].float().sigmoid()], "val", 1,
-        collate_videos)
-    return [float(x) * v.note.len for x, v in zip(found, videos)]
+    dataset = common.Samples(args, videos, make_labelled_video)
+    return common.predict(args, device, dataset, network, "validation", 1, collate)["scores"]
 
 
-def stack(args, videos, found, step):
-    """(labels, most probable labels, p (M, 3)) of all clips that count, video after video."""
-    rows = [(targets(args, video, cut(video, step)[1], step)[1], tags, prob)
-            for video, (prob, tags) in zip(videos, found)]
-    labels, tags, prob = (np.concatenate(column) for column in zip(*rows))
-    if not len(labels):
-        raise UserError(f"--anticipate {args.anticipate}: no validation video is long enough")
-    return labels, tags, prob
+def classification_metrics(labels, predicted, p, names, prefix=""):
+    """Loss, accuracy, and accuracy of each true class, in percent.
+
+    labels, predicted: (M,); p: (M, C) probabilities; names: of the C classes
+    """
+    correct, likelihood = labels == predicted, p[np.arange(len(labels)), labels]
+    metrics = {"loss": -np.log(np.maximum(likelihood, 1e-12)).mean(), "top1": 100 * correct.mean()}
+    metrics |= {name: 100 * correct[labels == c].mean() for c, name in enumerate(names)
+                if (labels == c).any()}
+    return {prefix + k: float(x) for k, x in metrics.items()}
 
 
-def references(args, videos, tolerances):
-    """What random times, always the middle, and a fourth annotator would reach, in %."""
-    path, metrics = common.find(args.data, "heldout_transition_times.json"), {}
-    fourth = read_notes(path, heldout=True) if path else {}
-    for k in tolerances:
-        metrics[f"random_within_{k:g}s"] = 100 * float(np.mean(
-            [chance(v.note.len, v.note.t[1], k) for v in videos]))
-        metrics[f"middle_within_{k:g}s"] = 100 * float(np.mean(
-            [distance(v.note.len / 2, v.note.t) <= k for v in videos]))
-        known = [v for v in videos if v.name in fourth]
-        if known:
-            metrics[f"human_within_{k:g}s"] = 100 * float(np.mean(
-                [fourth[v.name].t[0] >= 0 and distance(fourth[v.name].t[0], v.note.t) <= k
-                 for v in known]))
-    return metrics
+def label_metrics(args, videos, scores, prefix=""):
+    """Metrics of labelled clips; of regression the share of errors up to 1.5 s, in percent."""
+    if args.loss == "regression":
+        times = predicted_times(args, videos, scores)
+        errors = [abs(t - v.video.annotation.t[1]) for t, v in zip(times, videos, strict=True)]
+        return {f"{prefix}top1": 100 * float((np.array(errors) <= 1.5).mean())}
+    labels, rows = np.concatenate([v.labels for v in videos]), torch.cat([*scores]).numpy()
+    return classification_metrics(labels, rows[:, 3].astype(int), rows, LABELS, prefix)
+
+
+# ---- 10. localize and evaluate (official files: action_localization/test.py, Oops eval_results.py)
+
+def predicted_time(p, spans):
+    """t̂: middle of the clip with the largest p(label 1), (N,); the first if tied, 0 if all are 0.
+    """
+    j = int(p.argmax())
+    return float(spans[j].mean()) if p[j] > 0 else 0.0        # (10)
+
+
+def predicted_times(args, videos, scores):
+    """t̂ of each video in seconds."""
+    if args.loss == "regression":
+        return [float(x) * v.video.annotation.length for v, x in zip(videos, scores, strict=True)]
+    return [predicted_time(x[:, 1].numpy(), v.spans)
+            for v, x in zip(videos, scores, strict=True)]
+
+
+def time_error(t_hat, t):
+    """Seconds to the nearest annotated time. NOTE: as in the benchmark an annotation of -1 stays in
+    the list. No time is within 1 s of it, but it can lower the mean error.
+    """
+    return min(abs(t_hat - x) for x in t)
+
+
+def localization_metrics(errors, lengths, tolerances=(0.25, 1.0)):
+    """Share of videos within each tolerance, in percent; mean, median and standard deviation of the
+    error in seconds; mean and median relative to the video's length.
+    """
+    e = np.asarray(errors)
+    relative = e / np.asarray(lengths)
+    return {**{f"within_{k:g}s": 100 * float((e <= k).mean()) for k in tolerances},
+            "mean_error_s": float(e.mean()), "median_error_s": float(np.median(e)),
+            "std_error_s": float(e.std(ddof=1)) if len(e) > 1 else 0.0,
+            "mean_relative_error": float(relative.mean()),
+            "median_relative_error": float(np.median(relative))}
+
+
+def chance_level(length, t, tolerance):
+    """Probability that a uniformly random time lies within the tolerance of t."""
+    return (min(length, t + tolerance) - max(0.0, t - tolerance)) / length
 
 
 def localize(args, videos, times):
-    """Metrics of the predicted transition times; writes localization.csv."""
-    errors = [distance(t, v.note.t) for t, v in zip(times, videos)]
-    if common.rank() == 0:
-        write_csv(args.out / "localization.csv", [
-            ("filename", "predicted_s", "error_s", "annotated_s", "len"),
-            *((f"{v.name}.mp4", f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in v.note.t),
-               v.note.len) for v, t, e in zip(videos, times, errors))])
-    lengths = [v.note.len for v in videos]
-    return {**localization(errors, lengths, args.tolerance), "videos": len(videos)}
-
-
-def score_clips(args, videos, found, step, key):
-    """Accuracy of clips, in %, overall and per class; writes the predictions."""
-    label, tags, _ = stack(args, videos, found, step)
-    overall, each = accuracy(label, tags)
-    if common.rank() == 0:
-        write_predictions(args, videos, found, step, f"predictions_{key}.csv")
-    return {f"{key}_accuracy": 100 * overall, f"{key}_clips": len(label),
-            **{f"{key}_{n}": 100 * x for n, x in zip(LABELS, each) if x == x}}
-
-
-def evaluate(args, device, known):
-    """A classifier on all validation videos: clips 0.25 s and 1 s apart, and times; or, if it
-    anticipates, clips by both protocols.
+    """Localization metrics of the predicted times, and of three baselines: a random time, the
+    middle of the video, and a fourth annotator (human). Writes localization.csv.
     """
-    if (args.out / "last.pt").exists():
-        raise UserError(f"{args.out}: is the folder of a training run; choose another --out")
-    if common.rank() == 0:                                    # of another checkpoint, perhaps
-        for old in (*args.out.glob("predictions_*.csv"), args.out / "localization.csv",
-                    args.out / "timeline.png"):
-            old.unlink(missing_ok=True)
-    videos = scan(args, "val", annotations(args))
-    beside = {} if args.anticipate else references(args, videos, args.tolerance)
-    if known["dim"] != videos[0].dim:
-        raise UserError(f"{args.init}: is of features of {known['dim']} numbers, those of "
-                        f"{args.features} have {videos[0].dim}")
-    model = classifier(args, videos[0])
-    common.load_weights(model, Path(args.init), layouts(args.layers))
-    model, metrics, found = model.to(device).eval(), {}, {}
-    steps = [4, 16] if args.stage == "evaluate" else [4]
-    for step in steps if args.loss != "regression" else []:
-        for protocol in ("paper", "oops") if args.anticipate else ("",):
-            ahead = (args.anticipate or 0) * FPS / step
-            if protocol == "oops" and ahead % 1:
-                common.say(f"note: of clips {step / FPS:g} s apart none lies {args.anticipate:g} s "
-                           "before another: not evaluated by the protocol of oops")
-                continue
-            args.anticipate_protocol = protocol
-            found[step] = predict_clips(args, device, model, videos, step)
-            if args.stage == "evaluate":
-                key = f"{protocol}{'_' if protocol else ''}step_{step / FPS:g}s"
-                metrics |= score_clips(args, videos, found[step], step, key)
-    if args.loss == "regression":
-        metrics |= localize(args, videos, regress_videos(args, device, model, videos)) | beside
-    elif not args.anticipate:
-        times = [predicted_time(p[:, 1], cut(v, 4)[1]) for (p, _), v in zip(found[4], videos)]
-        metrics |= localize(args, videos, times) | beside
-        if common.rank() == 0:
-            draw_timeline(args, videos, found[4], times)
-    finish(args, {**metrics, "checkpoint": str(args.init), "anticipate_s": args.anticipate})
+    annotations = [v.video.annotation for v in videos]
+    errors = [time_error(t, a.t) for t, a in zip(times, annotations, strict=True)]
+    if common.rank() == 0:
+        common.write_csv(args.out / "localization.csv", [
+            ("filename", "predicted_s", "error_s", "annotated_s", "length_s"),
+            *((v.video.path.name, f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in a.t), a.length)
+              for v, t, e, a in zip(videos, times, errors, annotations))])
+    path = common.find(args.data, "heldout_transition_times.json")
+    fourth = dict(common.read_json(path, lambda name, entry: (name, float(entry["t"][0]))))
+    human = [(fourth[v.video.path.stem], v.video.annotation.t) for v in videos
+             if v.video.path.stem in fourth]
+    metrics = localization_metrics(errors, [a.length for a in annotations])
+    for k in (0.25, 1.0):
+        shares = {"chance": [chance_level(a.length, a.t[1], k) for a in annotations],
+                  "middle": [time_error(a.length / 2, a.t) <= k for a in annotations],
+                  "human": [t >= 0 and time_error(t, others) <= k for t, others in human]}
+        metrics |= {f"{who}_within_{k:g}s": 100 * float(np.mean(x)) if x else math.nan
+                    for who, x in shares.items()}
+    return metrics
 
 
-def write_csv(path, rows):
-    """Rows with the names quoted where they need it."""
-    def content(f):
-        text = io.TextIOWrapper(f, "utf-8", newline="")
-        csv.writer(text).writerows(rows)
-        text.detach()
-    common.write(path, content)
+def classification(args, videos, scores):
+    """Classification metrics of clips 0.25 s and 1 s apart; of anticipation in both protocols.
+    Writes predictions_<spacing>.csv.    videos: their clips are GRID apart
+    """
+    metrics = {}
+    for spacing in (GRID, 1.0):
+        for protocol in ("paper", "oops") if args.anticipate else ("paper",):
+            if protocol == "oops" and args.anticipate % spacing:
+                continue                                      # no clip is so far ahead of another
+            every, chosen, rows = round(spacing / GRID), [], []
+            for v, x in zip(videos, scores, strict=True):
+                spans = v.spans[::every]
+                inputs, labels = labels_of(args, v.video, spans, spacing, protocol)
+                chosen.append(v._replace(spans=spans[inputs], labels=labels))
+                rows.append(x[::every][inputs])
+            name = f"{protocol}_{spacing:g}s" if args.anticipate else f"{spacing:g}s"
+            metrics |= {f"{k}_{name}": x for k, x in label_metrics(args, chosen, rows).items()
+                        if k != "loss"}
+            metrics[f"clips_{name}"] = sum(map(len, rows))
+            write_predictions(args.out / f"predictions_{name}.csv", chosen, rows)
+    return metrics
 
 
-def write_predictions(args, videos, found, step, name):
-    """One row per clip: when, its label, the predicted one, probabilities."""
-    rows = [("filename", "start_s", "end_s", "label", "predicted",
-             *(f"p_{label}" for label in LABELS))]
-    for video, (prob, tags) in zip(videos, found):
-        spans = cut(video, step)[1]
-        for j, label in zip(*targets(args, video, spans, step)):
-            rows.append((f"{video.name}.mp4", *(f"{s:.4f}" for s in spans[j]), label, tags[j],
-                         *(f"{p:.5f}" for p in prob[j])))
-    write_csv(args.out / name, rows)
+def write_predictions(path, videos, scores):
+    """One line per clip: when it is, its label, the predicted label, the probabilities."""
+    if common.rank() == 0:
+        common.write_csv(path, [
+            ("filename", "start_s", "end_s", "label", "predicted", *(f"p_{x}" for x in LABELS)),
+            *((v.video.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
+               *(f"{x:.5f}" for x in p)) for v, rows in zip(videos, scores)
+              for (start, end), label, (*p, predicted) in zip(v.spans, v.labels, rows.tolist()))])
 
 
-def draw_timeline(args, videos, found, times, count=4, wide=900, high=312, side=96):
-    """timeline.png: pictures of some videos, class probabilities over time, the annotated and the
-    predicted transition.
+def evaluate(args, device):
+    """A classifier on all validation videos: accuracy of clips and localization; of anticipation
+    accuracy alone. The stages localize and evaluate are the same.
+    """
+    annotations = read_annotations(args.data)
+    regression = args.loss == "regression"
+    # A model of videos reads clips as far apart as in training: of clips 0.25 s apart every fourth.
+    spacing = args.spacing if regression else GRID
+    sequences = round(args.spacing / spacing) if args.level == "video" else 1
+    videos = label_videos(args, read_videos(args, "val", annotations), spacing, sequences)
+    if not videos:
+        raise UserError(f"{args.features / 'val'}: all videos are shorter than a clip")
+    model = make_model(args, videos[0].video.dim, 1 if regression else 3)
+    common.load_weights(model, Path(args.init), [(), RELEASED])
+    scores = predict_clips(args, device, model.to(device).eval(), videos)
+    metrics = {} if regression else classification(args, videos, scores)
+    if not args.anticipate:
+        times = predicted_times(args, videos, scores)
+        metrics |= localize(args, videos, times)
+        if common.rank() == 0 and not regression:
+            draw_timeline(args, videos, scores, times)
+    common.finish(args, {**metrics, "videos": len(videos), "checkpoint": str(args.init)})
+
+
+# ---- 11. figure ---------------------------------------------------------------------------------
+
+def draw_timeline(args, videos, scores, times, count=4, height=270):
+    """timeline.png: for some videos seven frames, and the probabilities of the labels over time;
+    annotated transitions are red, the predicted one black.
     """
     from PIL import Image, ImageDraw
-    chosen = np.unique(np.linspace(0, len(videos) - 1, count).round().astype(int))
-    left, right = 60, wide - 20
-    image = Image.new("RGB", (wide, 30 + high * len(chosen)), "white")
+    chosen = common.spread(range(len(videos)), count)
+    image = Image.new("RGB", (980, height * len(chosen)), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((60, 8), "Probabilities of clips 0.25 s apart; transition: annotated solid red, "
-              "predicted dotted black", "black", common.font(15))
-    for n, i in enumerate(chosen):
-        video, (prob, _), top = videos[i], found[i], 30 + high * n
-        centre = cut(video, 4)[1].mean(1)
-        box = (left, top + 44 + side, right, top + high - 50)
+    for i, top in zip(chosen, range(0, image.height, height)):
+        (path, *_, annotation), middle = videos[i].video, videos[i].spans.mean(1)
+        first, last, left, right = middle[0], middle[-1], 50, 960
+        title = f"{path.stem[:60]}   predicted {times[i]:.2f} s, annotated {annotation.t} s"
+        draw.text((left, top + 5), title.encode("ascii", "replace").decode(), "black")
+        if path.exists():                                     # the features suffice for the rest
+            frames, = common.read_clip(path, [np.linspace(first, last, 7)], 112)
+            for k, x in enumerate(frames):
+                image.paste(Image.fromarray(x).resize((128, 96)), (left + 130 * k, top + 22))
+        marks = np.clip([*annotation.t, times[i]], first, last)
+        curves = dict(zip(LABELS, scores[i][:, :3].T.numpy()))
+        common.plot(draw, (left, top + 142, right, top + 240), middle, curves, marks[:-1], (0, 1))
+        x = left + (right - left) * (marks[-1] - first) / max(last - first, 1e-9)
+        draw.line([(x, top + 142), (x, top + 240)], "black", 3)
+    common.write_figure(args.out / "timeline.png", image)
 
-        def place(t, first=centre[0], last=centre[-1]):
-            return left + (t - first) / max(1e-9, last - first) * (right - left)
 
-        title = video.name.encode("ascii", "replace").decode()
-        draw.text((left, top + 2), f"{title[:70]}   predicted {times[i]:.2f} s, annotated "
-                  f"{', '.join(f'{t:.2f}' for t in video.note.t if t >= 0)} s", "#333333",
-                  common.font())
-        places = np.linspace(left + 55, right - 55, 7)        # pictures are 110 wide at most
-        shown = np.interp(places, (left, right), (centre[0], centre[-1]))
-        with contextlib.suppress(VideoError):                 # videos may be elsewhere by now
-            pictures, = common.read_clip(video_file(args, "val", video.name), [shown], 256)
-            scale = min(110 / pictures.shape[2], side / pictures.shape[1])
-            w, h = (round(scale * n) for n in pictures.shape[2:0:-1])
-            for x, picture in zip(places, pictures):
-                image.paste(Image.fromarray(picture).resize((w, h)), (int(x - w / 2), top + 20))
-        marks = [t for t in video.note.t if centre[0] <= t <= centre[-1]]
-        common.draw_panel(draw, box, centre, dict(zip(LABELS, prob.T)), "seconds", marks,
-                          (0.0, 1.0))
-        common.dashed(draw, [(place(times[i]), y) for y in (box[1], box[3])], 3, 4, "black", 3)
-    common.save_picture(image, args.out / "timeline.png")
+# ---- 12. networks and weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ----------
+
+RELEASED = (                         # regular expressions: names of official checkpoints -> ours
+    (r"^local_model\.mlp_head", "unused"), (r"^(global_model\.)?mlp_head", "head"),
+    (r"^(local_model\.)?(?=cls_token|temporal_encoder)", "frame_encoder."),
+    (r"^global_model\.", "clip_encoder."), (r"temporal_encoder\.", ""),
+    (r"encoder\.layer\.", "layers."), (r"embeddings\.position_embeddings", "position"),
+    (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.token_type_embeddings", "token_type"),
+    (r"attention\.self\.", ""), (r"attention\.output\.dense", "out"),
+    (r"attention\.output\.LayerNorm", "norm1"), (r"intermediate\.dense", "fc1"),
+    (r"output\.dense", "fc2"), (r"output\.LayerNorm", "norm2"))
+
+
+def make_model(args, dim, classes):
+    """The network of a stage, on random weights."""
+    torch.manual_seed(args.seed)                              # the same on every process
+    sizes = {**(TINY_SIZES if args.tiny else SIZES), "layers": args.layers, "window": args.window,
+             "as_released": args.as_released}
+    if args.backbone in CLIP_NETS:
+        return make_clip_mlp(dim, classes)
+    if args.level == "clip":
+        return F2C(dim, classes, **sizes)
+    per_clip = args.stage != "f2c2v" and args.loss != "regression"
+    return F2C2V(dim, classes, per_clip=per_clip, crf=args.loss == "crf",
+                 finetune_frames=args.finetune_frames, **sizes)
+
+
+def load_init(args, model):
+    """Load the encoders of --init: one from F2C, two from F2C2V. Heads and CRF stay random."""
+    path = common.init_path(args, args.init)
+    if path:
+        common.load_weights(model, path, [(), RELEASED], ["frame_encoder."], ["head.", "crf."])
+    if args.freeze:
+        for part in model.children():
+            part.requires_grad_(not isinstance(part, Encoder))
+
+
+def adopt_flags(args):
+    """Take the flags that belong to the weights from --init, or from the run that continues."""
+    names, path = ["tiny", "layers", "window", "as_released"], args.out / "last.pt"
+    if args.stage in EVALUATIONS:
+        names += ["level", "loss", "spacing", "anticipate", "backbone"]
+    if args.stage in EVALUATIONS or not path.exists():
+        path = Path(args.init)
+    common.adopt(args, common.saved_flags(path), names)
+
+
+# ---- 13. arguments ------------------------------------------------------------------------------
+
+STAGES = {"f2c": pretrain, "f2c2v": pretrain, "features": extract, "classify": classify,
+          "localize": evaluate, "evaluate": evaluate}
+PRETRAINING, EVALUATIONS = ("f2c", "f2c2v"), ("localize", "evaluate")
+
+
+def recipe(chosen):
+    """Defaults of the published run that the flags name; smaller ones for --tiny."""
+    stage, tiny, clip_features = chosen.stage, chosen.tiny, chosen.backbone in CLIP_NETS
+    level = chosen.level or ("video" if chosen.loss in ("crf", "regression") else "clip")
+    level = {"f2c": "clip", "f2c2v": "video"}.get(stage, level)
+    usual = "crf" if level == "video" and stage not in PRETRAINING else "ce"
+    loss = chosen.loss or usual                               # transformer2x/main.py: crf
+    epochs, batch_size = (TINY if tiny else PUBLISHED)[stage if stage in PRETRAINING else level]
+
+    variant = [level] if level == "video" else []
+    variant += [loss] if loss != usual else []
+    variant += [f"anticipate{chosen.anticipate:g}"] if chosen.anticipate else []
+    variant += [chosen.backbone] if clip_features else []
+    run = "_".join(["f2c_oops_oops_classify", *variant])
+    encoder = "f2c_oops_oops_f2c2v" if level == "video" else "f2c_oops_oops_f2c"
+    before = {"f2c2v": "f2c_oops_oops_f2c", "classify": None if clip_features else encoder,
+              "localize": run, "evaluate": run}.get(stage)
+    out = {"out": Path("runs") / run} if stage == "classify" else {}
+    small = {"layers": 2, "workers": 2, "save_every": 100} if tiny else {}
+    return {"features": (chosen.data or Path("data/oops")) / "features" / chosen.backbone,
+            "weights": "timm" if chosen.backbone == "vit_b16" else "torchvision",
+            "init": f"runs/{before}/best.pt" if before else "none", "level": level, "loss": loss,
+            "spacing": 1.0 if level == "video" else GRID, "epochs": epochs,
+            "batch_size": batch_size, "lr": 1e-3 if tiny else 1e-4,
+            "transforms": ",".join(VIDEO_TRANSFORMS if stage == "f2c2v" else CLIP_TRANSFORMS),
+            **out, **small}
+
+
+def parse_args(argv=None):
+    p = common.Parser(__doc__, list(STAGES), ["oops"])
+    p.group("method", "--layers, --window and --as_released are stored with the weights of --init")
+    p.flag("transforms", str, "transformations to tell apart, comma-separated; leave some out for "
+           "the ablations (as released)")
+    p.flag("layers", 3, "layers of each transformer (configs/)")
+    p.flag("window", 32, "tokens that an attention window covers, half on each side (configs/)")
+    p.flag("finetune_frames", False, "f2c2v and video level: also train the frame encoder")
+    p.flag("as_released", False, "with the faults of the authors' code: shuffles and warps of 19 "
+           "frames, the random point labelled as a flip, the last token masked, labels all 0 "
+           "between clips, dropout in the frozen encoder, softmax instead of CRF marginals")
+    p.group("features")
+    p.flag("features", Path, "folder of stored features, with train/ and val/")
+    p.flag("backbone", "vit_b16", "φ, frozen network for the features, of frames or (r...d_...) "
+           "of clips (models/vit.py)", [*FRAME_NETS, *CLIP_NETS])
+    p.flag("weights", str, "weights of φ: FILE, none, torchvision or timm (vit_b16: ImageNet-21k, "
+           "then 1k, as models/vit.py; the official README says 21k)")
+    p.group("classification", "localize and evaluate take these flags from the checkpoint")
+    p.flag("level", str, "clip: each clip alone; video: all clips of a video", ["clip", "video"])
+    p.flag("loss", str, "ce: cross entropy; video level also crf (transformer2x/main.py) and "
+           "regression of the transition time", ["ce", "crf", "regression"])
+    p.flag("spacing", float, "seconds from one clip to the next (configs/)", also=["step"])
+    p.flag("anticipate", float, "predict the label so many SECONDS later: 0.5, 1, 1.5 or 2 in the "
+           "official code, 1.5 in the benchmark")
+    p.flag("freeze", False, "train only the head and CRF")
+    p.group("optimization", "AdamW, weight decay 1e-4, gradient norm clipped to 1 (configs/)")
+    p.flag("init", str, "weights to start from: a checkpoint of ours or the release's, or none")
+    p.flag("epochs", int, "passes over the training samples (configs/)")
+    p.flag("batch_size", int, "samples per step over all processes: videos, or at clip level "
+           "clips (configs/)")
+    p.flag("lr", float, "learning rate: half a cosine to 1e-6, by epoch (configs/)")
+    p.flag("select", "val", "best.pt is of the best validation epoch, as released, or of the last",
+           ["val", "last"])
+    args = common.parse(p, recipe, argv)
+
+    known = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
+    names = args.transforms.split(",")
+    args.transforms = ",".join(name for name in known if name in names)
+    expected = {"f2c": ("clip", "ce"), "f2c2v": ("video", "ce")}.get(args.stage)
+    video_level, clip_features = args.level == "video", args.backbone in CLIP_NETS
+    for mistake, message in (
+            (len({*names}) < max(2, len(names)) or not {*names} <= {*known},
+             f"--transforms needs two or more different names out of {','.join(known)}"),
+            (args.spacing <= 0 or args.spacing % GRID, "--spacing must be a multiple of 0.25 s"),
+            (args.anticipate is not None and not 0 < args.anticipate < 60,
+             "--anticipate must be seconds, above 0 and below 60"),
+            (args.loss != "ce" and not video_level, f"--loss {args.loss} needs --level video"),
+            (expected not in (None, (args.level, args.loss)),
+             "--level and --loss are flags of --stage classify"),
+            (args.loss == "regression" and args.anticipate, "--loss regression has no labels to "
+             "anticipate"),
+            (clip_features and (args.stage in PRETRAINING or video_level),
+             f"--backbone {args.backbone} needs --stage classify and --level clip"),
+            (args.freeze and args.stage != "classify", "--freeze needs --stage classify")):
+        if mistake:
+            p.error(message)
+    return args
 
 
 def main(args):
-    if not args.data.is_dir():
-        raise UserError(f"{args.data}: no such folder; --data is the Oops! folder as README lays "
-                        "it out (`make toy` writes a small one, data/toy/oops)")
-    if args.stage == "features":
-        return extract(args, common.start_run(args))
-    known = prepare(args, args.init)
-    stage = {"f2c": pretrain, "f2c2v": pretrain, "classify": classify}.get(args.stage, evaluate)
-    stage(args, common.start_run(args), known)
+    if args.init != "none" and args.stage != "features":
+        adopt_flags(args)
+    device = common.start_run(args)
+    STAGES[args.stage](args, device)
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    common.launch(main, arguments)
+    common.launch(main, parse_args())

@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from parity_tools import watch
 
 import common
@@ -27,7 +28,7 @@ class Dealt:
     def __init__(self, numbers, choices=None, offsets=(), permutations=()):
         self.numbers, self.offsets = list(numbers), list(offsets)
         self.choices = self.numbers if choices is None else list(choices)
-        self.permutations = list(permutations)
+        self.permutations, self.offered = list(permutations), []
 
     def integers(self, low, high=None, size=None):
         low, high = (0, low) if high is None else (low, high)
@@ -37,7 +38,8 @@ class Dealt:
 
     def choice(self, of):
         x = self.choices.pop(0)
-        assert x in (range(of) if isinstance(of, int) else list(of)), (x, of)
+        self.offered.append(list(range(of) if isinstance(of, int) else of))
+        assert x in self.offered[-1], (x, of)
         return x
 
     def permutation(self, n):
@@ -53,11 +55,12 @@ class Extreme:
     """A random generator of the lowest numbers that may be drawn, or of the highest."""
 
     def __init__(self, high):
-        self.high = high
+        self.high, self.drawn = high, []
 
     def integers(self, low, high=None, size=None):
         low, high = (0, low) if high is None else (low, high)
         x = high - 1 if self.high else low
+        self.drawn.append(x)
         return x if size is None else np.full(size, x)
 
     def choice(self, of):
@@ -70,9 +73,15 @@ class Extreme:
 def check_drawn(case, choice, size, T):
     """The case's words, "drawn uniformly from a..b", against what is drawn for T frames."""
     told = re.search(r"drawn uniformly from (\d+)\.\.(\d+)", case.what)
-    ours = [f2c_oops.draw_clip_choices(Extreme(high), T, f2c_oops.CLIP_TRANSFORMS, size,
-                                       released=True)[choice] for high in (False, True)]
-    assert ours == [*map(int, told.groups())], (choice, ours, told[0])
+    drawn = []
+    for high in (False, True):
+        rng = Extreme(high)
+        if choice == "flip_offset":
+            f2c_oops.double_flip(rng, T, size)
+        else:
+            f2c_oops.random_speed_point(rng, np.arange(size), np.arange(size))
+        drawn.append(rng.drawn[-1])
+    assert drawn == [*map(int, told.groups())], (choice, drawn, told[0])
 
 
 # ---- reading a case ----------------------------------------------------------------------------
@@ -125,15 +134,20 @@ def network(kind, case, path, **options):
     c = {**sibling(case, "same_model_as").config, **case.config}
     dim, mlp, shape = sizes(c)
     model = kind(dim, c["num_classes"], mlp, **options, **shape)
-    common.load_weights(model, path, f2c_oops.layouts(shape["layers"]),
-                        ("frames.", "clips.", "head."))
+    common.load_weights(model, path, [f2c_oops.RELEASED])
     return model.eval()
 
 
-def own_names(case, layout, own):
+def own_names(case, rules, own):
     """{name in the file: ours} of the tensors that have a place in our network."""
-    return {k: b + k.removeprefix(a) for a, b in layout.items() for k in case.entries()
-            if k.startswith(a) and b + k.removeprefix(a) in own}
+    names = {}
+    for name in case.entries():
+        ours = name
+        for pattern, replacement in rules:
+            ours = re.sub(pattern, replacement, ours)
+        if ours in own:
+            names[name] = ours
+    return names
 
 
 def parameters_of(entries):
@@ -160,28 +174,26 @@ def frame_level(case):
     c = {**sibling(case, "same_model_as").config, **case.config}
     as_released = c.get("pure_nr_frames") is not None
     lengths = c["pure_nr_frames"] if as_released else c.get("lengths")
-    model = network(f2c_oops.F2C, case, released(case), released=as_released)
+    model = network(f2c_oops.F2C, case, released(case), as_released=as_released)
     return model, None if lengths is None else torch.tensor(lengths)
 
 
 def names_of(case, model):
     """{name in the file: ours} of an F2C or F2C2V."""
-    layers = len(model.frames.layers)
-    return max((own_names(case, layout, model.state_dict())
-                for layout in f2c_oops.layouts(layers)), key=len)
+    return own_names(case, f2c_oops.RELEASED, model.state_dict())
 
 
 def vtn(case):
     """The rows of all tokens come by attention in blocks, the others by the whole."""
     model, lengths = frame_level(case)
     check_size(case, model, names_of(case, model))
-    x, given = only_input(case), []
-    model.frames.register_forward_pre_hook(lambda _, args: given.append(args[1]))
+    x, whole = only_input(case), f2c_oops.local_attention
     with torch.no_grad():
-        found = {"features": model.embed(x, lengths), "logits": model(x, lengths)}
-        with mock.patch.object(f2c_oops, "DENSE", 0):
-            tokens = model.frames(x, given[0], every=True)
-    seen = given[0]                                           # rows of frames that may be seen
+        found = {"features": model.frame_encoder(x, lengths), "logits": model(x, lengths)}
+        model.frame_encoder.all_rows = True
+        with mock.patch.object(f2c_oops, "local_attention", lambda *a: whole(*a, chunk=7)):
+            tokens = model.frame_encoder(x, lengths)
+    seen = None if lengths is None else lengths - int(model.frame_encoder.as_released)  # of the frames
     return {**found, "tokens": tokens if seen is None else torch.cat(
         [rows[:1 + n] for rows, n in zip(tokens, seen.tolist())])}
 
@@ -209,11 +221,12 @@ def gradients(case, model):
 def vtn_receptive_field(case):
     model, lengths = frame_level(case)
     x, least = only_input(case), told(case, r"more than (\d[\d.e-]*)", float)
-    seen = watch({"first": model.frames.layers[0]})["first"]
+    seen = watch({"first": model.frame_encoder.layers[0]})["first"]
+    model.frame_encoder.all_rows = True
     with torch.no_grad():
-        before = model.frames(x, lengths, every=True)
+        before = model.frame_encoder(x, lengths)
         x[:, -1] *= -1
-        after = model.frames(x, lengths, every=True)
+        after = model.frame_encoder(x, lengths)
 
     def changed(a, b):
         return ((a - b)[0].abs().amax(1) > least).nonzero().flatten()
@@ -242,19 +255,19 @@ def pool_of(case):
 def two_level(case, as_released):
     clips, order = pool_of(case)
     path = released(case)
-    video, each = (network(f2c_oops.F2C2V, case, path, released=as_released, per_clip=per)
+    video, each = (network(f2c_oops.F2C2V, case, path, as_released=as_released, per_clip=per)
                    for per in (False, True))
-    local = network(f2c_oops.F2C, case, released(case, strip="local_model."), released=as_released)
+    local = network(f2c_oops.F2C, case, released(case, strip="local_model."), as_released=as_released)
     with torch.no_grad():
-        z = video.embed(clips)
+        z = video.frame_encoder(clips)
         return {"clip_features": z, "clip_logits_single_scale": local(clips),
-                "stacked": f2c_oops.restack(z, order), "video_logits": video(clips, order),
+                "stacked": f2c_oops.gather_clips(z, order), "video_logits": video(clips, order),
                 "per_clip_logits": each(clips, order)[order != PAD]}
 
 
 def stage2_loss(case):
     clips, order = pool_of(case)
-    model = network(f2c_oops.F2C2V, case, released(case), released=True)
+    model = network(f2c_oops.F2C2V, case, released(case), as_released=True)
     total, number = f2c_oops.cross_entropy(model(clips, order),
                                            torch.tensor(case.config["labels"]))
     loss = total / number
@@ -267,7 +280,7 @@ def stage2_loss(case):
 
 def stage3_weighted_ce(case):
     (clips, order), c = pool_of(case), case.config
-    model = network(f2c_oops.F2C2V, case, released(case), released=True, per_clip=True)
+    model = network(f2c_oops.F2C2V, case, released(case), as_released=True, per_clip=True)
     labels = torch.full_like(order, PAD)
     for row, y in zip(labels, c["labels"]):
         row[:len(y)] = torch.tensor(y)
@@ -283,20 +296,19 @@ def crf(case):
     """Emissions past a video's length are left as drawn: they must not matter."""
     q, c = only_input(case), case.config
     holder = torch.nn.ModuleDict({"crf": f2c_oops.CRF(q.shape[2])})
-    common.load_weights(holder, released(case, "crf."), f2c_oops.layouts(1))
+    common.load_weights(holder, released(case, "crf."), [f2c_oops.RELEASED])
     n, y = torch.tensor(c["lengths"]), torch.full(q.shape[:2], PAD)
     for row, tags in zip(y, c["tags"]):
         row[:len(tags)] = torch.tensor(tags)
-    nll = f2c_oops.crf_nll(q, y, n, holder.crf)
-    marginals = f2c_oops.crf_marginals(q, n, holder.crf)
+    nll, marginals = holder.crf.nll(q, y, n), holder.crf.marginals(q, n)
     return {"nll_per_video": nll, "nll_sum": nll.sum(), "nll_mean": nll.mean(),
-            "viterbi": [tags.tolist() for tags in f2c_oops.crf_viterbi(q, n, holder.crf)],
+            "viterbi": [row[:k].tolist() for row, k in zip(holder.crf.viterbi(q, n), n)],
             "marginals": torch.cat([p[:k] for p, k in zip(marginals, n.tolist())])}
 
 
 def restack(case):
     order = order_of(case.config["clips_per_video"])
-    return {"stacked": f2c_oops.restack(only_input(case), order),
+    return {"stacked": f2c_oops.gather_clips(only_input(case), order),
             "lengths": (order != PAD).sum(1)}
 
 
@@ -312,20 +324,23 @@ def t1_speed(case):
         assert c["skip"] == 2 ** c["label"]
         left = len(range(0, c["T"], c["skip"]))
         last = max(0, left - size) // told(case, r"floor\(\(n-\d+\)/(\d+)\)")
-        assert f2c_oops.random_start(Extreme(True), max(left, size), size) == last
-        rows.append(f2c_oops.speed_up(c["T"], c["label"], c.get("start") or 0, size))
+        assert f2c_oops.crop_frames(Extreme(True), max(left, size), size)[0] == last
+        starts = [c["start"]] if left > size else []
+        rows.append(f2c_oops.speed_up(Dealt(starts), c["T"], c["label"], size))
         speeds.append(f2c_oops.max_speed(c["T"], size))
     return {**frames_of(rows), "max_speed": speeds}
 
 
 def t1_shuffle(case):
-    return frames_of(f2c_oops.shuffle(c["start"], c["perm"]) for c in case.config["cases"])
+    return frames_of(f2c_oops.shuffle(Dealt([c["start"]], permutations=[c["perm"]]), c["T"],
+                                      len(c["perm"]) + 1, as_released=True)
+                     for c in case.config["cases"])
 
 
 def t1_double_flip(case):
     size = told(case, r"Crop (\d+)")
     check_drawn(case, "flip_offset", size, max(c["T"] for c in case.config["cases"]))
-    return frames_of(f2c_oops.double_flip(c["start"], c["offset"], size)
+    return frames_of(f2c_oops.double_flip(Dealt([c["start"], c["offset"]]), c["T"], size)
                      for c in case.config["cases"])
 
 
@@ -336,7 +351,8 @@ def t1_random_point(case):
                     for a, b in re.findall(r"entries (\d+)\.\.(\d+)", case.what))
     size = told(case, r"(\d+) entries from offset")
     check_drawn(case, "point_offset", size, 2 * size)
-    return frames_of(f2c_oops.random_point(normal, fast, offset, size)
+    assert len(normal) == size
+    return frames_of(f2c_oops.random_speed_point(Dealt([offset]), normal, fast)
                      for offset in case.config["offsets"])
 
 
@@ -344,10 +360,9 @@ def t1_warp(case):
     size, rows = told(case, r"first (\d+) entries"), []
     for c in case.config["cases"]:
         M = f2c_oops.max_speed(c["T"], size)
-        extent, by_steps = f2c_oops.warp_extent(c["T"], M, size, released=True)
-        assert M == c["max_speed"] and extent == len(c["perm"])
-        kept = {"steps": c["offsets"]} if by_steps else {"order": c["perm"]}
-        rows.append(f2c_oops.warp(c["start"], **kept, size=size))
+        assert M == c["max_speed"]
+        rng = Dealt([c["start"]], offsets=[c["offsets"]], permutations=[c["perm"]])
+        rows.append(f2c_oops.warp(rng, c["T"], size, as_released=True))
     return frames_of(rows)
 
 
@@ -359,7 +374,8 @@ def videos_of(inputs, lengths):
 
 
 def t1_collate(case):
-    """The release draws one more number before the choices of each video."""
+    """The release draws one more number before the choices of each video, and both kinds of warp.
+    """
     c, names = case.config, f2c_oops.CLIP_TRANSFORMS
     assert "one unused draw" in c["draws_in_order"]
     size = told(case, r"length <= (\d+) are skipped")
@@ -368,9 +384,11 @@ def t1_collate(case):
     for x in videos_of(case.inputs(), c["lengths"]):
         if len(x) > size:
             rng.numbers.pop(0)
-            drawn = f2c_oops.draw_clip_choices(rng, len(x), names, size, released=True)
-            for name, frames in f2c_oops.transform_clips(len(x), drawn, names, size):
-                labels.append(f2c_oops.label_of(name, names, released=True))
+            made = f2c_oops.transform_clips(rng, len(x), names, size, as_released=True)
+            unused = rng.permutations if f2c_oops.max_speed(len(x), size) > 1 else rng.offsets
+            unused.pop(0)                                     # it warps by steps or by an order
+            for name, frames in made:
+                labels.append(names.index(name))
                 rows.append(x[frames])
     assert rng.used_up()
     return {"labels": labels, "pure_nr_frames": [len(x) for x in rows], "features": padded(rows)}
@@ -385,10 +403,9 @@ def padded(rows):
 
 def t2_transforms(case):
     c, size = case.config, told(case, r"clips of (\d+)")
-    assert [*f2c_oops.split_points(c["T"], size)] == c["split_choices"]
-    drawn = {"speed": True, "flip": c["double_flip_split"], "warp": c["warp_split"],
-             "order": np.array(c["shuffle_perm"])}
-    made = dict(f2c_oops.transform_video(c["T"], drawn, f2c_oops.VIDEO_TRANSFORMS, size))
+    rng = Dealt([], [c["double_flip_split"], c["warp_split"]], (), [c["shuffle_perm"]])
+    made = dict(f2c_oops.transform_video(rng, c["T"], f2c_oops.VIDEO_TRANSFORMS, size))
+    assert rng.offered == [c["split_choices"]] * 2
     theirs = {"point": "random_point", "flip": "double_flip"}
     return {**{theirs.get(k, k): clips[:, 0] for k, clips in made.items()},
             "double_flip_split_clip": made["flip"][c["double_flip_split"] // size],
@@ -396,16 +413,16 @@ def t2_transforms(case):
 
 
 def t2_collate(case):
-    """The release draws once more for each video that it does not speed up."""
+    """The release draws two numbers for a video that it does not speed up, and one for others."""
     c, names = case.config, f2c_oops.VIDEO_TRANSFORMS
     rng = Dealt(c["integers"], c["splits_double_flip_then_warp_per_video"], (), c["permutations"])
     labels, rows = [], []
     for x in videos_of(case.inputs(), c["lengths"]):
-        drawn = f2c_oops.draw_video_choices(rng, len(x), released=True)
-        made = f2c_oops.transform_video(len(x), drawn, names)
-        if "speed" not in dict(made):
-            rng.numbers.pop(0)
-        labels += [f2c_oops.label_of(name, names, released=True) for name, _ in made]
+        left = len(rng.numbers)
+        made = f2c_oops.transform_video(rng, len(x), names, as_released=True)
+        left -= 1 if "speed" in dict(made) else 2
+        del rng.numbers[:len(rng.numbers) - left]
+        labels += [names.index(name) for name, _ in made]
         rows += [x[clips] for _, clips in made]
     assert rng.used_up()
     return {"labels": labels, "clips": [len(x) for x in rows], "features": padded(rows)}
@@ -417,7 +434,7 @@ def cut(video, step):
     """(frames, spans) of a video's clips."""
     stamps = [float(i * video["pts_step"] * Fraction(video["time_base"]))
               for i in range(video["n_frames"])]
-    return f2c_oops.cut_clips(video["n_frames"], Fraction(video["fps"]), stamps, step)
+    return f2c_oops.cut_clips(video["n_frames"], Fraction(video["fps"]), stamps, step / FPS)
 
 
 def middle(video):
@@ -434,9 +451,9 @@ def note(video):
 
 def labels_of(video, step, part, level):
     """As released; none for a video that has no labels."""
-    if not f2c_oops.usable(note(video), part, level):
+    if not f2c_oops.has_labels(note(video), part, level):
         return np.zeros(0, dtype=np.int64)
-    return f2c_oops.run_labels(cut(video, step)[1], middle(video), released=True)
+    return f2c_oops.video_labels(cut(video, step)[1], middle(video), as_released=True)
 
 
 def clip_labels(case):
@@ -462,12 +479,13 @@ def clip_frames(case):
 
 def anticipation_labels(case):
     step, found = told(case, r"step (\d+)"), {}
-    usable = [v for v in case.config["videos"] if f2c_oops.usable(note(v), "train", "video")]
+    usable = [v for v in case.config["videos"] if f2c_oops.has_labels(note(v), "train", "video")]
     for ahead in case.case["outputs"]["expected"]["exact"]:
         found[ahead] = {}
         for v in usable:
             spans = cut(v, step)[1]
-            shown, labels = f2c_oops.anticipation(spans, middle(v), float(ahead), "paper", step)
+            shown, labels = f2c_oops.anticipation_labels(
+                spans, middle(v), float(ahead), "paper", step / FPS)
             assert shown.tolist() == list(range(len(spans)))
             found[ahead][v["name"]] = labels.tolist()
     return {"expected": found}
@@ -476,9 +494,9 @@ def anticipation_labels(case):
 def anticipation_official(case):
     """The case tells the labels, not the times that they come from."""
     c, y = case.config, np.array(case.config["labels"])
-    with mock.patch.object(f2c_oops, "run_labels", lambda *_: y):
-        shown, labels = f2c_oops.anticipation(np.zeros((len(y), 2)), 0.0, c["A"], "oops",
-                                              c["step_seconds"] * FPS)
+    with mock.patch.object(f2c_oops, "video_labels", lambda *_: y):
+        shown, labels = f2c_oops.anticipation_labels(np.zeros((len(y), 2)), 0.0, c["A"],
+                                                     "oops", c["step_seconds"])
     return {"pairs": [[int(i), int(k)] for i, k in zip(shown, labels, strict=True)]}
 
 
@@ -486,7 +504,7 @@ def balanced(case):
     step, found = told(case, r"\(step (\d+)\)"), {}
     for v in case.config["videos"]:
         labels = labels_of(v, step, "train", "clip")
-        picked = f2c_oops.balanced(labels, np.random.default_rng(0)) if len(labels) else []
+        picked = f2c_oops.balance_labels(labels, np.random.default_rng(0)) if len(labels) else []
         assert set(picked) == set(range(len(labels))), "a clip was left out"
         found[v["name"]] = runs(labels[picked]) if len(labels) else []
     return {"labels_run_length": found}
@@ -503,41 +521,42 @@ def located(case):
     assert np.bincount(video).tolist() == c["clips_per_video"]
     times = [f2c_oops.predicted_time(prob[video == i], spans[video == i])
              for i in range(len(c["t"]))]
-    counted = [f2c_oops.usable(f2c_oops.Annotation(sorted(t), math.inf, r), "train", "video")
+    counted = [f2c_oops.has_labels(f2c_oops.Annotation(sorted(t), math.inf, r), "train", "video")
                for t, r in zip(c["t"], c["rel_t"])]           # the lengths are not told
-    return times, [f2c_oops.distance(x, t) for x, t, n in zip(times, c["t"], counted) if n]
+    return times, [f2c_oops.time_error(x, t) for x, t, n in zip(times, c["t"], counted) if n]
 
 
 def localization(case):
     times, errors = located(case)
     keys = [k for k in case.case["outputs"] if k.startswith("accuracy_")]
     within = [float(k.removeprefix("accuracy_")) for k in keys]
-    found = f2c_oops.localization(errors, np.ones(len(errors)), within)
+    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)), within)
     return {"predicted_times": times, "videos_counted": len(errors),
             **{k: found[f"within_{t:g}s"] / 100 for k, t in zip(keys, within)}}
 
 
 def localization_errors(case):
     _, errors = located(sibling(case, "same_data_as"))
-    found = f2c_oops.localization(errors, np.ones(len(errors)))
+    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)))
     return {"mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
             "std": found["std_error_s"]}
 
 
 def classification_accuracy(case):
-    top1, each = f2c_oops.accuracy(np.array(case.config["labels"]),
-                                   only_input(case).argmax(1).numpy())
-    return {"top1": top1, "per_class": each}
+    logits = only_input(case)
+    found = f2c_oops.classification_metrics(np.array(case.config["labels"]), logits.argmax(1).numpy(),
+                           logits.softmax(1).numpy(), f2c_oops.LABELS)
+    return {"top1": found["top1"] / 100, "per_class": [found[n] / 100 for n in f2c_oops.LABELS]}
 
 
 def regression(case):
-    out = only_input(case)
+    assert told(case, r"<= ([\d.]+) s", float) == 1.5
+    if not dist.is_initialized():
+        common.init_distributed()
     relative, length = (torch.tensor(case.config[k]) for k in ("rel_t", "len"))
-    times = zip((out.sigmoid() * length).tolist(), (relative * length).tolist())
-    within = told(case, r"<= ([\d.]+) s", float)
-    found = f2c_oops.localization([f2c_oops.distance(x, [t]) for x, t in times], length, [within])
-    return {"loss": f2c_oops.regression_loss(out, relative),
-            "accuracy": found[f"within_{within:g}s"] / 100}
+    label = torch.stack([relative * length, length], 1)
+    found = f2c_oops.regression_terms(only_input(case)[:, None], label)
+    return {"loss": found["loss"], "accuracy": found["top1"] / 100}
 
 
 def lr_schedule(case):
@@ -564,24 +583,23 @@ def pictures_of(case):
 
 def clip_transform(case):
     (crop,) = set(case.config["crop"])
-    clip = f2c_oops.clip_pictures(pictures_of(case), tuple(case.config["resize"]), crop)
+    clip = f2c_oops.resize_clip(pictures_of(case), tuple(case.config["resize"]), crop)
     return {"clip": clip.transpose(0, 1)}
 
 
 def frame_normalise(case):
-    return {"frames": f2c_oops.normalise(pictures_of(case), *f2c_oops.HALF)}
+    return {"frames": f2c_oops.normalize(pictures_of(case), *f2c_oops.HALF)}
 
 
-def features(case, model, layout=None):
-    layout = layout or {"": ""}
-    common.load_weights(model, released(case), [layout])
-    check_size(case, model, own_names(case, layout, model.state_dict()))
+def features(case, model, rules=()):
+    common.load_weights(model, released(case), [rules])
+    check_size(case, model, own_names(case, rules, model.state_dict()))
     with torch.no_grad():
         return {"features": model.eval()(only_input(case))}
 
 
 def backbone(name):
-    return lambda case: features(case, common.feature_network(name))
+    return lambda case: features(case, f2c_oops.make_feature_network(name))
 
 
 def vit(case):
@@ -591,15 +609,15 @@ def vit(case):
     if "embed_dim" in c:
         ff, dim = case.entries()["blocks.0.mlp.fc1.weight"]
         assert dim == c["embed_dim"]
-        model = common.headless(VisionTransformer(c["img_size"], c["patch_size"], c["depth"],
+        model = f2c_oops.headless(VisionTransformer(c["img_size"], c["patch_size"], c["depth"],
                                                   c["num_heads"], dim, ff))
     else:
-        model = common.feature_network("vit_b16")
-    return features(case, model, f2c_oops.timm_names(len(model.encoder.layers)))
+        model = f2c_oops.make_feature_network("vit_b16")
+    return features(case, model, f2c_oops.TIMM_NAMES)
 
 
 def bottleneck(case):
-    return features(case, common.headless(common.bottleneck_r2plus1d(case.config["layers"])))
+    return features(case, f2c_oops.headless(f2c_oops.bottleneck_r2plus1d(case.config["layers"])))
 
 
 ADAPTERS = {
