@@ -861,10 +861,9 @@ def read_settings(path):
     tensors = common.read_weights(path)
     layers = {m[1] for name in tensors if (m := re.search(r"ncoder\.layers\.(\d+)\.", name))}
     blocks = sum(f"backbone.layer1.{n}.conv1.weight" in tensors for n in range(3))
-    if "backbone.conv1.weight" not in tensors or not layers or not blocks:
-        raise UserError(f"{path}: is no checkpoint of CPCTrans: none of its tensors is such as "
-                        "backbone.conv1.weight")
-    return {"net": {1: "resnet10", 2: "resnet18", 3: "resnet34"}[blocks], "layers": len(layers),
+    if "backbone.conv1.weight" not in tensors or not blocks:
+        raise UserError(f"{path}: is no checkpoint of CPCTrans, it has no backbone.conv1.weight")
+    return {"net": ("resnet10", "resnet18", "resnet34")[blocks - 1], "layers": len(layers) or 2,
             "width": len(tensors["backbone.conv1.weight"]), "heads": 2 if len(layers) == 1 else 4,
             "history": [f"trained by others on unknown videos ({path.name})"], "classes": None}
 
@@ -876,7 +875,7 @@ def read_history(args):
     checkpoint was trained on another split.
     """
     if args.init == "none":
-        return [], None
+        return ["not pre-trained"] if args.stage == "finetune" else [], None
     settings = read_settings(Path(args.init))
     for sentence in settings["history"]:
         other = re.search(rf"train list (?!{args.split} )(\d) of {args.dataset}", sentence)
