@@ -44,6 +44,7 @@ import functools
 import itertools
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,14 +61,14 @@ from common import UserError
 BACKGROUND = 0                       # label of frozen frames; Kinetics' classes become 1..400
 LEVELS = ("layer1", "layer2", "layer3", "layer4", "conv5")    # maps of the fine stream,
 GRID = 7                                                      # pooled to GRID x GRID
-PUBLISHED = {                        # milestones: shares of training at which lr is multiplied by 0.1
+PUBLISHED = {                        # milestones: shares of training at which lr falls to a tenth
     # SSDet, train_x3d_kinetics_multigrid.py; iters guessed from its files' names, unverified
     "detect": {"num_frames": 16, "stride": 5, "batch_size": 64, "lr": 0.05, "backbone_lr": 0.1,
-               "weight_decay": 5e-5, "warmup": 8000, "iters": 100_000},
+               "weight_decay": 5e-5, "warmup": 8000, "iters": 100_000, "epochs": None},
     # X3D-Multigrid, train_x3d_kinetics_multigrid.py: 120 epochs
     "classify": {"num_frames": 8, "batch_size": 128, "bn_splits": 4, "lr": 0.2, "augment": [],
-                 "weight_decay": 5e-5, "warmup": 8000, "iters": 206_160, "multigrid": "x3d",
-                 "milestones": [0.4, 0.65, 0.925]},
+                 "weight_decay": 5e-5, "warmup": 8000, "iters": 206_160, "epochs": None,
+                 "multigrid": "x3d", "milestones": [0.4, 0.65, 0.925]},
     # SSDet, train_x3d_charades_loc.py
     "x3d": {"num_frames": 16, "batch_size": 16, "bn_splits": 2, "lr": 0.02, "epochs": 100,
             "schedule": "plateau"},
@@ -94,9 +95,9 @@ def volume_freeze(mix, start, length):
 
     Later frames are delayed; the end of the clip is cut off.
     """
-    start, length, t = start[:, None], length[:, None], torch.arange(mix.x.shape[2])
-    t = t.to(start.device)
-    source = torch.where(t < start, t, (t - length + 1).maximum(start))   # (B, T)          (1)
+    start, length = start[:, None], length[:, None]
+    t = torch.arange(mix.x.shape[2], device=mix.x.device)
+    source = torch.where(t < start, t, (t - length + 1).maximum(start))   # (B, T)  (1)
     frozen = (t >= start) & (t < start + length)
     x = torch.stack([clip[:, s] for clip, s in zip(mix.x, source)])
     label = mix.label.gather(2, source.expand_as(mix.label)).masked_fill(frozen, BACKGROUND)
@@ -110,9 +111,9 @@ def unmixed(x, label):
 
 
 def with_partner(mix, x, partner, weights, present):
-    """A Mixture of the frames `x` with the labels of mix and of the partners: M -> 2M.
+    """The frames `x` with the labels of mix and of the partners: M -> 2M.
 
-    partner: (B,) indices; weights, present: (2, B, T) of the own clip and of the partner.
+    weights, present: (2, B, T), of the own clip and of the partner.
     """
     label = torch.cat([mix.label, mix.label[:, partner]])
     weight = torch.cat([mix.weight * weights[0], mix.weight[:, partner] * weights[1]])
@@ -159,11 +160,13 @@ def cross_fade(T, start, end, total=1):
 
 
 def volume_mixup(mix, start, length, partner, extend=True):
-    """Cross-fade each clip with its partner.      start, length: (2, B); partner: (B,)"""
+    """Cross-fade each clip with its partner.      start, length: (2, B); partner: (B,) indices"""
     T = mix.x.shape[2]
-    weights, present = cross_fade(T, *clip_intervals(T, start, length, extend))           # (2, B, T)
-    own, other = weights[:, :, None, :, None, None].to(mix.x.dtype)       # (B, 1, T, 1, 1) each
-    return with_partner(mix, mix.x * own + mix.x[partner] * other, partner, weights, present)  # (2)
+    start, end = clip_intervals(T, start, length, extend)
+    weights, present = cross_fade(T, start, end)              # (2, B, T)
+    own, other = weights[:, :, None, :, None, None].to(mix.x.dtype)       # (B, 1, T, 1, 1)
+    x = mix.x * own + mix.x[partner] * other                  # (2)
+    return with_partner(mix, x, partner, weights, present)
 
 
 def volume_cutmix_growing(mix, start, length, partner, extend=True):
@@ -173,18 +176,19 @@ def volume_cutmix_growing(mix, start, length, partner, extend=True):
     release. There, frames of neither clip are black (extend=False); we leave no such frames.
     """
     T, W = mix.x.shape[2], mix.x.shape[4]
-    width, present = cross_fade(T, *clip_intervals(T, start, length, extend), W)          # in columns
-    width = (width + W // 16 * present[0] * present[1]).clamp(0, W)       # overlap, to blend there
-    column = torch.arange(W, device=mix.x.device)
-    left = column < width[0, ..., None]                       # (B, T, W): the own window
-    right = column >= W - width[1, ..., None]                 # the partner's
+    start, end = clip_intervals(T, start, length, extend)
+    width, present = cross_fade(T, start, end, total=W)       # in columns
+    width = (width + W // 16 * present[0] * present[1]).clamp(0, W)       # they overlap, to blend
+    width, column = width[..., None], torch.arange(W, device=mix.x.device)
+    left, right = column < width[0], column >= W - width[1]   # own and partner's window, (B, T, W)
     shared = (left & right).sum(-1, keepdim=True)
-    ramp = (column - (W - width[1, ..., None]) + 1) / (shared + 1)
+    ramp = (column - (W - width[1]) + 1) / (shared + 1)       # weight of the partner there
     own = torch.where(left & right, 1 - ramp, left.float())
     other = torch.where(left & right, ramp, right.float())
     x = (mix.x * own[:, None, :, None] + mix.x[partner] * other[:, None, :, None]).to(mix.x.dtype)
-    weights = torch.stack([own.mean(-1), other.mean(-1)])     # (2, B, T)                       (3)
-    return with_partner(mix, x, partner, weights, torch.stack([left.any(-1), right.any(-1)]).float())
+    weights = torch.stack([own.mean(-1), other.mean(-1)])     # (2, B, T)  (3)
+    present = torch.stack([left.any(-1), right.any(-1)]).float()
+    return with_partner(mix, x, partner, weights, present)
 
 
 def volume_cutmix_sliding(mix, partner):
@@ -233,9 +237,8 @@ def draw_choices(rng, name, T, B, device=None):
 
 
 def draw_augmentations(args, step, T, B, device):
-    """{name: choices} of a step: on or off for the whole batch on all processes, as released.
-
-    Partners are clips of the same process.
+    """{name: choices} of a step. An augmentation is on or off for the whole batch on all processes,
+    as released. Partners are clips of the same process.
     """
     on = np.random.default_rng((args.seed, step)).random(len(AUGMENTATIONS)) < args.aug_prob
     rng = np.random.default_rng((args.seed, step, common.rank()))
@@ -251,7 +254,8 @@ def pretraining_loss(logits, mix):
     NOTE: Σ k_m is over a process's clips, as over a GPU's in the release.
     """
     ce = torch.stack([F.cross_entropy(logits, y, reduction="none") for y in mix.label])
-    loss = ((mix.weight * ce).sum((1, 2)) / mix.present.sum((1, 2)).clamp(min=1)).sum()         # (4)
+    present = mix.present.sum((1, 2)).clamp(min=1)            # Σ_bt k_m, (M,)
+    loss = ((mix.weight * ce).sum((1, 2)) / present).sum()    # (4)
     return loss, (mix.weight * (logits.argmax(1) == mix.label)).sum() / mix.label[0].numel()
 
 
@@ -287,7 +291,7 @@ def pretrain(args, device):
         x, label = normalize_clips(args, batch["clip"]), batch["label"][:, None] + detect
         B, _, T = x.shape[:3]
         mix = augment(unmixed(x, label.expand(-1, T if detect else 1)),
-                      draw_augmentations(args, step, T, B, device))                     # (1) to (3)
+                      draw_augmentations(args, step, T, B, device))       # (1) (2) (3)
         with common.autocast(device, args.precision):
             z = ddp(mix.x)                                    # (B, K+1, T), or (B, K, 1)
         loss, accuracy = pretraining_loss(z.float(), mix)     # (4)
@@ -371,15 +375,12 @@ def make_optimizer(args, model):
     New are fc1 and fc2 (--lr), or with --stream coarse the fusion layers rw and mix (--lr x 10).
     NOTE: weight decay acts on batch norm and biases, too, as released.
     """
-    coarse = args.stream == "coarse"
-    beginnings, scale = (("rw", "mix"), 10.0) if coarse else (("fc1.", "fc2."), 1.0)
+    new, scale = (("rw", "mix"), 10.0) if args.stream == "coarse" else (("fc1.", "fc2."), 1.0)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in named if not name.startswith(beginnings)],
-         "scale": args.backbone_lr},
-        {"params": [p for name, p in named if name.startswith(beginnings)], "scale": scale}]
-    return torch.optim.SGD([group for group in groups if group["params"]], lr=args.lr,
-                           momentum=0.9, weight_decay=args.weight_decay)
+    groups = [([p for name, p in named if not name.startswith(new)], args.backbone_lr),
+              ([p for name, p in named if name.startswith(new)], scale)]
+    return torch.optim.SGD([{"params": ps, "scale": factor} for ps, factor in groups if ps],
+                           lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
 # ---- 4. Coarse-Fine: networks (official file: x3d_coarse.py) -------------------------------------
@@ -415,7 +416,7 @@ def grid_unpool(logits, c):
 
 
 def to_uniform_times(x, c):
-    """Resample x from the learned times c to L uniform times.      (B, K, L), (B, L) -> (B, K, L)"""
+    """x at L uniform times instead of the learned times c.      (B, K, L), (B, L) -> (B, K, L)"""
     L = x.shape[2]
     u = torch.linspace(0, 1, L, device=c.device)[None]        # index at which c equals u_j:
     return sample(x, interpolate(c, u.expand_as(c), u) * (L - 1))         # (6)
@@ -433,9 +434,9 @@ def interpolate(x, y, query):
 
 
 def sample(x, times):
-    """x at fractional time steps, linear, zero outside.      (B, C, N, ...), (B, L) -> (B, C, L, ...)
+    """x at fractional time steps, linear, zero outside. A matrix product: L is small, C·H·W large.
 
-    A matrix product, which is fast because L is small and C·H·W is large.
+    (B, C, N, ...), (B, L) -> (B, C, L, ...)
     """
     step, lower = torch.arange(x.shape[2], device=x.device), times.detach().floor()[..., None]
     fraction = times[..., None] - lower                       # (B, L, 1)
@@ -667,7 +668,7 @@ def finetune(args, device):
         with common.autocast(device, args.precision):
             z = ddp(*model_inputs(args, batch))               # (B, K, T)
         z = resize_logits(z.float(), label.shape[2], args.stream == "fine")
-        loss, cls, loc = detection_loss(z, label, batch["label_mask"])                         # (10)
+        loss, cls, loc = detection_loss(z, label, batch["label_mask"])    # (10)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         ended = step + 1 == steps or (step + 1) % (args.val_every * per_epoch) == 0
@@ -886,10 +887,7 @@ def read_submission(path, videos, classes):
     """
     def row(line):
         name, frame, *values = line.split()
-        values = np.array(values, float)
-        if len(values) != classes:
-            raise ValueError(f"{len(values)} scores, {classes} are expected")
-        return name, int(frame), values
+        return name, int(frame), np.array(values, float).reshape(classes)
 
     rows = common.read_lines(path, row)
     first = 0 if any(frame == 0 for _, frame, _ in rows) else 1
@@ -948,15 +946,11 @@ def read_features(args, name):
 
 
 def check_features(args):
-    """Stop if the features that --stream reads are not there or have another stride."""
-    if reads_features(args):
-        path = args.features / "about.json"
-        stride = common.read_json(path).get("stride") if path.exists() else args.stride
-        if not args.features.is_dir():
-            raise UserError(f"{args.features}: no such folder; --stage extract writes the features")
-        if stride != args.stride:
-            raise UserError(f"{path}: features were extracted with --stride {stride}; this run "
-                            f"uses --stride {args.stride}")
+    """Stop if --stream reads features that were extracted with another stride."""
+    path = args.features / "about.json"
+    if reads_features(args) and path.exists() and (
+            common.read_json(path).get("stride") != args.stride):
+        raise UserError(f"{path}: these features have another --stride than {args.stride}")
 
 
 # ---- 8. multigrid (arXiv 1912.00998; cycle_batch_sampler.py, SlowFast's utils/multigrid.py) ------
@@ -974,13 +968,19 @@ def step_shapes(args, n):
     """[StepShape] of all training steps on n samples: the whole plan of --multigrid."""
     base = StepShape(args.batch_size, args.num_frames, args.crop, 1.0, args.bn_splits)
     steps = args.iters or args.epochs * (n // args.batch_size)
-    if args.multigrid == "x3d":
-        bounds = [round(steps * share) for share in (0, 0.4, 0.65, 0.85, 1)]
-        return [cycle_shape(base, args.stride, long_state(step, bounds), step)
-                for step in range(steps)]
+    if args.multigrid == "off":
+        return [base] * steps
     if args.multigrid == "fair":
         return fair_shapes(args, base, n, max(1, round(steps * args.batch_size / n)))
-    return [base] * steps
+    bounds, plan = [round(steps * share) for share in (0, 0.4, 0.65, 0.85, 1)], []
+    for step in range(steps):
+        state = long_state(step, bounds)
+        span, crop, factor = clip_shape(state, short_state(step, state),
+                                        args.num_frames * args.stride, args.crop)
+        scale = LONG_BATCH[state]
+        plan.append(StepShape(base.batch * scale * factor, span // args.stride, crop, scale,
+                              base.splits * scale))
+    return plan
 
 
 LONG_BATCH = (8, 4, 2, 1)            # batch size factor in the states 0..3 of a long cycle
@@ -1014,14 +1014,6 @@ def clip_shape(state, short, span, crop):
     return int(span * LONG_FRAMES[state]), crops[short], 2 ** (len(crops) - 1 - short)
 
 
-def cycle_shape(base, stride, state, step):
-    """The StepShape of X3D-Multigrid."""
-    span, crop, factor = clip_shape(state, short_state(step, state), base.frames * stride,
-                                    base.crop)
-    scale = LONG_BATCH[state]
-    return StepShape(base.batch * scale * factor, span // stride, crop, scale, base.splits * scale)
-
-
 def fair_shapes(args, base, n, epochs):
     """[StepShape] of SlowFast's schedule, short cycles of three steps included."""
     drops = sorted({round(m * epochs) for m in args.milestones} - {0, epochs})
@@ -1038,12 +1030,13 @@ def fair_shapes(args, base, n, epochs):
 
 
 def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.5):
-    """[(drops of lr so far, batch factor, frames, crop, end epoch)], epoch_factor·epochs in all.
+    """Rows (drops of lr so far, batch factor, frames, crop, end epoch), epoch_factor·epochs in all.
 
     steps: epochs at which lr drops, starting with 0. Between two drops the clips go through four
-    shapes; a shape gets epochs in proportion to its average batch. After the last drop they have
-    the full shape. [0, 4, 8] of 10 epochs, 8 frames at 224 pixels:
-    EXAMPLE
+    shapes, each for epochs in proportion to its average batch; after the last they are full.
+    [0, 4, 8] of 10 epochs, 8 frames, 224 pixels: (0, 8, 2, 158, 3), (0, 4, 4, 158, 5),
+    (0, 2, 4, 224, 6), (0, 1, 8, 224, 7), (1, 8, 2, 158, 10), ... (1, 1, 8, 224, 14) and
+    (2, 1, 8, 224, 15).
     """
     shapes, average = [], []
     for t, s in ((0.25, 0.5 ** 0.5), (0.5, 0.5 ** 0.5), (0.5, 1), (1, 1)):    # the long cycle
@@ -1078,14 +1071,14 @@ def fair_rates(schedule, gamma=0.1):
 
 # ---- 9. clips (charades_fine.py, charades.py, temporal_transforms.py, spatial_transforms.py) -----
 
-FPS = {"charades": 24.0}             # Charades' frames are numbered at 24 per second; else the file's
+FPS = {"charades": 24.0}             # of its folders of frames; the others keep the file's rate
 FRAMES = {"kinetics400": "frame_{:05d}.jpg", "charades": "{id}-{:06d}.jpg",
           "multithumos": "{id}-{:06d}.jpg"}                   # names in folders of frames, from 1
 # Random crop sizes as a fraction of the short side. Kinetics and --stream x3d use only the first.
 SCALES = {160: (160 / 180, 160 / 225), 312: (312 / 360, 312 / 450)}
 SCALES_224 = (224 / 256, 224 / 320)
-# Mean and standard deviation of colours. NOTE: FAIR's weights were trained with 0.45 and 0.225, which
-# the release ignores; MultiTHUMOS takes those of Charades.
+# Mean and standard deviation of colours. NOTE: FAIR's weights were trained with 0.45 and 0.225; the
+# release ignores it. For MultiTHUMOS we take those of Charades.
 KINETICS_NORM = ((110.63666788 / 255, 103.16065604 / 255, 96.29023126 / 255),
                  (38.7568578 / 255, 37.88248729 / 255, 40.02898126 / 255))
 CHARADES_NORM = ((0.413, 0.368, 0.338), (0.131, 0.125, 0.132))
@@ -1206,16 +1199,14 @@ def video_frames(length, stride, whole=False):
     return np.arange(0, end, stride), end
 
 
-def two_stream_frames(length, start, fine_start, span, stride):
-    """(fine frames, offset of the coarse start from the fine start in steps) of a training clip."""
-    return (clip_frames(length, fine_start, min(length, span), stride),
-            (start - fine_start) // stride)
+def fine_start_at_test(length, span):
+    """Start of the fine clip of --stream two at test: 2·span frames in the middle of the video."""
+    return max(0, (length - min(length, 2 * span)) // 2 - 1)
 
 
-def two_stream_test_frames(length, span, stride):
-    """The same at test: fine frames from the middle of the video, of twice the span."""
-    fine_start = max(0, (length - min(length, 2 * span)) // 2 - 1)
-    return two_stream_frames(length, 0, fine_start, 2 * span, stride)
+def fine_frames(length, start, fine_start, span, stride):
+    """(frames of the fine clip of --stream two, offset of the coarse clip from it in steps)"""
+    return clip_frames(length, fine_start, span, stride), (start - fine_start) // stride
 
 
 def frame_labels(actions, length, seconds, classes):
@@ -1268,8 +1259,8 @@ def make_clip(args, videos, i, rng, classes):
         sample = read_features(args, videos[i].name)
     elif args.stream == "two":
         fine_start = int(rng.integers(0, start + 1))
-        fine, offset = two_stream_frames(film.length, start, fine_start, span, stride)
-        sample["fine"] = read_square(film, fine, args.crop, *crop)
+        numbers, offset = fine_frames(film.length, start, fine_start, span, stride)
+        sample["fine"] = read_square(film, numbers, args.crop, *crop)
     numbers = clip_frames(film.length, start, span, stride)
     return {**sample, "clip": read_square(film, numbers, args.crop, *crop),
             "label": labels[:, start:start + span], "start": offset}
@@ -1278,14 +1269,14 @@ def make_clip(args, videos, i, rng, classes):
 def make_whole_video(args, videos, i, rng, classes):
     """Evaluation sample: all sampled frames of a video, centre crop."""
     film, labels, seconds = load_video(args, videos[i], classes)
-    numbers, end = video_frames(film.length, args.stride, args.stream in ("x3d", "two"))
-    sample, offset = {}, 0
+    span, offset, sample = args.num_frames * args.stride, 0, {}
     if reads_features(args):
         sample = read_features(args, videos[i].name)
     elif args.stream == "two":
-        fine, offset = two_stream_test_frames(film.length, args.num_frames * args.stride,
-                                              args.stride)
-        sample["fine"] = read_square(film, fine, args.crop)
+        fine_start = fine_start_at_test(film.length, span)
+        numbers, offset = fine_frames(film.length, 0, fine_start, 2 * span, args.stride)
+        sample["fine"] = read_square(film, numbers, args.crop)
+    numbers, end = video_frames(film.length, args.stride, args.stream in ("x3d", "two"))
     return {**sample, "clip": read_square(film, numbers, args.crop), "label": labels[:, :end],
             "start": offset, "video_frames": film.length, "label_frames": end, "seconds": seconds}
 
@@ -1330,63 +1321,52 @@ def read_class_names(args):
         str(c) for c in range(CLASSES[args.dataset])]
 
 
-def make_action(c, start, end, classes):
-    """(class, start, end) of an annotation; the class is checked."""
-    if not 0 <= c < classes:
-        raise ValueError(f"the class of {start} to {end} s is none of the {classes}")
-    return c, float(start), float(end)
-
-
 def read_actions(args, split, names):
-    """(file, [(video, seconds, actions)]) of a split.
+    """(file, [(video, seconds, actions)]) of a split, whose actions are [(class, start, end)].
 
     From Charades' CSV, else the official repositories' JSON, else MultiTHUMOS' files of classes.
     """
-    table = common.find(args.data, f"Charades_v1_{split}.csv", required=False)
-    path = common.find(args.data, f"{args.dataset}.json", required=False)
-    if args.dataset == "charades" and table:
-        return table, common.read_table(table, functools.partial(charades_row, len(names)))
-    if path is None:
-        return read_class_files(args, split, names)
     subset = "training" if split == "train" else "testing"
-    first = int(args.dataset == "multithumos")                # its classes are numbered from 1
+    first = int(args.dataset == "multithumos")                # its JSON numbers classes from 1
 
-    def entry(name, value=None):                              # a list has no names
+    def row(row):                                             # "c059 11.90 21.20;c008 0.00 12.60"
+        actions = [action.split() for action in row["actions"].split(";") if action]
+        return row["id"], float(row["length"]), [(int(c[1:]), float(start), float(end))
+                                                 for c, start, end in actions]
+
+    def entry(name, value=None):                              # the entries of a list have no names
         if not isinstance(value, dict) or value.get("subset") not in ("training", "testing"):
             raise ValueError('expected is {"VIDEO": {"subset": "training" or "testing", "duration":'
                              ' SECONDS, "actions": [[CLASS, START, END], ...]}, ...}')
         return value["subset"], (name, float(value["duration"]), [
-            make_action(int(c) - first, *times, len(names)) for c, *times in value["actions"]])
+            (int(c) - first, float(start), float(end)) for c, start, end in value["actions"]])
 
-    return path, [row for part, row in common.read_json(path, entry) if part == subset]
-
-
-def charades_row(classes, row):
-    """(video, seconds, actions) of a CSV row, whose actions are "c059 11.90 21.20;c008 0 12.6"."""
-    actions = [action.split() for action in row["actions"].split(";") if action]
-    return row["id"], float(row["length"]), [make_action(int(c[1:]), start, end, classes)
-                                             for c, start, end in actions]
+    path = common.find(args.data, f"Charades_v1_{split}.csv", required=False)
+    if path and args.dataset == "charades":
+        return path, common.read_table(path, row)
+    path = common.find(args.data, f"{args.dataset}.json", required=False)
+    if path:
+        return path, [video for part, video in common.read_json(path, entry) if part == subset]
+    return read_class_files(args, split, names)
 
 
 def read_class_files(args, split, names):
-    """(folder, [(video, 0, actions)]) from MultiTHUMOS' CLASS.txt of lines "VIDEO START END"."""
-    folder = common.find(args.data, f"{names[0]}.txt", required=False)
-    if folder is None:
-        raise UserError(f"{args.data}: no annotations of --dataset {args.dataset} in it: expected "
-                        + ("Charades_v1_train.csv and _test.csv, or charades.json"
-                           if args.dataset == "charades" else
-                           "multithumos.json, or class_list.txt and a file for each class"))
-    folder, videos = folder.parent, {}
-    prefix = "video_validation" if split == "train" else "video_test"
-    for c, name in enumerate(names):
-        def action(line, c=c):
-            video, start, end = line.split()
-            return video, make_action(c, start, end, len(names))
+    """The same from MultiTHUMOS' CLASS.txt with lines "VIDEO START END"; seconds are 0: unknown."""
+    path = common.find(args.data, f"{names[0]}.txt", required=False)
+    if path is None:
+        raise UserError(f"{args.data}: no annotations in it: expected are Charades_v1_*.csv, "
+                        f"{args.dataset}.json, or class_list.txt of MultiTHUMOS and its files")
+    prefix, videos = "video_validation" if split == "train" else "video_test", {}
 
-        for video, found in common.read_lines(folder / f"{name}.txt", action):
+    def row(line):
+        video, start, end = line.split()
+        return video, float(start), float(end)
+
+    for c, name in enumerate(names):
+        for video, start, end in common.read_lines(path.with_name(f"{name}.txt"), row):
             if video.startswith(prefix):
-                videos.setdefault(video, []).append(found)
-    return folder, [(video, 0.0, actions) for video, actions in sorted(videos.items())]
+                videos.setdefault(video, []).append((c, start, end))
+    return path.parent, [(video, 0.0, actions) for video, actions in sorted(videos.items())]
 
 
 def read_videos(args, split, names, need_files=True):
@@ -1395,64 +1375,67 @@ def read_videos(args, split, names, need_files=True):
     In training, videos without a file are left out; in evaluation one is an error.
     """
     path, rows = read_actions(args, split, names)
+    for name, _, actions in rows:
+        if not all(0 <= c < len(names) for c, *_ in actions):
+            raise UserError(f"{path}: {name}: a class is none of the {len(names)}")
     paths = common.find_videos(args.data, "*rgb*", "*", "", frames=True)
     videos = common.spread([Video(name, paths.get(name), seconds, actions)
                             for name, seconds, actions in rows], args.limit)
-    missing = [v.name for v in videos if v.path is None] if need_files else []
+    missing = [video.name for video in videos if need_files and video.path is None]
     if missing and (split == "test" or len(missing) == len(videos)):
         raise UserError(f"{args.data}: {len(missing)} of {len(videos)} videos of the {split} split "
                         f"are missing, such as {missing[0]}: neither a file nor a folder of frames")
     common.say(f"{split}: {len(rows)} videos, {sum(len(actions) for *_, actions in rows)} actions "
                f"of {len(names)} classes in {path}"
                + (f"; {len(missing)} videos are missing, such as {missing[0]}" if missing else ""))
-    return [v for v in videos if v.path or not need_files]
+    return [video for video in videos if video.path or not need_files]
 
 
 def read_kinetics(args, split, names=None):
     """([(path, class)], class names) of the clips of a split; those without a file are left out."""
+    def first(*patterns):
+        return next((path for p in patterns for path in sorted(args.data.glob(p))), None)
+
     words = {"train": ["train"], "val": ["val", "validate", "validation"]}[split]
-    folders = [args.data / word for word in words if (args.data / word).is_dir()]
-    path = common.find(args.data, *(f"*{w}.{end}" for w in words for end in ("csv", "json")),
-                       required=False)
-    if not folders or path is None:
-        raise UserError(f"{args.data}: there must be a folder {words[0]}/CLASS of clips and a list "
+    root, path = first(*words), first(*(f"*{w}.{end}" for w in words for end in ("csv", "json")))
+    if root is None or path is None:
+        raise UserError(f"{args.data}: there must be a folder {words[0]} of CLASS/CLIP, and a list "
                         f"{words[0]}.csv or {words[0]}.json")
-    rows = read_kinetics_rows(path)
-    listing = common.find(args.data, "*labels.txt", required=False)
+    rows, listing = read_kinetics_rows(path), first("*labels.txt")
     if names is None:
         names = common.read_lines(listing) if listing else sorted({label for label, *_ in rows})
-    index, files, clips = {name: c for c, name in enumerate(names)}, {}, []
+    classes, files, clips = {name: c for c, name in enumerate(names)}, {}, []
     for label, name, start, end in rows:
-        if label not in index:
-            raise UserError(f"{path}: {name}: the class {label!r} is none of the {len(names)}")
+        if label not in classes:
+            raise UserError(f"{path}: {name}: {label!r} is none of the {len(names)} classes")
         if label not in files:                                # {name: path} of its folder
             folder = label.replace(" ", "_")
-            files[label] = common.find_videos(folders[0], folder, frames=True)
-        file = files[label].get(f"{name}_{start:06d}_{end:06d}", files[label].get(name))
+            files[label] = common.find_videos(root, folder, frames=True)
+        file = files[label].get(f"{name}_{start:06d}_{end:06d}") or files[label].get(name)
         if file:
-            clips.append((file, index[label]))
-    common.say(f"{split}: {len(clips)} of {len(rows)} clips of {path} are in {folders[0]}, "
+            clips.append((file, classes[label]))
+    common.say(f"{split}: {len(clips)} of {len(rows)} clips of {path} are in {root}, "
                f"{len(names)} classes")
     if not clips:
-        raise UserError(f"{folders[0]}: none of the clips of {path} is there; expected are files or "
+        raise UserError(f"{root}: none of the clips of {path} is there; expected are videos or "
                         "folders of frames CLASS/ID_START_END or CLASS/ID, START in six digits")
     return common.spread(clips, args.limit), names
 
 
 def read_kinetics_rows(path):
     """[(label, id, start, end)] of Kinetics' CSV or JSON, times in whole seconds."""
-    if path.suffix == ".csv":
-        return common.read_table(path, lambda row: (
-            row["label"], row["youtube_id"], *(int(float(row[f"time_{k}"])) for k in ("start", "end"))))
+    def row(row):
+        start, end = int(float(row["time_start"])), int(float(row["time_end"]))
+        return row["label"], row["youtube_id"], start, end
 
     def entry(name, value=None):
-        if not isinstance(value, dict) or not isinstance(value.get("annotations"), dict):
-            raise ValueError('expected is {"ID": {"annotations": {"label": CLASS, "segment": [START, '
-                             'END]}}, ...}')
+        if not isinstance(value, dict) or "annotations" not in value:
+            raise ValueError('expected is {"ID": {"annotations": {"label": CLASS, "segment": '
+                             '[START, END]}}, ...}')
         start, end = value["annotations"]["segment"]
         return value["annotations"]["label"], name, int(start), int(end)
 
-    return common.read_json(path, entry)
+    return common.read_table(path, row) if path.suffix == ".csv" else common.read_json(path, entry)
 
 
 # ---- 11. networks and weights (train_fine.py, train_coarse_fineFEAT.py) --------------------------
@@ -1512,11 +1495,9 @@ def load_network(model, path, strict=False, heads=True, part=None):
 
 def load_init(args, model):
     """Load --init. Classifiers keep their random initialization, but for --stream two."""
-    published = {
-        "fair": f"https://dl.fbaipublicfiles.com/pyslowfast/x3d_models/x3d_{args.version.lower()}"
-                ".pyth",
-        "pytorchvideo": "https://dl.fbaipublicfiles.com/pytorchvideo/model_zoo/kinetics/"
-                        "SLOWFAST_8x8_R50.pyth"}
+    zoo = "https://dl.fbaipublicfiles.com"
+    published = {"fair": f"{zoo}/pyslowfast/x3d_models/x3d_{args.version.lower()}.pyth",
+                 "pytorchvideo": f"{zoo}/pytorchvideo/model_zoo/kinetics/SLOWFAST_8x8_R50.pyth"}
     paths = [common.init_path(args, init, published) for init in args.init]
     if None in paths:                                         # random, or the run continues
         return
@@ -1571,33 +1552,31 @@ TINY = {"version": "tiny", "crop": 48, "num_frames": 24, "feature_cap": 80, "bat
         "save_every": 100, "workers": 2}
 TINY_RUNS = {"coarse": {"lr": 0.05}, "two": {"lr": 0.02, "epochs": 10}, "x3d": {"num_frames": 16},
              "slowfast": {"lr": 0.05, "epochs": 20},
-             "pretrain": {"num_frames": 16, "stride": 5, "batch_size": 16, "warmup": 20,
-                          "iters": 600}}
+             **dict.fromkeys(("detect", "classify"), {
+                 "num_frames": 16, "stride": 5, "batch_size": 16, "warmup": 20, "iters": 600,
+                 "epochs": None})}
 CROPS = {"XS": 160, "S": 160, "L": 312, "XL": 312}            # of X3D's versions, else 224
 
 
 def recipe(chosen):
     """Defaults of the published run that the flags name, or with --tiny of a small one."""
-    stage, dataset, stream = chosen.stage, chosen.dataset, None
-    if stage != "pretrain":
+    stage, dataset, stream = chosen.stage, chosen.dataset, chosen.stream
+    if stage == "pretrain":
+        run, stream = chosen.task, None
+    else:
         dataset = "charades" if dataset == "kinetics400" else dataset
-        # evaluate with --init: the stream is that of the checkpoint
-        default = {"evaluate": None if chosen.init else "coarse"}.get(stage, "fine")
-        stream = chosen.stream or default
-    run = chosen.task if stage == "pretrain" else stream or "coarse"
+        if stream is None and not (stage == "evaluate" and chosen.init):  # then the checkpoint says
+            stream = "coarse" if stage == "evaluate" else "fine"
+        run = stream or "coarse"
     data = chosen.data or Path("data") / dataset
     r = {**BASE, **PUBLISHED[run], "dataset": dataset, "stream": stream, "data": data,
          "features": data / "features", "crop": CROPS.get(chosen.version, 224)}
     if dataset == "multithumos":
         r["feature_cap"] = 1024          # derived from the paper's GFLOPs, unverified
     if chosen.tiny:
-        r |= {**TINY, **TINY_RUNS.get("pretrain" if stage == "pretrain" else run, {})}
-    if chosen.epochs or not (chosen.iters or r["iters"]):
-        r["iters"] = None
-    else:
-        r["epochs"] = None
-    if stage in ("extract", "evaluate"):
-        r |= {"batch_size": None, "iters": None, "epochs": None, "lr": None}
+        r |= {**TINY, **TINY_RUNS.get(run, {})}
+    if chosen.epochs or chosen.iters:
+        r |= {"epochs": None, "iters": None}
     runs = f"runs/ssdet_coarsefine_{dataset}"
     best = {s: f"{runs}_finetune_{s}/best.pt" for s in ("fine", "coarse", run)}
     r["init"] = {"detect": ["none" if chosen.tiny else "fair"], "classify": ["none"],
@@ -1605,9 +1584,10 @@ def recipe(chosen):
                  "two": [best["coarse"], best["fine"]]}.get(
                      run, ["runs/ssdet_coarsefine_kinetics400_pretrain/last.pt"])
     if stage in ("extract", "evaluate"):
+        r |= dict.fromkeys(("batch_size", "epochs", "iters", "lr", "weight_decay"))
         r["init"] = [best["fine" if stage == "extract" else run]]
-    suffix = run if run == "classify" or (stage in ("finetune", "evaluate") and stream) else ""
-    r["out"] = Path(f"{runs}_{stage}_{suffix}".rstrip("_"))
+    named = run == "classify" or stage == "finetune" or stage == "evaluate" and stream
+    r["out"] = Path(f"{runs}_{stage}" + f"_{run}" * bool(named))
     return r
 
 
@@ -1629,8 +1609,7 @@ def parse_args(argv=None):
     p.flag("fusion", "mixed", "how the coarse stream uses the fine one: all levels at every stage, "
            "each level at its own stage, or not (x3d_coarse.py)", ["mixed", "own", "none"])
     p.flag("features", Path, "folder of stored features of the fine stream")
-    p.group("optimization", "SGD with momentum 0.9. The defaults are those of the official scripts, "
-            "see PUBLISHED in the code.")
+    p.group("optimization", "SGD, momentum 0.9; defaults are the official scripts', see PUBLISHED")
     p.flag("init", str, "weights to start from: a checkpoint of ours, the release's, none, fair "
            "(X3D) or pytorchvideo (SlowFast). --stream two: a coarse and a fine one; --stage "
            "evaluate: several are an ensemble", nargs="+", metavar="FILE")
@@ -1658,26 +1637,24 @@ def check(p, args):
     pretraining, training = args.stage == "pretrain", args.stage in ("pretrain", "finetune")
     if pretraining != (args.dataset == "kinetics400"):
         p.error("--stage pretrain goes with --dataset kinetics400, the other stages do not")
-    coarse, detecting = args.stream in (None, "coarse", "two"), args.task == "detect"
-    used = {"augment": pretraining and detecting, "aug_prob": pretraining and detecting,
-            "task": pretraining, "multigrid": pretraining, "stream": not pretraining,
-            "pool": coarse and not pretraining, "fusion": coarse and not pretraining,
-            "features": args.stream in (None, "coarse") or args.stage == "extract",
-            "submission": args.stage == "evaluate" and args.dataset == "charades",
-            "lr": training, "weight_decay": training, "batch_size": training, "iters": training,
-            "epochs": training}
-    for name, has_effect in used.items():
-        if not has_effect and getattr(args, name) != p.get_default(name):
-            p.error(f"--{name} has no effect on this stage, dataset and stream")
+    detect, coarse = pretraining and args.task == "detect", args.stream in (None, "coarse", "two")
+    for names, used in (
+            ("task multigrid", pretraining), ("augment aug_prob", detect),
+            ("stream", not pretraining), ("pool fusion", coarse and not pretraining),
+            ("features", args.stream in (None, "coarse") or args.stage == "extract"),
+            ("submission", args.stage == "evaluate" and args.dataset == "charades"),
+            ("lr weight_decay batch_size iters epochs", training)):
+        for name in names.split():
+            if not used and getattr(args, name) != p.get_default(name):
+                p.error(f"--{name} has no effect on this stage, dataset and stream")
     if args.iters and args.epochs:
         p.error("--iters and --epochs both say how long to train: choose one")
     if {"cutmix", "sliding"} <= {*args.augment}:
-        p.error("--augment cutmix and sliding are two versions of CutMix: choose one")
+        p.error("--augment: cutmix and sliding are two versions of CutMix, choose one")
     if args.stream == "two" and args.fusion == "none":
         p.error("--stream two needs --fusion: else the fine stream is not trained")
-    most = {"evaluate": math.inf}.get(args.stage, 2 if args.stream == "two" else 1)
-    if len(args.init) > most:
-        p.error(f"--init: {len(args.init)} files, this stage and stream read {most}")
+    if len(args.init) > 1 + (args.stream == "two") and args.stage != "evaluate":
+        p.error(f"--init: {len(args.init)} files are more than this stage and stream read")
     parts = int(os.environ.get("WORLD_SIZE", 1)) * max(1, args.bn_splits)
     if training and args.batch_size % parts:
         p.error(f"--batch_size {args.batch_size} must be a multiple of {parts}, processes x "
@@ -1688,6 +1665,7 @@ STAGES = {"pretrain": pretrain, "finetune": finetune, "extract": extract, "evalu
 
 
 def main(args):
+    warnings.filterwarnings("ignore", "Grad strides do not match")        # kernels of size 1 on CPU
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 

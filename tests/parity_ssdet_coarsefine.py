@@ -612,8 +612,9 @@ def two_stream_sampling(case):
     span, fine_span, test_span, stride = spans(case)
     starts = [c["start"] - 1, c["start_g"] - 1]
     assert test_span == 2 * fine_span
-    fine, offset = sc.two_stream_frames(n, *starts, fine_span, stride)
-    test_fine, test_offset = sc.two_stream_test_frames(n, fine_span, stride)
+    fine, offset = sc.fine_frames(n, *starts, fine_span, stride)
+    test_fine, test_offset = sc.fine_frames(n, 0, sc.fine_start_at_test(n, fine_span), test_span,
+                                            stride)
     draws = [starts_from_one(n, s, stride) for s in (span, fine_span)]
     draws[1][1] = min(c["start"], draws[1][1])
     return {"train_coarse": ends(sc.clip_frames(n, starts[0], min(n, span), stride)),
