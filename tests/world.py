@@ -12,7 +12,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-ITEMS, SECONDS, FPS = 7, 8.4, 15                              # videos of each split
+ITEMS, SECONDS, FPS = 13, 8.4, 15                             # videos of each split
 BITS = 11                                                     # 1, eight of the number, parity, 0
 X264 = {"preset": "veryfast", "crf": "20"}
 MPEG4 = {"qmin": "2", "qmax": "4"}
@@ -89,7 +89,7 @@ def clicks(video, rate=16000):
     """Three loud clicks in quiet noise, (1, n) float32."""
     rng = np.random.default_rng(video)
     x = 0.002 * rng.normal(size=(1, round(SECONDS * rate)))
-    for t in 1.5 + 0.3 * video + np.arange(3) * (1.3 + 0.1 * video):
+    for t in 1.5 + 0.15 * video + np.arange(3) * (1.3 + 0.05 * video):
         click = 0.6 * rng.uniform(-1, 1, 120) * np.exp(-np.arange(120) / 40)
         x[:, round(t * rate):][:, :120] += click
     return x.astype(np.float32)
@@ -121,10 +121,10 @@ def epic(root, folder):
     for p, split in enumerate(("train", "validation", "test_timestamps"), 1):
         text(folder / f"annotations/EPIC_100_{split}.csv",
              "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,verb_class,"
-             "noun_class", *(f"P0{p}_0{k}_0,P0{p},P0{p}_0{k},00:00:0{1.5 + k / 4:.2f},"
+             "noun_class", *(f"P0{p}_{k:02d}_0,P0{p},P0{p}_{k:02d},00:00:0{1.5 + k / 4:.2f},"
                              f"00:00:0{3 + k / 4:.2f},{k},{2 * k}" for k in range(ITEMS)))
         for k in range(ITEMS):
-            link(root, k, folder / f"videos/P0{p}/P0{p}_0{k}.mp4")
+            link(root, k, folder / f"videos/P0{p}/P0{p}_{k:02d}.mp4")
     text(folder / "annotations/EPIC_100_tail_verbs.csv", "verb", 3, 4)
     text(folder / "annotations/EPIC_100_tail_nouns.csv", "noun", 2)
     text(folder / "annotations/EPIC_100_unseen_participant_ids_validation.csv", "participant_id",
@@ -149,9 +149,9 @@ def ego4d(root, folder):
                 actions.append({**ids, "action_idx": i, **(labels if labelled else {}),
                                 **span("action_clip", 0.2 * i, 0.2 * i + 2)})
             labels = {"state_change": k % 2 == 0, "pnr_frame": None}
-            labels |= {"parent_pnr_frame": 40 + 20 * k} if k % 2 == 0 else {}
+            labels |= {"parent_pnr_frame": 40 + 15 * k} if k % 2 == 0 else {}
             changes.append({**ids, "unique_id": f"id-{split}{k}", **(labels if labelled else {}),
-                            **span("parent", 0.1 * k, 7.5 + 0.1 * k)})
+                            **span("parent", 0.05 * k, 7.5 + 0.05 * k)})
         for task, rows in (("lta", actions), ("oscc-pnr", changes)):
             text(folder / f"annotations/fho_{task}_{split}.json", json.dumps({"clips": rows}))
     text(folder / "annotations/fho_lta_taxonomy.json", json.dumps(
@@ -189,10 +189,12 @@ def oops(root, folder):
         text(folder / f"annotations/{split}.txt", *names)
         for k, name in enumerate(names):
             link(root, k, folder / f"oops_video/{split}/{name}.mp4")
-            t = [2 + k / 2 + j / 10 for j in range(3)]
+            t = [2 + k / 4 + j / 10 for j in range(3)]
             times[name] = {"t": t, "len": SECONDS, "rel_t": [x / SECONDS for x in t],
                            "stdev": 0.1, "rel_stdev": 0.01, "n_notfound": 0}
     text(folder / "annotations/transition_times.json", json.dumps(times))
+    fourth = {name: {"t": x["t"][:1]} for name, x in times.items() if name.startswith("val")}
+    text(folder / "annotations/heldout_transition_times.json", json.dumps(fourth))
 
 
 def kinetics400(root, folder):
@@ -208,7 +210,7 @@ def kinetics400(root, folder):
 
 def charades(root, folder):
     for split in ("train", "test"):
-        names = [f"{split[:2].upper()}00{k}" for k in range(ITEMS)]
+        names = [f"{split[:2].upper()}0{k:02d}" for k in range(ITEMS)]
         text(folder / f"Charades/Charades_v1_{split}.csv", "id,actions,length", *(
             f"{name},c00{k % 3} 0.50 {2 + k / 2:.2f};c001 {k / 2:.2f} 7.00,8.40"
             for k, name in enumerate(names)))
@@ -218,11 +220,11 @@ def charades(root, folder):
 
 
 def multithumos(root, folder):
-    names = [f"video_{s}_000000{k}" for s in ("validation", "test") for k in range(ITEMS)]
+    names = [f"video_{s}_00000{k:02d}" for s in ("validation", "test") for k in range(ITEMS)]
     for n, name in enumerate(names):
         link(root, n % ITEMS, folder / f"videos/{name}.mp4")
     text(folder / "class_list.txt", "1 BaseballPitch", "2 Run", "3 Jump")
     for c, word in enumerate(("BaseballPitch", "Run", "Jump")):
         text(folder / f"annotations/{word}.txt", *(
-            f"{name} {0.5 + c:.1f} {2.5 + n % ITEMS / 2 + c:.1f}" for n, name in enumerate(names)))
+            f"{name} {0.5 + c:.1f} {2.5 + n % ITEMS / 4 + c:.1f}" for n, name in enumerate(names)))
 
