@@ -57,31 +57,27 @@ RATES = [Fraction(25), Fraction(30000, 1001), Fraction(30)]       # frames per s
 
 # ---- writing a video ---------------------------------------------------------------------------
 
-def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", options=None,
-                audio_codec="aac", container_format=None, gop=None, pix_fmt="yuv420p", tag=None):
+def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", options=None, gop=None,
+                tag=None):
     """Write frames, an iterable of (H, W, 3) uint8, and audio, float32 (channels, n) or None.
 
-    One thread per video: more threads would write other bytes on other machines.
+    gop: frames from one key frame to the next. One thread: more would write other bytes elsewhere.
     """
-    path, fps = Path(path), Fraction(fps)
+    path, fps, frames = Path(path), Fraction(fps), iter(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if options is None and codec == "libx264":
-        options = {"preset": "ultrafast", "crf": "27"}
-    frames = iter(frames)
     first = next(frames)
-    with av.open(str(path), "w", format=container_format) as container:
+    with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=fps, options=dict(options or {}))
         video.height, video.width = first.shape[:2]
-        video.pix_fmt, video.codec_context.thread_count = pix_fmt, 1
+        video.pix_fmt, video.codec_context.thread_count = "yuv420p", 1
         video.gop_size = gop or round(fps)
         if tag:
             video.codec_context.codec_tag = tag
         sound, done = None, 0
         if audio is not None:
             fast = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_pns": "0"}
-            sound = container.add_stream(
-                audio_codec, rate=rate, layout=("mono", "stereo")[len(audio) - 1],
-                options=fast if audio_codec == "aac" else {})
+            sound = container.add_stream("aac", rate=rate, options=fast,
+                                         layout=("mono", "stereo")[len(audio) - 1])
             sound.bit_rate = 40000
         for i, pixels in enumerate(itertools.chain([first], frames)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -132,7 +128,14 @@ def write_lines(path, lines, end="\n"):
 
 # ---- drawing: one engine for the four worlds ---------------------------------------------------
 
-KINDS = ["disc", "box", "triangle", "cross", "star", "ring"]
+SHAPES = {  # inside of a shape in the unit circle, at (u, v) = r (cos a, sin a)
+    "disc": lambda u, v, r, a: r < 0.9,
+    "box": lambda u, v, r, a: np.maximum(abs(u), abs(v)) < 0.72,
+    "triangle": lambda u, v, r, a: np.maximum(v, abs(u) * 0.87 - v / 2) < 0.5,
+    "cross": lambda u, v, r, a: (np.minimum(abs(u), abs(v)) < 0.32) & (r < 0.98),
+    "star": lambda u, v, r, a: r < 0.68 + 0.28 * np.cos(5 * a),
+    "ring": lambda u, v, r, a: (r < 0.95) & (r > 0.4),
+    "hand": lambda u, v, r, a: np.hypot(np.maximum(abs(u) - 0.72, 0), v) < 0.26}
 OBJECT, HAND, GROUND = (215, 236), (60, 120), 55                  # grey levels
 CAMERA = {  # world: pixels the camera strays from the middle, does the light change
     "strikes": (16, True), "actions": (6, False), "mishaps": (4, False), "deeds": (2, False)}
@@ -231,36 +234,19 @@ def turned(sprite, radius, angle, length):
     return sprite[64 * v.astype(int).clip(0, 63) + u.astype(int).clip(0, 63)]
 
 
-def shape_mask(kind, u, v):
-    """Inside of a shape that fits into the unit circle."""
-    distance, angle = np.hypot(u, v), np.arctan2(v, u)
-    if kind == "box":
-        return np.maximum(abs(u), abs(v)) < 0.72
-    if kind == "triangle":
-        return np.maximum(v, abs(u) * 0.87 - v / 2) < 0.5
-    if kind == "cross":
-        return (np.minimum(abs(u), abs(v)) < 0.32) & (distance < 0.98)
-    if kind == "star":
-        return distance < 0.68 + 0.28 * np.cos(5 * angle)
-    if kind == "ring":
-        return (distance < 0.95) & (distance > 0.4)
-    if kind == "finger":                                 # a hand or tool, its tip at u = -1
-        return np.hypot(np.maximum(abs(u) - 0.72, 0), v) < 0.26
-    return distance < 0.9                                # disc
-
-
 def make_sprite(rng, kind=None):
     """A shape with a two-coloured texture.   -> (64 * 64, 4): colour times alpha, 1 - alpha"""
-    kind = kind or rng.choice(KINDS)
     v, u = np.mgrid[-1.05:1.05:64j, -1.05:1.05:64j]
-    colours = rng.uniform(*(OBJECT if kind in KINDS else HAND)) + np.zeros((2, 3))
-    if kind in KINDS:                                    # two tones, so that turning can be seen
-        colours[1] -= 75
-        colours *= rng.uniform(0.75, 1, 3)
+    if kind == "hand":
+        colours = rng.uniform(*HAND) + np.zeros((2, 3))
+    else:                                                # two tones, so that turning can be seen
+        kind = rng.choice([*SHAPES][:-1])
+        colours = (rng.uniform(*OBJECT) - np.array([[0], [75]])) * rng.uniform(0.75, 1, 3)
     field = gaussian_filter(rng.normal(size=(64, 64)), rng.uniform(3, 7))
     field += field.std() * rng.uniform(0.5, 1.5) * np.where(u * rng.normal() + v > 0, 1, -1)
     mix = 1 / (1 + np.exp(-4 * field / field.std()))[..., None]
-    alpha = gaussian_filter(shape_mask(kind, u, v).astype(float), 0.8)[..., None]
+    inside = SHAPES[kind](u, v, np.hypot(u, v), np.arctan2(v, u))
+    alpha = gaussian_filter(inside.astype(float), 0.8)[..., None]
     colour = np.clip(colours[0] * mix + colours[1] * (1 - mix), 16, 236)
     return np.concatenate([colour * alpha, 1 - alpha], -1).astype(np.float32).reshape(4096, 4)
 
@@ -399,7 +385,7 @@ def strike_things(rng, room, video, times, pan):
         if len(near):
             way, length = rng.uniform(-0.3, np.pi + 0.3), h * rng.uniform(0.2, 0.26)
             out, at = radius[near] * 0.8 + length + 1.1 * h * away, first + near
-            yield Thing(make_sprite(rng, "finger"), at[0],
+            yield Thing(make_sprite(rng, "hand"), at[0],
                         y[near] + np.sin(way) * out - 0.2 * pan[0][at],
                         x[near] + np.cos(way) * out - 0.2 * pan[1][at],
                         length + 0 * out, way + 0 * out)
