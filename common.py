@@ -43,7 +43,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class UserError(Exception):
@@ -207,10 +207,19 @@ class SplitBatchNorm(nn.Module):
         n, bn = (self.splits, self.split_bn) if self.training else (1, self.bn)
         if self.training:
             bn.num_batches_tracked += 1
-        parts = x.reshape(len(x) // n, n * x.shape[1], *x.shape[2:])      # (B/n, n·C, T, H, W)
+        B, C = x.shape[:2]
+        channels_last = x.device.type == "cpu" and not x.is_contiguous()
+        if channels_last:                                     # keeps that order of memory
+            x = x.permute(0, 2, 3, 4, 1)
+            parts = x.reshape(B // n, n, -1, C).transpose(1, 2).reshape(-1, n * C)
+        else:
+            parts = x.reshape(B // n, n * C, *x.shape[2:])    # (B/n, n·C, T, H, W)
         y = F.batch_norm(parts, bn.running_mean, bn.running_var, self.weight.repeat(n),
                          self.bias.repeat(n), self.training, bn.momentum, bn.eps)
-        return y.reshape(x.shape)
+        if channels_last:
+            y = y.view(B // n, -1, n, C).transpose(1, 2).contiguous()
+            return y.view(x.shape).permute(0, 4, 1, 2, 3)
+        return y.view(x.shape)
 
 
 def split_norms(net: nn.Module) -> list[SplitBatchNorm]:
@@ -407,34 +416,30 @@ class SlowFast(nn.Module):
             paths[0] = torch.cat([paths[0], side], 1)
             for name, block in getattr(self, f"s{n + 1}").items():
                 paths[int(name[7])] = block(paths[int(name[7])])          # pathway0_res2, say
-        if self.per_frame:
-            slow, fast = (x.mean((3, 4)) for x in paths)                  # (B, C, T)
-            slow = F.interpolate(slow, fast.shape[2], mode="linear", align_corners=False)
-        else:
-            slow, fast = (x.mean((2, 3, 4))[..., None] for x in paths)
+        axes = (3, 4) if self.per_frame else (2, 3, 4)
+        slow, fast = (x.mean(axes, keepdim=True).flatten(2) for x in paths)      # (B, C, T or 1)
+        slow = F.interpolate(slow, fast.shape[2], mode="linear", align_corners=False)
         return linear_float32(self.head["projection"], self.drop(torch.cat([slow, fast], 1)))
 
 
 # X3D_NAMES: from the names of SlowFast's zoo to ours. SLOWFAST_NAMES: from pytorchvideo's.
 X3D_NAMES = [
     (r"^s1\.pathway0_stem\.conv_xy\.", "conv1_s."), (r"^s1\.pathway0_stem\.conv\.", "conv1_t."),
-    (r"^s1\.pathway0_stem\.bn\.", "bn1."), (r"^s2\.pathway0_res", "layer1."),
-    (r"^s3\.pathway0_res", "layer2."), (r"^s4\.pathway0_res", "layer3."),
-    (r"^s5\.pathway0_res", "layer4."), (r"\.branch1_bn\.", ".downsample.1."),
-    (r"\.branch1\.", ".downsample.0."), (r"\.branch2\.se\.fc", ".fc"),
-    (r"\.branch2\.a\.", ".conv1."), (r"\.branch2\.b\.", ".conv2."), (r"\.branch2\.c\.", ".conv3."),
-    (r"\.branch2\.a_bn\.", ".bn1."), (r"\.branch2\.b_bn\.", ".bn2."),
-    (r"\.branch2\.c_bn\.", ".bn3."), (r"^head\.conv_5\.", "conv5."),
-    (r"^head\.conv_5_bn\.", "bn5."), (r"^head\.lin_5\.", "fc1."), (r"^head\.projection\.", "fc2.")]
+    (r"^s1\.pathway0_stem\.bn\.", "bn1."), (r"\.branch2\.se\.fc", ".fc"),
+    (r"^s(\d)\.pathway0_res", lambda m: f"layer{int(m[1]) - 1}."),
+    (r"\.branch2\.([abc])\.", lambda m: f".conv{'abc'.index(m[1]) + 1}."),
+    (r"\.branch2\.([abc])_bn\.", lambda m: f".bn{'abc'.index(m[1]) + 1}."),
+    (r"\.branch1\.", ".downsample.0."), (r"\.branch1_bn\.", ".downsample.1."),
+    (r"^head\.conv_5\.", "conv5."), (r"^head\.conv_5_bn\.", "bn5."),
+    (r"^head\.lin_5\.", "fc1."), (r"^head\.projection\.", "fc2.")]
 SLOWFAST_NAMES = [
-    (r"^blocks\.0\.multipathway_blocks\.(\d)\.conv\.", r"s1.pathway\1_stem.conv."),
-    (r"^blocks\.0\.multipathway_blocks\.(\d)\.norm\.", r"s1.pathway\1_stem.bn."),
-    (r"^blocks\.(\d)\.multipathway_fusion\.conv_fast_to_slow\.", r"s\1+1_fuse.conv_f2s."),
-    (r"^blocks\.(\d)\.multipathway_fusion\.norm\.", r"s\1+1_fuse.bn."),
+    (r"^blocks\.0\.multipathway_blocks\.(\d)\.", r"s1.pathway\1_stem."),
     (r"^blocks\.(\d)\.multipathway_blocks\.(\d)\.res_blocks\.(\d+)\.", r"s\1+1.pathway\2_res\3."),
-    (r"^s(\d)\+1", lambda m: f"s{int(m[1]) + 1}"), (r"\.branch1_conv\.", ".branch1."),
-    (r"\.branch1_norm\.", ".branch1_bn."), (r"\.branch2\.conv_([abc])\.", r".branch2.\1."),
-    (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn."), (r"^blocks\.6\.proj\.", "head.projection.")]
+    (r"^blocks\.(\d)\.multipathway_fusion\.", r"s\1+1_fuse."), (r"\.norm\.", ".bn."),
+    (r"^s(\d)\+1", lambda m: f"s{int(m[1]) + 1}"), (r"\.conv_fast_to_slow\.", ".conv_f2s."),
+    (r"\.branch1_conv\.", ".branch1."), (r"\.branch1_norm\.", ".branch1_bn."),
+    (r"\.branch2\.conv_([abc])\.", r".branch2.\1."), (r"^blocks\.6\.proj\.", "head.projection."),
+    (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn.")]
 
 
 def zoo_tensors(names: Sequence[tuple], tensors: dict, own: dict) -> dict:
@@ -475,7 +480,7 @@ def opened(path: Path) -> Iterator[av.container.InputContainer]:
             yield c
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, LookupError, TypeError,
             AttributeError, AssertionError, MemoryError) as e:            # of damaged headers
-        raise VideoError(f"{path}: cannot be read ({e or type(e).__name__})") from e
+        raise VideoError(f"{path}: cannot be read ({str(e) or type(e).__name__})") from e
 
 
 class Media(NamedTuple):
@@ -518,27 +523,25 @@ def count_frames(path: Path, pattern: str = JPG) -> int:
 
 def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], Sequence],
               short_side: int | None = None) -> list[np.ndarray]:
-    """The frames on show at the times of each clip: [(T, H, W, 3) uint8], upright.
+    """The frames that a player shows at the times of each clip: [(T, H, W, 3) uint8], upright.
 
-    clips: a list of seconds for each clip, or a function from the file's frames per second to
-    these lists. short_side: larger frames are scaled down to it. One pass decodes all clips, from
-    the key frame before the first one on: call again for a clip far away. Past the end the last
-    frame is on show. A damaged frame is a VideoError.
+    clips: for each clip its times in seconds; or a function that gets the file's frames per second
+    and returns them. short_side: larger frames are scaled down to it. One pass decodes all clips,
+    from the key frame before the first one on: call again for a clip far away. Past the end the
+    last frame is shown. A damaged frame is a VideoError.
     """
     with opened(path) as c:
         v = c.streams.video[0]
         start, tick, fps = v.start_time or 0, float(v.time_base), float(v.average_rate)
-        promised = v.frames / fps                             # seconds; 0: the header does not say
-        end = promised or (c.duration or math.inf) / av.time_base
-        clips = [np.clip(x, 0, end) / tick + start + 1e-6     # in ticks; 1e-6 for rounding
+        clips = [np.maximum(x, 0) / tick + start + 1e-6       # in ticks; 1e-6 for rounding
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
-        packets, ticks, counted = find_frames(c, v, low, high + 1.5 / fps / tick)
+        packets, ticks, count = find_frames(c, v, low, high + 1.5 / fps / tick)
         last = (ticks[-1] - start) * tick
-        if last + 0.5 < min((high - start) * tick, promised - 1.5 / fps):
+        if last + 0.5 < min((high - start) * tick, (v.frames - 1.5) / fps):   # frames 0: unknown
             raise VideoError(f"{path}: ends at {last:.2f} s, before its header says")
         picks = [ticks[np.searchsorted(ticks, x, "right").clip(1) - 1] for x in clips]
-        return decode_picks(path, v, packets, ticks if counted else None, picks, short_side)
+        return decode_picks(path, v, packets, count, picks, short_side)
 
 
 def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG,
@@ -552,14 +555,13 @@ def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG,
         return read_images([path / pattern.format(k + 1) for k in numbers], short_side)
     with opened(path) as c:
         v = c.streams.video[0]
-        packets, ticks, counted = find_frames(c, v)
+        packets, ticks, count = find_frames(c, v)
         if not 0 <= min(numbers) <= max(numbers) < len(ticks):
             raise VideoError(f"{path}: has {len(ticks)} frames, not a frame {max(numbers)}")
         pick, first = ticks[list(numbers)], 0
-        if not counted:                                       # from the key frame before
+        if count is None:                                     # from the key frame before
             first = max(k for k, p in enumerate(packets) if p.is_keyframe and p.pts <= pick.min())
-        return decode_picks(path, v, packets[first:], ticks if counted else None, [pick],
-                            short_side)[0]
+        return decode_picks(path, v, packets[first:], count, [pick], short_side)[0]
 
 
 def read_images(paths: Sequence[Path], short_side: int | None = None) -> np.ndarray:
@@ -583,9 +585,9 @@ def stream_frames(path: Path, short_side: int | None = None) -> Iterator[tuple[f
     with opened(path) as c:
         v, second = c.streams.video[0], -1.0
         start = v.start_time or 0
-        packets, ticks, counted = find_frames(c, v, high=start + 1 / float(v.time_base))
+        packets, _, count = find_frames(c, v, high=start + 1 / float(v.time_base))
         packets = itertools.chain(packets, (p for p in c.demux(v) if p.size))     # and the rest
-        for t, frame in decode(v, packets, ticks if counted else None):
+        for t, frame in decode(v, packets, count):
             second = float((t - start) * v.time_base)
             yield second, to_rgb(frame, short_side)
         if second + 0.5 < (v.frames - 2) / v.average_rate:
@@ -593,10 +595,10 @@ def stream_frames(path: Path, short_side: int | None = None) -> Iterator[tuple[f
 
 
 def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
-    """(packets, ticks, counted): what to decode for the frames on show from tick `low` to `high`.
+    """(packets, ticks, count): what to decode for the frames on show from tick `low` to `high`.
 
     packets: from the key frame at or before `low` until past `high`. ticks: when their frames are
-    shown, ascending. counted: time stamps do not say which frame is shown when. Then packets holds
+    shown, ascending. count: None; or ticks, if the file's time stamps are wrong. Then packets holds
     the whole file, and frame k out of the decoder is shown at ticks[k].
     """
     cc, avi, packets = v.codec_context, c.format.name == "avi", []
@@ -614,24 +616,27 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     if not packets:
         packets, ordered = read_packets(c, v, math.inf if counted else high)
         counted = counted or not ordered
-        # No decoder returns what is before the first key frame, but MPEG-4's makes grey frames up.
-        if cc.name == "mpeg4" and not packets[0].is_keyframe:
+        # No decoder returns frames from before the first key frame, but those of MPEG-4 and of old
+        # codecs in an avi (DivX 3, FLV) make grey ones up.
+        if (avi or cc.name == "mpeg4") and not packets[0].is_keyframe:
             raise ValueError("it does not begin with a key frame")
         packets = packets[next((k for k, p in enumerate(packets) if p.is_keyframe), 0):]
     if avi and counted:
-        return packets, np.arange(len(packets)), True
-    ticks = np.sort([p.pts for p in packets if not p.is_discard])         # cut by an edit list
-    return packets, ticks[ticks >= packets[0].pts], counted   # no B-frames before the key frame
+        return packets, np.arange(len(packets)), np.arange(len(packets))
+    ticks = np.sort([p.pts for p in packets if not p.is_discard])          # hidden by an edit list
+    ticks = ticks[ticks >= packets[0].pts]                    # no B-frames before the key frame
+    return packets, ticks, ticks if counted else None
 
 
 def read_packets(c, v, high: float) -> tuple[list[av.Packet], bool]:
-    """(packets until past tick `high`, do their time stamps tell the order of display?)
+    """(packets until past tick `high`, are their time stamps those of display?)
 
-    With B-frames they do if some packet has an earlier stamp than the packet before it.
+    With B-frames they are if some packet has an earlier stamp than the packet before it.
     """
     cc, found, key, latest = v.codec_context, [], False, -math.inf
     # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
-    # frames that are "not coded". (With B-frames, these stand for a frame in an earlier packet.)
+    # frames that are "not coded". (With B-frames these do count: their frame is in the packet
+    # before.)
     empty = 8 if cc.name == "mpeg4" and not cc.has_b_frames else int(c.format.name == "avi")
     ordered = not cc.has_b_frames
     for p in c.demux(v):                                      # dts ascends, and pts >= dts
@@ -664,11 +669,13 @@ def decode(v, packets: Iterable[av.Packet], ticks: np.ndarray | None = None,
             yield t, frame
 
 
-def decode_picks(path: Path, v, packets: Iterable[av.Packet], ticks: np.ndarray | None,
+def decode_picks(path: Path, v, packets: list[av.Packet], count: np.ndarray | None,
                  picks: Sequence[np.ndarray], short_side: int | None) -> list[np.ndarray]:
     """The frames at the ticks of each pick: [(T, H, W, 3) uint8]."""
     wanted, images = frozenset(np.concatenate(picks).tolist()), {}
-    for t, frame in decode(v, packets, ticks, wanted):
+    for t, frame in decode(v, packets, count, wanted):
+        if count is None and t == packets[0].pts and not frame.key_frame:
+            raise VideoError(f"{path}: its key frames are not marked")    # so frames would be grey
         if t in wanted:
             images[t] = to_rgb(frame, short_side)
         if len(images) == len(wanted):
@@ -721,44 +728,35 @@ class Samples(Dataset):
             rng = np.random.default_rng((self.args.seed, key))
             return self.make(self.args, self.items, key, rng)
         (epoch, *extra, i), errors = key, []
-        while True:
+        while len(errors) < 20:
             rng = np.random.default_rng((self.args.seed, epoch, i))
             try:
                 sample = self.make(self.args, self.items, i, rng, *extra)
                 return {**sample, "broken": "\n".join(errors)}
             except VideoError as e:
                 errors.append(str(e))
-                if len(errors) == 20:
-                    raise VideoError(f"{e} (20 samples in a row could not be read)") from e
                 rng = np.random.default_rng((self.args.seed, epoch, i, len(errors)))
                 i = int(rng.integers(len(self)))
+        raise VideoError(f"{errors[-1]} (20 samples in a row could not be read)")
 
 
-class StepSampler(Sampler):
+def step_keys(n: int, length: int, plan: Sequence[tuple], seed: int,
+              start: int) -> Iterator[list[tuple]]:
     """Keys (epoch, *extra, i) of this process's batches, for the steps from `start` on.
 
     plan: (batch size over all processes, *extra) for each step. An epoch takes the first `length`
     entries of a permutation of n samples fixed by (seed, epoch). Processes take equal slices.
     """
-
-    def __init__(self, n: int, length: int, plan: Sequence[tuple], seed: int, start: int):
-        self.n, self.length, self.plan, self.seed, self.start = n, length, plan, seed, start
-
-    def __len__(self) -> int:
-        return len(self.plan) - self.start
-
-    def __iter__(self) -> Iterator[list[tuple]]:
-        first, shuffled = sum(batch for batch, *_ in self.plan[:self.start]), None
-        for batch, *extra in self.plan[self.start:]:
-            share, keys = batch // world_size(), []
-            for k in range(first + rank() * share, first + (rank() + 1) * share):
-                epoch, place = divmod(k, self.length)
-                if epoch != shuffled:
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-                    shuffled = epoch
-                keys.append((epoch, *extra, int(order[place])))
-            first += batch
-            yield keys
+    first, shuffled = sum(batch for batch, *_ in plan[:start]), None
+    for batch, *extra in plan[start:]:
+        share, keys = batch // world_size(), []
+        for k in range(first + rank() * share, first + (rank() + 1) * share):
+            epoch, place = divmod(k, length)
+            if epoch != shuffled:
+                order, shuffled = np.random.default_rng((seed, epoch)).permutation(n), epoch
+            keys.append((epoch, *extra, int(order[place])))
+        first += batch
+        yield keys
 
 
 def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, start: int,
@@ -767,14 +765,14 @@ def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, st
     """The training batches of the steps start .. steps-1.
 
     Every epoch is a new permutation, without its last partial batch. With a plan, see
-    `StepSampler`, batch sizes vary, and one epoch follows the other without a gap.
+    `step_keys`, batch sizes vary, and one epoch follows the other without a gap.
     """
     n, most = len(dataset), max((batch for batch, *_ in plan or ()), default=args.batch_size)
     if n < most:
         raise UserError(f"{n} training samples do not fill a batch of {most}: lower --batch_size")
     length = n if plan else n - n % args.batch_size
-    sampler = StepSampler(n, length, plan or [(args.batch_size,)] * steps, args.seed, start)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=args.workers,
+    keys = step_keys(n, length, plan or [(args.batch_size,)] * steps, args.seed, start)
+    return DataLoader(dataset, batch_sampler=keys, num_workers=args.workers,
                       collate_fn=collate, pin_memory=device.type == "cuda",
                       generator=torch.Generator())            # leaves the global one alone
 
@@ -849,13 +847,12 @@ def read_lines(path: Path, parse: Callable[[str], Any] = str) -> list:
 
 def find(root: Path, *names: str, required: bool = True) -> Path | None:
     """The first of these files, names or patterns, in a folder or up to two folders below it."""
-    for name in names:
-        for depth in ("", "*/", "*/*/"):
-            for path in sorted(root.glob(depth + name)):
-                return path
-    if required:
+    paths = (path for name in names for depth in ("", "*/", "*/*/")
+             for path in sorted(root.glob(depth + name)))
+    path = next(paths, None)
+    if path is None and required:
         raise UserError(f"{root}: no {' or '.join(names)}; see the official annotations")
-    return None
+    return path
 
 
 def find_videos(root: Path, *folders: str, frames: bool = False) -> dict[str, Path]:
@@ -926,7 +923,7 @@ def sum_processes(x: torch.Tensor) -> torch.Tensor:
 
 
 def gather(rows: dict[int, Any], expect: int) -> dict[int, Any]:
-    """All processes' {index: result}, in index order; each of 0 .. expect-1 must come once."""
+    """All processes' {index: result}, sorted; an index that is missing or comes twice raises."""
     parts = [None] * world_size()
     dist.all_gather_object(parts, rows)
     merged = {k: v for part in parts for k, v in part.items()}
@@ -938,9 +935,9 @@ def gather(rows: dict[int, Any], expect: int) -> dict[int, Any]:
 class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):                                      # (B, ...) -> (processes·B, ...)
-        out = x.new_empty(world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+        parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
@@ -1071,7 +1068,7 @@ def fetch(url: str, instead: str) -> Path:
 
 
 def init_path(args: argparse.Namespace, init: str, published: dict[str, str] = {}) -> Path | None:
-    """Path of the weights of --init; None for random weights and for a run that continues.
+    """Path of the weights of --init; None if the run starts from random ones or continues.
 
     published: {value of --init: address of the file}.
     """
@@ -1091,7 +1088,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     content, tensors = load_checkpoint(path), {}
     for key, value in content.items() if isinstance(content, dict) else ():
         below = value if isinstance(value, dict) else {"": value}
-        tensors |= {f"{key}.{k}" if k else key: x for k, x in below.items() if torch.is_tensor(x)}
+        tensors |= {f"{key}.{k}" if k != "" else f"{key}": x for k, x in below.items()
+                    if torch.is_tensor(x)}
     wrapper = r"^((model|model_av|state_dict|vtn_state_dict|model_state|model_state_dict)\.)?"
     tensors = {re.sub(r"(^|(?<=_state_dict\.))(module\.)+", "", re.sub(wrapper, "", k)): x
                for k, x in tensors.items()}
@@ -1106,9 +1104,9 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[Sequence[tuple
     """Fill a network from a checkpoint; print what was loaded, unused and left random.
 
     layouts: naming schemes, each [(pattern, replacement), ...] from the file's names to ours; the
-    one that matches most tensors is taken. required, skip: beginnings of names that must come, and
-    that keep their values. adapt: (the file's tensors, the network's entries) -> tensors in the
-    network's shapes. Returns the names that were filled.
+    one that matches most tensors is taken. required: every tensor whose name begins so must be in
+    the file. skip: such tensors keep their values. adapt: (the file's tensors, the network's
+    entries) -> tensors in the network's shapes. Returns the names that were filled.
     """
     own, tensors = module.state_dict(), read_weights(path)
     tensors = adapt(tensors, own) if adapt else tensors
@@ -1197,12 +1195,14 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
     if device.type == "cpu" and args.tiny:
         torch.set_num_threads(1)                              # faster for networks this small
     if rank() == 0 and not (args.out / "last.pt").exists():   # a run that continues keeps its own
-        git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"],
+        git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True, check=False)
         write_json(args.out / "args.json", {
             **vars(args), "processes": world_size(), "commit": git.stdout.strip(),
             **{m.__name__: m.__version__ for m in (torch, np, av)}})
     barrier()
+    if not (args.out / "args.json").exists():
+        raise UserError(f"{args.out}: not the same folder on all nodes; use a shared disk")
     return device
 
 
@@ -1239,7 +1239,7 @@ def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[st
                                 "use the same to continue, or another --out")
         for k, part in parts.items():
             part.load_state_dict(state.pop(k))
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as e:
         raise UserError(f"{path}: is of another network or stage; choose another --out") from e
     say(f"continuing {path} after step {state['step']}")
     return state
@@ -1417,12 +1417,9 @@ class Parser(argparse.ArgumentParser):
              also: Sequence[str] = (), **more: Any) -> None:
         """Add a flag to the last group. default: its value, or its type if it has none."""
         kind = default if isinstance(default, type) else type(default)
-        if kind is bool:
-            more["action"] = "store_true"
-        else:
-            more = {"type": kind, "choices": choices, "metavar": kind.__name__[:5].upper(),
-                    "default": None if kind is default else default, **more}
-            more["metavar"] = None if choices else more["metavar"]
+        more = {"action": "store_true"} if kind is bool else {
+            "type": kind, "choices": choices, "default": None if kind is default else default,
+            "metavar": None if choices else kind.__name__[:5].upper(), **more}
         names = [f"--{name}", *(f"--{alias}" for alias in also)]
         self.current.add_argument(*names, dest=name, help=help, **more)
 
@@ -1477,7 +1474,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         main(args)
     except (UserError, OSError) as e:
         time.sleep(5 * (rank() > 0))
-        line = str(e).strip().splitlines()[-1]                # the last of a worker's traceback
+        line = (str(e).strip() or type(e).__name__).splitlines()[-1]      # last of a traceback
         sys.exit("error: " + re.sub(r"^common\.\w+: ", "", line))
     except Exception:
         time.sleep(5 * (world_size() > 1))                    # it may only have lost another rank
