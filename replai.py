@@ -30,11 +30,12 @@ Moments      python replai.py --stage moments --dataset ego4d      only find the
 Convert      python replai.py --stage convert --init FILE          f_V for the Ego4D tools
 Try it       python replai.py --data data/toy/ego4d --tiny         (CPU, minutes; `make toy` first)
 
-The method comes first, up to its training loop; then each evaluation in a section of its own. Of
-the paper's text only the abstract was at hand. File names in comments are those of the official
-code; "ours" marks a choice that is in neither. Where they differ from this file: grep NOTE.
+The method comes first, up to its training loop; then each evaluation in a section of its own. Only
+the paper's abstract was at hand. File names in comments are those of the official code; "ours" is
+in neither. Where they differ from this file: grep NOTE.
 """
 
+import collections
 import functools
 import io
 import itertools
@@ -83,11 +84,11 @@ TINY = {"pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0
 # ---- 1. moments of interaction (official file: data/video_audiopeak_dataset.py) ------------------
 
 def find_moments(x, sample_rate, prominence, distance=10):
-    """Peaks where the energy of the sound rises in all frequencies together.    x: (channels, n)
+    """Moments at which the sound gets louder in all frequencies together.    x: (channels, n)
 
     Returns the times of the bins (K,) in seconds, the curve c (K,), and which bins are peaks. Bins
-    are 224 samples apart, 5 ms at 44.1 kHz, so two peaks are at least 50 ms apart. Because of the
-    floor of 1e-5 the result depends on loudness: x must stay in [-1, 1], as decoded.
+    are 224 samples apart, 5 ms at 44.1 kHz, so peaks are at least 50 ms apart. The floor of 1e-5
+    makes the result depend on loudness: x must stay in [-1, 1], as decoded.
     """
     from scipy import signal                                  # imported here: it takes a second
     if x.shape[1] < 256:                                      # shorter than one window
@@ -126,26 +127,24 @@ def detect_moments(args, files, i, rng):
 def read_moments(args, files):
     """{file: what `detect_moments` returns}; the files are shared among all processes.
 
-    Each file is read once: results are kept in runs/replai_moments.json under its path, its size
-    and --prominence, and written after every few hundred files.
+    Results are kept in runs/replai_moments.json under a file's path, its size and --prominence.
+    They are written after every 256 files per process, so that a killed run loses little.
     """
     cache = Path("runs/replai_moments.json")
     keys = {f: f"{f.absolute()} {f.stat().st_size} {args.prominence:g}" for f in files}
 
-    def read_cache():
+    def cached():
         return common.read_json(cache) if cache.exists() else {}
 
-    mine = {0: read_cache()} if common.rank() == 0 else {}
-    known = common.gather(mine, 1)[0]                         # the same on all processes
-    new = [f for f in files if keys[f] not in known]
-    step = 256 * common.world_size()
+    known = common.gather({0: cached()} if common.rank() == 0 else {}, 1)[0]   # the same on all
+    new, step = [f for f in files if keys[f] not in known], 256 * common.world_size()
     for k in range(0, len(new), step):
         part = new[k:k + step]
         results = common.compute(args, part, detect_moments, f"moments, {len(new) - k} files left:")
         found = {keys[f]: x for f, x in zip(part, results) if x is not None}
         known |= found
-        if common.rank() == 0:                                # another run may have written, too
-            common.write_json(cache, read_cache() | found)
+        if common.rank() == 0:
+            common.write_json(cache, cached() | found)        # another run may have written, too
     return {f: known.get(keys[f]) for f in files}
 
 
@@ -184,9 +183,10 @@ def find_segments(args):
             duration = stop - start
             if args.moi == "random":                          # the ablation without MoI
                 times = rng.uniform(0, duration, 100)
-            keep = admissible(np.array(times), duration, args.delta_non_overlap)
-            if duration >= 2 * (args.delta_non_overlap + CLIP_SECONDS):     # both clips fit in
-                segments.append(Segment(path, start, stop, start + np.array(times)[keep]))
+            times = np.array(times)
+            times = times[admissible(times, duration, args.delta_non_overlap)]
+            if duration >= 2 * (args.delta_non_overlap + CLIP_SECONDS):       # both clips fit in
+                segments.append(Segment(path, start, stop, start + times))
     segments = common.spread(segments, args.limit)
     silent, broken = (sum(x == y for x in moments.values()) for y in ([], None))
     empty = sum(not len(s.moments) for s in segments)
@@ -204,10 +204,10 @@ def log_mel(x, sample_rate, num_frames=125, mean=-7.03, std=4.66, floor=1e-10):
     """The input of f_A from a waveform: (channels, n) float32 -> (1, num_frames, 80).
 
     Mean, deviation and floor are the official ones. NOTE: the configuration says 128 frames, but
-    the training script 1000 · 2 s / 16 ms = 125. A sound that the segment's border cuts is shorter;
+    the training script 1000 · 2 s / 16 ms = 125. A sound cut by the segment's border is shorter:
     its frames are repeated up to 125, as released.
     """
-    x = resample(torch.as_tensor(x).mean(0), sample_rate, SOUND_RATE)          # (n,)
+    x = resample(torch.as_tensor(x).mean(0), sample_rate, SOUND_RATE)     # (n,)
     level = mel_power(x).clamp(min=floor).log()                           # (80, frames)
     level = level.T[None, subsample(level.shape[1], num_frames)]          # (1, num_frames, 80)
     return (level - mean) / std
@@ -351,10 +351,7 @@ def video_layouts(prefix):
 
 
 def load_init(args, model, layouts, required):
-    """Load the weights of --init, unless a checkpoint continues.
-
-    required: beginning of the names that the file must hold.
-    """
+    """Load --init, unless the run continues. required: beginning of names that must be there."""
     path = common.init_path(args, args.init, {"avid": AVID})
     if path:
         common.load_weights(model, path, layouts, (required,))
@@ -423,7 +420,7 @@ def pretrain(args, device):
     load_init(args, model, PRETRAIN_LAYOUTS, "backbone.")
     if args.compile:
         model.compile()
-    ddp = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)   # batch norm: per GPU
+    ddp = DDP(model)                                          # NOTE: batch norm is per process
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay)               # on norms, too
     saved = common.resume(args.out / "last.pt", args, len(dataset), model=model,
@@ -469,7 +466,7 @@ def pretrain(args, device):
 #     pixels               mean and standard deviation of the frames
 #     make, make_test      one sample for training, one for evaluation
 #     goal, sign           the metric that chooses the epoch, and +1 or -1: more or less is better
-#     read(...)            the list of an annotation file's `Action`s or `Change`s
+#     read(...)            the `Action`s or `Change`s of an annotation file
 #     losses(...)          {part: loss}, to be added
 #     predict(...)         {name: (B, ...)}, which `metrics` and `submission` take
 #     metrics(...)         {column of the paper's table: number}
@@ -489,10 +486,9 @@ class Action(NamedTuple):
 
 
 def read_action(args, action, fractions):
-    """Frames (N·T, H, W, 3) of one clip in each of several actions, or of N clips in one action.
+    """Frames (N·T, H, W, 3) of a clip in each of several actions, or of N clips in one action.
 
-    A clip is 0.5 s long for EPIC and 2.13 s for Ego4D. fractions (N,): 0 is a clip at the start of
-    its action, 1 one at the end.
+    fractions (N,): 0 for a clip at the start of its action, 1 for one at the end.
     """
     ego4d, clips = args.dataset == "ego4d", []
     seconds, side = (ACTION_SECONDS, 320 / 224) if ego4d else (CLIP_SECONDS, DECODED)
@@ -505,9 +501,9 @@ def read_action(args, action, fractions):
 
 
 def make_action(args, actions, i, rng):
-    """A training sample: clips at random places; all clips of a sample share scale, crop and flip.
+    """A training sample: clips at random places, with one scale, crop and flip for all of them.
 
-    clip: (3, T, crop, crop), of several actions (actions, 3, T, crop, crop), uint8. NOTE: Ego4D's
+    clip: (3, T, crop, crop) uint8, of several actions (actions, 3, T, crop, crop). NOTE: Ego4D's
     tools normalise before they resize; we resize uint8, half a grey level of rounding.
     """
     action, crop = actions[i], args.crop
@@ -523,9 +519,8 @@ def make_action(args, actions, i, rng):
 def make_test_action(args, actions, i, rng):
     """A sample for evaluation: --clips of a single action, or the centre of each of several.
 
-    clip: (N, 3, T, crop, crop). NOTE: the release takes one random clip of each (--as_released),
-    and its sampler of anticipation's test split skipped or moved clips; the benchmark changed to
-    the centre later.
+    clip: (N, 3, T, crop, crop). NOTE: the release takes one random clip of each (--as_released);
+    its benchmark changed to the centre later.
     """
     n = len(actions[i].spans)
     fractions = (np.arange(args.clips) + 0.5) / args.clips if n == 1 else np.full(n, 0.5)
@@ -536,8 +531,8 @@ def make_test_action(args, actions, i, rng):
     return {"clip": clip.unflatten(1, (len(fractions), -1)).transpose(0, 1), "index": i}
 
 
-def video_seconds(args, paths, i, rng):
-    """Duration of a video; infinite if its header does not say: reading it names the fault."""
+def video_end(args, paths, i, rng):
+    """Duration of a video; infinite if the header does not say: reading it will name the fault."""
     try:
         return common.probe(paths[i]).seconds or math.inf
     except VideoError:
@@ -545,7 +540,7 @@ def video_seconds(args, paths, i, rng):
 
 
 def read_split(args, task, split):
-    """(samples, ids of those left out): all whose video is there, and that begin before it ends.
+    """(samples, ids of those left out: no video, or they begin after its end).
 
     ([], []) if the annotations of a test split are missing.
     """
@@ -553,40 +548,34 @@ def read_split(args, task, split):
     if testing and not path.exists():
         return [], []
     samples = [*{s.id: s for s in task.read(args, path, testing)}.values()]
-    missing = [s.id for s in samples if s.path is None]
-    present = [s for s in samples if s.path]
-    paths = sorted({s.path for s in present if s.spans[-1][0] > 0})
-    end = dict(zip(paths, common.compute(args, paths, video_seconds, "videos")))
-    late = [s for s in present if s.spans[-1][0] >= end.get(s.path, math.inf)]
-    used = [s._replace(spans=[(a, min(b, end.get(s.path, math.inf))) for a, b in s.spans])
-            for s in present if s not in late]
-
-    text = f"{path.name}: {len(used)} of {len(samples)} samples"
-    if missing:
-        text += f"; {len(missing)} have no video here (first: {missing[0]})"
-    if late:
-        text += (f"; {len(late)} begin after the end of their video (first: {late[0].id}, at "
-                 f"{late[0].spans[-1][0]:.2f} of {end[late[0].path]:.2f} s) and are not scored")
-    common.say(text)
+    missing, present = [s for s in samples if not s.path], [s for s in samples if s.path]
+    paths = sorted({s.path for s in present if s.spans[-1][0] > 0})       # not of cut files
+    ends = common.compute(args, paths, video_end, "videos")
+    end = collections.defaultdict(lambda: math.inf, zip(paths, ends))
+    late = [s for s in present if s.spans[-1][0] >= end[s.path]]
+    used = [s._replace(spans=[(start, min(stop, end[s.path])) for start, stop in s.spans])
+            for s in present if s.spans[-1][0] < end[s.path]]
+    common.say(f"{path.name}: {len(used)} of {len(samples)} samples")
+    for why, left_out in (("have no video here", missing),
+                          ("begin after the end of their video", late)):
+        if left_out:
+            common.say(f"    {len(left_out)} {why} and are not used, the first is {left_out[0].id}")
     if not used and not testing:
         raise UserError(f"{path}: none of its samples has a video here; see README for the layout")
-    return common.spread(used, args.limit), missing + [s.id for s in late]
+    return common.spread(used, args.limit), [s.id for s in missing + late]
 
 
 def make_optimizer(args, model):
-    """SGD with momentum, Nesterov's in Ego4D's tasks; Adam for anticipation.
+    """No weight decay on parameters with `bn` in their name.
 
-    No weight decay on parameters with `bn` in their name. NOTE: as released, the batch norm of the
-    stem is called `conv1.1` and does decay.
+    NOTE: as released, the batch norm of the stem is called `conv1.1` and does decay.
     """
     named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
-    groups = [{"params": [p for k, p in named if "bn" not in k]},
+    groups = [{"params": [p for k, p in named if "bn" not in k], "weight_decay": args.weight_decay},
               {"params": [p for k, p in named if "bn" in k], "weight_decay": 0.0}]
-    decay = args.weight_decay
     if args.stage == "anticipation":
-        return torch.optim.Adam(groups, lr=args.lr, weight_decay=decay)
-    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=decay,
-                           nesterov=args.stage != "linear")
+        return torch.optim.Adam(groups, lr=args.lr)
+    return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=args.stage != "linear")
 
 
 def step_lr(lr, epoch, milestones, gamma=0.1):
@@ -602,9 +591,8 @@ def warmup_cosine(lr, step, warmup, steps):
 
 
 def learning_rate(args, step, per_epoch):
-    """linear: x0.1 at 3/5 and 4/5 of the epochs. Ego4D's tasks: a warm-up and half a cosine.
-
-    The warm-up takes 1000 steps, at most a tenth of the run; statechange has none.
+    """linear: x0.1 at 3/5 and 4/5 of the epochs. Others: a warm-up of 1000 steps, at most a tenth
+    of the run, and half a cosine; statechange has no warm-up.
     """
     n, steps = args.epochs, args.epochs * per_epoch
     if args.stage == "linear":
@@ -626,7 +614,7 @@ def finetune(args, device):
     load_init(args, model, video_layouts(model.prefix), f"{model.prefix}conv")
     if args.compile:
         model.compile()
-    ddp = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)   # batch norm: per GPU
+    ddp = DDP(model)                                          # NOTE: batch norm is per process
     optimizer = make_optimizer(args, model)
     saved = common.resume(args.out / "last.pt", args, len(dataset), free=("clips", "futures"),
                           model=model, optimizer=optimizer)
@@ -680,10 +668,7 @@ def finetune(args, device):
 
 @torch.no_grad()
 def average_norms(args, model, device, dataset, step, batches=200):
-    """Set the statistics of batch norm to their means over 200 training batches, as released.
-
-    Those of rank 0 are then used, which sees its share of each batch.
-    """
+    """Batch-norm statistics become their means over 200 training batches, as released."""
     loader = common.batches(args, dataset, device, step, step + (4 if args.tiny else batches))
     clips = (common.normalize(batch["clip"].to(device), *model.pixels) for batch in loader)
     with common.autocast(device, args.precision):
@@ -702,6 +687,13 @@ def evaluate(args, model, device, samples, missing, split, submit=False):
         for name, content in model.submission(samples, missing, **out).items():
             common.write(args.out / f"{split}_{name}", content)
     return model.metrics(args, samples, **out) if split == "val" else {}
+
+
+def mean_scores(model, batch, activation):
+    """Scores (B, C) of verbs and of nouns: the means over an action's clips."""
+    clips = common.normalize(batch["clip"], *model.pixels)                # (B, N, 3, T, H, W)
+    return {k: activation(x.float()).unflatten(0, clips.shape[:2]).mean(1)
+            for k, x in zip(("verb", "noun"), model(clips.flatten(0, 1)))}
 
 
 def verb_noun_loss(logits, batch, weight):
@@ -757,19 +749,18 @@ class LinearProbe(nn.Module):
     """Verb and noun classifiers on the frozen f_V; names as in the released checkpoints.
 
     NOTE: the release leaves the frozen batch norm in training mode, so it adapts to EPIC. Ours is
-    in evaluation mode; --as_released trains as they did.
+    in evaluation mode, except with --as_released.
     """
     files, splits = "EPIC_100_{}.csv", ("train", "validation", "test_timestamps")
     prefix, pixels, goal, sign = "backbone.", common.IMAGENET, None, 1
     make, make_test = staticmethod(make_action), staticmethod(make_test_action)
 
-    def __init__(self, width=64, depth=18, as_released=False,
-                 num_classes=(("verb_class", VERBS), ("noun_class", NOUNS))):
+    def __init__(self, width=64, depth=18, as_released=False, verbs=VERBS, nouns=NOUNS):
         super().__init__()
-        self.backbone, self.as_released = common.R2Plus1D(width, depth), as_released
-        self.backbone.requires_grad_(False)
-        self.fc = nn.ModuleDict({k: classifier(self.backbone.out_dim, n)
-                                 for k, n in dict(num_classes).items()})
+        self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
+        self.as_released, d = as_released, self.backbone.out_dim
+        self.fc = nn.ModuleDict({"verb_class": classifier(d, verbs),
+                                 "noun_class": classifier(d, nouns)})
 
     def train(self, mode=True):
         super().train(mode)
@@ -783,8 +774,7 @@ class LinearProbe(nn.Module):
             return tuple(layer(x) for layer in self.fc.values())
 
     def read(self, args, path, testing):
-        """An official CSV; the files of action_segments/ hold one action, others are whole videos.
-        """
+        """`Action`s in files of action_segments/, which hold one each, or in whole videos."""
         cut, whole = common.find_videos(args.data / "action_segments", ""), epic_videos(args.data)
 
         def parse(row):
@@ -794,8 +784,7 @@ class LinearProbe(nn.Module):
             name = "_".join([row["video_id"], *(re.sub("[:.]", "", s) for s in stamps)])
             verb, noun = (0, 0) if testing else (int(row["verb_class"]), int(row["noun_class"]))
             if not (start < stop and 0 <= verb < VERBS and 0 <= noun < NOUNS):
-                raise ValueError(f"{stamps[0]} must be before {stamps[1]}, verb {verb} below "
-                                 f"{VERBS} and noun {noun} below {NOUNS}")
+                raise ValueError(f"times {stamps} or classes {verb}, {noun} are not possible")
             span = (0.0, stop - start) if name in cut else (start, stop)
             return Action(row["narration_id"], cut.get(name) or whole.get(row["video_id"]),
                           [span], verb, noun)
@@ -805,11 +794,9 @@ class LinearProbe(nn.Module):
         return verb_noun_loss(out, batch, weight=0.5)
 
     def predict(self, args, batch):
-        """Logarithm of the softmax, averaged over an action's clips.    -> (B, 97), (B, 300)"""
-        clips = common.normalize(batch["clip"], *self.pixels)             # (B, N, 3, T, H, W)
-        scores = [x.softmax(-1).unflatten(0, clips.shape[:2]).mean(1).clamp_min(1e-30).log()
-                  for x in self(clips.flatten(0, 1))]
-        return dict(zip(("verb", "noun"), scores))
+        """Logarithm of the mean softmax over an action's clips.    -> (B, 97), (B, 300)"""
+        scores = mean_scores(self, batch, lambda x: x.softmax(-1))
+        return {k: x.clamp_min(1e-30).log() for k, x in scores.items()}
 
     def metrics(self, args, actions, verb, noun):
         def column(name, key, kind):
@@ -822,8 +809,7 @@ class LinearProbe(nn.Module):
             column("unseen_participant_ids_validation", "participant_id", str))
 
     def submission(self, actions, missing, verb, noun):
-        """The challenge's zip. NOTE: its supervision levels 4, 3, 3 are our reading of the rules.
-        """
+        """The challenge's zip; the levels of supervision are ours."""
         results = {a.id: {kind: {str(c): round(x, 4) for c, x in enumerate(scores.tolist())}
                           for kind, scores in (("verb", v), ("noun", n))}
                    for a, v, n in zip(actions, verb, noun)}
@@ -917,11 +903,8 @@ class Recognition(common.R2Plus1D):
         return verb_noun_loss(out, batch, weight=1.0)
 
     def predict(self, args, batch):
-        """Logits, averaged over an action's clips; the release adds them.    -> (B, C) each"""
-        clips = common.normalize(batch["clip"], *self.pixels)             # (B, N, 3, T, H, W)
-        logits = [x.float().unflatten(0, clips.shape[:2]).mean(1)
-                  for x in self(clips.flatten(0, 1))]
-        return dict(zip(("verb", "noun"), logits))
+        """Mean logits over an action's clips; the release adds them up.    -> (B, C) each"""
+        return mean_scores(self, batch, lambda x: x)
 
     def metrics(self, args, actions, verb, noun):
         verbs, nouns = [a.verb for a in actions], [a.noun for a in actions]
@@ -978,16 +961,15 @@ class Aggregator(nn.Module):
 class Anticipation(nn.Module):
     """The next Z actions after 4 observed ones; names as in the forecasting tools (lta_models.py).
 
-    f_V is frozen; the linear layer on its pooled features is trained. NOTE: the release leaves the
-    frozen batch norm in training mode; --as_released does, too.
+    f_V is frozen, the linear layer on its pooled features is not. NOTE: its batch norm as in
+    `LinearProbe`.
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "backbone.", FORECASTING, f"verb ED@{FUTURE}", -1
     make, make_test = staticmethod(make_action), staticmethod(make_test_action)
 
     def __init__(self, width=64, depth=18, num_classes=(115, 478), aggregator="transformer",
-                 features=2048, layers=6, heads=8, inputs=INPUTS, future=FUTURE,
-                 as_released=False):
+                 features=2048, layers=6, heads=8, inputs=INPUTS, future=FUTURE, as_released=False):
         super().__init__()
         self.num_classes, self.future, self.as_released = list(num_classes), future, as_released
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
@@ -1053,16 +1035,16 @@ class Anticipation(nn.Module):
 
 
 def draw_futures(logits, num_futures, seed, items):
-    """K futures from logits (B, Z, C): each step is drawn from its softmax, fixed by (seed, item).
+    """K futures (B, Z, K) from logits (B, Z, C): each step by itself, fixed by (seed, item).
 
-    K = 1 takes the most probable classes.    -> (B, Z, K)
+    K = 1 takes the most probable classes.
     """
     if num_futures == 1:
         return logits.argmax(-1, keepdim=True)
     futures = []
     for p, item in zip(logits.softmax(-1).cpu(), items.tolist()):
-        rng = torch.Generator().manual_seed(
-            int(np.random.default_rng((*seed, item)).integers(2 ** 63)))
+        number = int(np.random.default_rng((*seed, item)).integers(2 ** 63))
+        rng = torch.Generator().manual_seed(number)
         futures.append(torch.multinomial(p, num_futures, replacement=True, generator=rng))
     return torch.stack(futures)
 
@@ -1114,12 +1096,7 @@ def sample_frames(start, stop, num_frames):
         frames = np.arange(-(-start // step) * step, stop, step)
         if len(frames) >= num_frames:
             return frames[:num_frames]
-    return frames[pad(len(frames), num_frames)]
-
-
-def pad(have, want):
-    """Indices of the first `want` of `have` frames, begun anew if there are fewer."""
-    return np.arange(want) % have
+    return frames[np.arange(num_frames) % len(frames)]        # begun anew: there are too few
 
 
 def keyframe_index(frames, pnr):
@@ -1128,11 +1105,10 @@ def keyframe_index(frames, pnr):
 
 
 def random_part(change, rng, least):
-    """(first, last) frame of a random part of 5 to 8 s; it grows to the clip's border rather than
-    lose the key frame.
+    """(first, last) frame of a random part of 5 to 8 s, grown to keep the key frame.
 
-    NOTE: the benchmark calls np.random.uniform(8 - length), which draws the start from between
-    8 - length and 1 s. We draw from [0, 8 - length], which was probably meant.
+    NOTE: the benchmark's np.random.uniform(8 - length) draws the start from [8 - length, 1] s. We
+    draw from [0, 8 - length], which was probably meant.
     """
     (first, last), pnr, length = change.frames, change.pnr, rng.uniform(5, 8)
     begin = change.spans[0][0] + rng.uniform(0, 8 - length)
@@ -1145,8 +1121,7 @@ def random_part(change, rng, least):
 def read_state(args, change, frames):
     """The frames of these numbers -> (3, T, crop, crop) uint8.
 
-    NOTE: as released, resized to a square without keeping the aspect ratio. The release stored its
-    frames at a short side of 384 before.
+    NOTE: as released, resized to a square whatever the aspect ratio, from a short side of 384.
     """
     times = (frames + 0.5) / FPS                              # the middle of each frame
     (clip,) = common.read_clip(change.path, [times], math.ceil(384 / 225 * args.crop))
@@ -1213,9 +1188,7 @@ class StateChange(StateHeads):
         return self.heads(self.backbone(clip))
 
     def read(self, args, path, testing):
-        """NOTE: the release takes null for a change, as everything but `false`; --as_released.
-
-        Clips without a change have no parent_pnr_frame.
+        """NOTE: the release takes null, as everything but `false`, for a change; --as_released.
         """
         videos = common.find_videos(args.data, "videos", "full_scale")
 
@@ -1258,8 +1231,7 @@ class StateChange(StateHeads):
                 "PNR err (s)": float(error.mean()) if len(error) else math.nan}
 
     def submission(self, changes, missing, keyframe, state):
-        """NOTE: whether the challenge counts key frames from the start of the video, as we do, or
-        from that of the clip could not be verified.
+        """NOTE: key frames count from the start of the video; the challenge's rule is unverified.
         """
         start, stop = np.array([c.frames for c in changes]).T
         frame = start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
@@ -1280,15 +1252,15 @@ def keyframe_errors(keyframe, start, stop, seconds, pnr):
 
 def make_task(args):
     """The network of a stage, with random weights."""
-    size = args.width, args.depth
+    size, released = (args.width, args.depth), args.as_released
     if args.stage == "linear":
-        return LinearProbe(*size, args.as_released)
+        return LinearProbe(*size, released)
+    if args.stage == "statechange":
+        return StateChange(*size, args.crop, released)
     if args.stage == "recognition":
         return Recognition(*size, read_taxonomy(args.data))
-    if args.stage == "anticipation":
-        return Anticipation(*size, read_taxonomy(args.data), args.aggregator, args.features,
-                            args.layers, as_released=args.as_released)
-    return StateChange(*size, args.crop, args.as_released)
+    return Anticipation(*size, read_taxonomy(args.data), args.aggregator, args.features,
+                        args.layers, as_released=released)
 
 
 # ---- 12. sound: reading, resampling, mel bands ---------------------------------------------------
@@ -1425,32 +1397,28 @@ def draw_moments(args, segments):
     x, sample_rate = read_audio(s.path, s.start, s.stop)
     times, curve, _ = find_moments(x, sample_rate, args.prominence)
     level = mel_power(resample(torch.from_numpy(x).mean(0), sample_rate, SOUND_RATE))
-    level = level.clamp(min=1e-10).log()
-    level = (255 * (level.max() - level) / (level.max() - level.min() + 1e-9)).byte().flip(0)
+    level = level.clamp(min=1e-10).log().flip(0)                          # high bands on top
+    level = 255 * (level.max() - level) / (level.max() - level.min() + 1e-9)
     t, d = s.moments[len(s.moments) // 2], args.delta_non_overlap
-    clips = common.read_clip(s.path, frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4), 128)
-    strip = Image.fromarray(np.concatenate([frame for clip in clips for frame in clip], 1))
+    clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4)
+    frames = np.concatenate(common.read_clip(s.path, clips, 128))         # (8, H, W, 3)
+    strip = Image.fromarray(np.concatenate(frames, 1))
     strip = strip.resize((810, round(810 * strip.height / strip.width)))
 
     image = Image.new("RGB", (900, 430 + strip.height), "white")
-    image.paste(Image.fromarray(level.numpy()).resize((810, 160)), (70, 34))
+    image.paste(Image.fromarray(level.byte().numpy()).resize((810, 160)), (70, 34))
     image.paste(strip, (70, 420))
     draw = ImageDraw.Draw(image)
-    draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: mel spectrogram, 0 to 8 kHz; its curve "
-              f"c and moments; four frames before and four after {t:.2f} s", "black")
+    draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: mel bands up to 8 kHz, curve c and its "
+              f"moments, four frames before and four after {t:.2f} s", "black")
     common.plot(draw, (70, 222, 880, 376), times, {"c, over seconds": curve}, s.moments - s.start)
     common.write_figure(args.out / "moments.png", image)
     common.say(f"{args.out}/moments.png: moments of {s.path.name}")
 
 
-def show_moments(args, device):
-    """Only detect the moments, and draw those of one segment."""
-    draw_moments(args, find_segments(args))
-
-
 def convert(args, device):
     """Write f_V of --init as checkpoint_latest-ego.pth, which the Ego4D tools read."""
-    path = (common.fetch(AVID, "--init FILE") if args.init == "avid" else Path(args.init))
+    path = common.fetch(AVID, "--init FILE") if args.init == "avid" else Path(args.init)
     common.adopt(args, common.saved_flags(path), ("width", "depth"))
     model = common.R2Plus1D(args.width, args.depth)
     common.load_weights(model, path, video_layouts(""))
@@ -1463,8 +1431,8 @@ def convert(args, device):
 # ---- 14. arguments -------------------------------------------------------------------------------
 
 STAGES = {"pretrain": pretrain, "linear": finetune, "recognition": finetune,
-          "anticipation": finetune, "statechange": finetune, "moments": show_moments,
-          "convert": convert}
+          "anticipation": finetune, "statechange": finetune, "convert": convert,
+          "moments": lambda args, device: draw_moments(args, find_segments(args))}
 
 
 def recipe(chosen):
@@ -1524,8 +1492,6 @@ def parse_args(argv=None):
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:
         p.error(f"--stage {args.stage} needs --dataset {fitting[0]}")
-    if args.stage == "convert" and args.init == "none":
-        p.error("--stage convert needs --init FILE")
     if args.tau <= 0:
         p.error("--tau must be above 0")
     return args

@@ -274,12 +274,14 @@ def linear_classifier(case):
     """The features come in place of f_V's map; with `normalize` the original makes signs of them."""
     (features,) = case.inputs().values()
     features = torch.from_numpy(features).flatten(1)                    # (N, D)
-    probe = replai.LinearProbe(features.shape[1] // 8, num_classes=case.config["num_classes"])
+    classes = case.config["num_classes"]
+    probe = replai.LinearProbe(features.shape[1] // 8, verbs=classes["verb_class"],
+                               nouns=classes["noun_class"])
     case.load(probe, replai.video_layouts("backbone."), ("fc.",))
     probe.backbone = nn.Unflatten(1, (features.shape[1], 1, 1, 1))
     if case.config["normalize"]:
         features = nn.functional.normalize(features[..., None], dim=-1)[..., 0]
-    return dict(zip(case.config["num_classes"], probe(features)))
+    return dict(zip(("verb_class", "noun_class"), probe(features)))
 
 
 def topk(case):
@@ -396,7 +398,8 @@ ADAPTERS = {
     "loss.avc": avc, "loss.avc_two_processes": avc_processes, "loss.astc": astc,
     "moi": moi, "spectrogram": spectrogram, "mel_filterbank": mel_filterbank,
     "subsample": lambda case: {"indices": replai.subsample(case.config["in"], case.config["out"])},
-    "pad_video": lambda case: {"indices": replai.pad(case.config["have"], case.config["want"])},
+    "pad_video": lambda case: {"indices": replai.sample_frames(0, case.config["have"],
+                                                               case.config["want"])},
     "video_transform": video_transform, "audio_window": audio_window,
     "schedule.onecycle_per_epoch": one_cycle, "schedule.linear_eval_steps": per_epoch,
     "schedule.cosine": per_epoch, "schedule.warmup_cosine_per_step": warmup_cosine,
