@@ -10,9 +10,9 @@ looks like. A second transformer on clip embeddings does the same for whole vide
 fine-tuned to classify clips, to localize the transition and to anticipate the label.
 
     f_t = φ(I_t)                                 (1)  features of frame t, (D,); φ is frozen
-    z   = Enc_frame([c, f_1 ... f_L])_0          (2)  F2C: a clip's embedding, its class token's row
+    z   = Enc_frame([c, f_1 ... f_L])_0          (2)  F2C: embedding of a clip, row of class token c
     L   = mean_i CE(Head(z_i), y_i)              (3)  y: which of 8 transformations of the clip
-    v   = Enc_clip([c', z_1 ... z_N])_0          (4)  F2C2V: a video's embedding; Enc_frame is frozen
+    v   = Enc_clip([c', z_1 ... z_N])_0          (4)  F2C2V: embedding of a video; Enc_frame frozen
     L   = mean_i CE(Head(v_i), y_i)              (5)  y: which of 6 transformations of the video
 
     q_j = Head_3(z_j)  or  Head_3(Enc_clip(...)_j)        (6)  logits of clip j; clip or video level
@@ -51,7 +51,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 import common
 from common import UserError, VideoError
@@ -62,17 +61,11 @@ CLIP_TRANSFORMS = (*SPEEDS, "shuffle", "flip", "point", "warp")
 VIDEO_TRANSFORMS = ("speed", "normal", "point", "flip", "shuffle", "warp")
 VIDEO_SPEED = 3                      # speed-up factor in F2C2V
 FPS = 16                             # of labelled clips; pre-training uses the video's own rate
-GRID = 0.25                          # seconds between labelled clips, at the least
 PAD = -1
-FRAME_NETS = ("vit_b16", "resnet50", "resnet18")
-CLIP_NETS = ("r2plus1d_18", "r3d_18", "r2plus1d_152")         # 3-D networks: features of clips
 
 # Epochs and batch size of pre-training, and of classification at each level (configs/).
 PUBLISHED = {"f2c": (100, 128), "f2c2v": (100, 16), "clip": (50, 256), "video": (50, 8)}
 TINY = {"f2c": (60, 16), "f2c2v": (30, 8), "clip": (10, 256), "video": (15, 8)}
-SIZES = {"heads": 16, "ff": 3072, "mlp": 1024, "positions": 7200, "dropout": 0.1}     # configs/
-TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
-              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
 
 
 # ---- 1. transformations of a clip (official file: dataloaders/oops_ttibua_loader.py) ------------
@@ -177,8 +170,7 @@ def transform_video(rng, T, names, size=16, as_released=False):
         versions["speed"] = x[::VIDEO_SPEED]
     versions["normal"] = x
     if long_enough:
-        versions["point"] = np.concatenate([split_clips(x[:middle], size).ravel(),
-                                            x[middle::VIDEO_SPEED]])
+        versions["point"] = np.concatenate([x[:middle], x[middle::VIDEO_SPEED]])
     versions["flip"] = np.concatenate([x[:flip_at], x[flip_at:][::-1]])
     versions["shuffle"] = split_clips(x, size)[rng.permutation(len(x) // size)].ravel()
     versions["warp"] = np.roll(x, -roll_at)
@@ -317,27 +309,22 @@ class Encoder(nn.Module):
 
 # ---- 4. networks (official file: transformer2x/vtn.py) ------------------------------------------
 
-def make_head(dim, mlp, classes, dropout):
-    """Classifier of an embedding. Its indices are the release's, whose checkpoints load."""
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, mlp), nn.GELU(),
-                         nn.Dropout(0.2 if dropout else 0.0), nn.Linear(mlp, classes))
-
-
 class F2C(nn.Module):
-    """Frames to clip: Enc_frame and a head."""
+    """Frames to clip: Enc_frame and a head, a Sequential with the indices of the release."""
 
     def __init__(self, dim, classes, mlp=1024, dropout=0.1, **sizes):
         super().__init__()
         self.frame_encoder = Encoder(dim, dropout=dropout, **sizes)
-        self.head = make_head(dim, mlp, classes, dropout)
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, mlp), nn.GELU(),
+                                  nn.Dropout(0.2 if dropout else 0.0), nn.Linear(mlp, classes))
 
     def forward(self, clips, lengths=None):
         """Logits.    clips: (B, L, D), lengths: (B,) or None -> (B, C)"""
         return self.head(self.frame_encoder(clips, lengths))  # (6)
 
 
-class F2C2V(nn.Module):
-    """Clips to video: Enc_frame, frozen unless `finetune_frames`, Enc_clip and a head.
+class F2C2V(F2C):
+    """Clips to video: also Enc_clip. Enc_frame is frozen unless `finetune_frames`.
 
     per_clip: one prediction per clip (fine-tuning), else one per video (pre-training). NOTE: the
     release reads clip j from the row of clip j - 1, and clip 1 from the class token's row.
@@ -345,11 +332,10 @@ class F2C2V(nn.Module):
 
     def __init__(self, dim, classes, mlp=1024, dropout=0.1, per_clip=False, crf=False,
                  finetune_frames=False, **sizes):
-        super().__init__()
-        self.frame_encoder = Encoder(dim, dropout=dropout, **sizes)
-        self.frame_encoder.requires_grad_(finetune_frames)
+        super().__init__(dim, classes, mlp, dropout, **sizes)
+        if not finetune_frames:
+            self.frame_encoder.requires_grad_(False)
         self.clip_encoder = Encoder(dim, dropout=dropout, all_rows=per_clip, **sizes)
-        self.head = make_head(dim, mlp, classes, dropout)
         self.crf = CRF(classes) if crf else None
 
     def forward(self, clips, clip_index):
@@ -425,7 +411,7 @@ def cross_entropy(logits, label, class_weights=None):
     logits, label = logits.float().flatten(0, -2), label.flatten()
     weights = torch.ones_like(logits[0]) if class_weights is None else class_weights
     total = F.cross_entropy(logits, label, weights, ignore_index=PAD, reduction="sum")
-    return total, weights[label[label != PAD]].sum()
+    return total, (weights[label.clamp(min=0)] * (label != PAD)).sum()
 
 
 def global_mean(total, count):
@@ -462,7 +448,7 @@ def train(args, device, model, dataset, val, class_weights=None):
     """The training loop of f2c, f2c2v and classify; then best.pt on the validation set `val`."""
     if args.compile:
         model.compile()
-    ddp = DDP(model, gradient_as_bucket_view=True)
+    ddp = DDP(model)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=args.lr, weight_decay=1e-4)     # also of norms
     saved = common.resume(args.out / "last.pt", args, len(dataset), ["features"], model=model,
@@ -549,19 +535,17 @@ def make_pretext(args, videos, i, rng):
 
 
 def collate(samples):
-    """A batch of all clips of all samples.
-
-    clips: (U, L, D), padded; lengths: (U,), only if they differ; clip_index: (S, N), only of
-    sequences of clips, such as videos: which clips each one consists of, padded with PAD; label:
-    (U,) or (S,), or (S, N) with one label per clip; count: (B,), labels or sequences per sample.
+    """The clips of all samples: clips (U, L, D), padded, and lengths (U,) if they differ. If the
+    samples are sequences of clips: clip_index (S, N), which clips are in each, padded with PAD.
+    label: (U,) or (S,), or (S, N) for the clips of a sequence; count: (B,) labels per sample.
     """
     clips = [clip for sample in samples for clip in sample["clips"]]
+    lengths = torch.tensor([len(clip) for clip in clips])
     label = [label for sample in samples for label in sample["label"]]
-    batch = {"clips": pad_sequence(clips, True, PAD), "label": pad_sequence(label, True, PAD)
-             if label[0].dim() else torch.stack(label),
+    batch = {"clips": pad_sequence(clips, True, PAD),
+             "label": pad_sequence(label, True, PAD) if label[0].dim() else torch.stack(label),
              "count": torch.tensor([len(sample["label"]) for sample in samples]),
              "broken": [sample.get("broken", "") for sample in samples]}
-    lengths = torch.tensor([len(clip) for clip in clips])
     if "clip_index" in samples[0]:
         first = itertools.accumulate((len(sample["clips"]) for sample in samples), initial=0)
         batch["clip_index"] = pad_sequence([k + index for k, sample in zip(first, samples)
@@ -577,21 +561,21 @@ def pretrain(args, device):
     transform = transform_video if args.stage == "f2c2v" else transform_clips
     shortest = next(T for T in itertools.count(1)
                     if transform(np.random.default_rng(0), T, names))
-    splits = []
-    for split in ("train", "val"):
-        videos = read_videos(args, split)
-        splits.append([video for video in videos if video.length >= shortest])
-        common.say(f"{split}: {len(videos) - len(splits[-1])} videos have less than {shortest} "
-                   "frames and are left out")
-        if not splits[-1]:
-            raise UserError(f"{args.features / split}: all videos have less than {shortest} frames")
-    model = make_model(args, splits[0][0].dim, len(names)).to(device)
+    train_videos, val_videos = ([video for video in read_videos(args, split)
+                                 if video.length >= shortest] for split in ("train", "val"))
+    common.say(f"{len(train_videos)} training and {len(val_videos)} validation videos have "
+               f"{shortest} frames or more")
+    if not (train_videos and val_videos):
+        raise UserError(f"{args.features}: videos are too short to be transformed")
+    model = make_model(args, val_videos[0].dim, len(names)).to(device)
     load_init(args, model)
-    train(args, device, model, common.Samples(args, splits[0], make_pretext), splits[1])
+    train(args, device, model, common.Samples(args, train_videos, make_pretext), val_videos)
 
 
 # ---- 7. features (official files: feat_exteact/, r21d/extr_r21d_feats.py) -----------------------
 
+FRAME_NETS = ("vit_b16", "resnet50", "resnet18")
+CLIP_NETS = ("r2plus1d_18", "r3d_18", "r2plus1d_152")         # 3-D networks: features of clips
 # Mean and standard deviation of the frames. HALF: of timm's ViT, ε as in the release.
 HALF = (0.5,) * 3, (0.5 + 1e-8,) * 3
 KINETICS = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
@@ -605,9 +589,8 @@ TIMM_NAMES = (                       # regular expressions: timm's names -> torc
 
 
 def bottleneck_r2plus1d(layers):
-    """R(2+1)D of bottleneck blocks (IG-65M, arXiv:1905.00561); [3, 8, 36, 3] has 152 layers. The
-    width inside a factored convolution follows from its own block, not as in torchvision from the
-    block before.
+    """R(2+1)D of bottleneck blocks (IG-65M, arXiv:1905.00561); [3, 8, 36, 3] has 152 layers. Unlike
+    torchvision's, the width inside a factored convolution follows from its own block.
     """
     from torchvision.models.video import resnet
 
@@ -641,7 +624,7 @@ def make_feature_network(name):
     from torchvision.models import get_model
     if name == "r2plus1d_152":
         return headless(bottleneck_r2plus1d([3, 8, 36, 3]))
-    return headless(get_model({"vit_b16": "vit_b_16"}.get(name, name)))
+    return headless(get_model(name.replace("vit_b16", "vit_b_16")))
 
 
 def load_feature_network(args):
@@ -662,8 +645,8 @@ def load_feature_network(args):
         weights = common.fetch(TIMM, "--weights torchvision, FILE or none")
     elif weights == "torchvision" and name != "r2plus1d_152":
         from torchvision.models import get_model_weights
-        weights = next(iter(get_model_weights({"vit_b16": "vit_b_16"}.get(name, name))))
-        weights = common.fetch(weights.url, "--weights FILE or none")
+        published = next(iter(get_model_weights(name.replace("vit_b16", "vit_b_16"))))
+        weights = common.fetch(published.url, "--weights FILE or none")
     elif weights in ("timm", "torchvision"):
         raise UserError(f"--weights {weights} has none of {name}: give a FILE")
     timm = "pos_embed" in common.read_weights(Path(weights))
@@ -686,55 +669,34 @@ def resize_clip(frames, size=(128, 171), crop=112):
     return x[..., top:top + crop, left:left + crop]
 
 
-class VideoFrames(IterableDataset):
-    """The frames of some videos in pieces: (number of the video, times (n,), frames).
-
-    Frames are uint8 (n, side, side, 3), scaled to the short side and cropped at the centre (NOTE:
-    the release crops up to 56 pixels off it). For 3-D networks they are what `resize_clip` returns.
-    A video ends with (number, None, None), or with (number, error message, None).
+def crop_square(frame, side):
+    """The centre of a frame whose short side is scaled to `side`; larger ones came scaled down.
+    NOTE: the release crops up to 56 pixels off the centre.    (H, W, 3) -> (side, side, 3)
     """
-
-    def __init__(self, paths, clips, side):
-        self.paths, self.clips, self.side = paths, clips, side
-
-    def __iter__(self):
-        worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for i in range(first, len(self.paths), stride):
-            frames = common.stream_frames(self.paths[i], None if self.clips else self.side)
-            try:
-                while piece := [*itertools.islice(frames, 64)]:
-                    times, images = zip(*piece)
-                    x = torch.from_numpy(np.stack(images))
-                    yield i, np.array(times), resize_clip(x) if self.clips else self.crop(x)
-                yield i, None, None
-            except VideoError as e:
-                yield i, str(e), None
-
-    def crop(self, x):
-        """(n, H, W, 3) -> (n, side, side, 3)"""
-        size = [max(self.side, s * self.side // min(x.shape[1:3])) for s in x.shape[1:3]]
-        if min(x.shape[1:3]) < self.side:                     # larger frames came scaled down
-            x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear").permute(0, 2, 3, 1)
-        top, left = ((s - self.side) // 2 for s in x.shape[1:3])
-        return x[:, top:top + self.side, left:left + self.side].contiguous()
+    short = min(frame.shape[:2])
+    if short < side:
+        size = [x * side // short for x in frame.shape[:2]]
+        frame = F.interpolate(frame.permute(2, 0, 1)[None], size, mode="bilinear")[0]
+        frame = frame.permute(1, 2, 0)
+    top, left = ((x - side) // 2 for x in frame.shape[:2])
+    return frame[top:top + side, left:left + side]
 
 
-def encode_videos(args, paths, encode):
-    """(path, times (T,), encode(frames) of all pieces, joined) of each video that can be read."""
-    frames = VideoFrames(paths, args.backbone in CLIP_NETS, 32 if args.tiny else 224)
-    loader = DataLoader(frames, batch_size=None, num_workers=min(args.workers, len(paths)),
-                        generator=torch.Generator())
-    pieces = {}                                               # {number: [(times, features)]}
-    for i, times, x in loader:
-        if x is not None:
-            pieces.setdefault(i, []).append((times, encode(x)))
-        elif times is not None:
-            print(f"warning: {times}; skipped", flush=True)
-            pieces.pop(i, None)
-        else:
-            times, z = zip(*pieces.pop(i))
-            yield paths[i], np.concatenate(times), torch.cat(z)
+def make_frames(args, paths, i, rng):
+    """All frames of a video as `crop_square` or `resize_clip` return them, (T, ...), and their
+    times; or what is wrong with the file.
+    """
+    clips, side = args.backbone in CLIP_NETS, 32 if args.tiny else 224
+    times, frames = [], []
+    try:
+        for second, frame in common.stream_frames(paths[i], None if clips else side):
+            frame = torch.from_numpy(np.ascontiguousarray(frame))
+            times.append(second)
+            frames.append(resize_clip(frame[None])[0] if clips else crop_square(frame, side))
+        return {"times": np.array(times), "fps": common.probe(paths[i]).fps,
+                "frames": torch.stack(frames)}
+    except VideoError as e:
+        return {"error": str(e)}
 
 
 def extract(args, device):
@@ -745,15 +707,6 @@ def extract(args, device):
     net, clips = net.to(device).eval(), args.backbone in CLIP_NETS
     if args.compile:
         net.compile()
-
-    @torch.inference_mode()
-    def network(x):
-        with common.autocast(device, args.precision):
-            return net(x).float().cpu()
-
-    def encode(x):
-        return x if clips else network(normalize(x.to(device), *norm))        # (1)
-
     common.claim(args.features, {k: getattr(args, k) for k in ("backbone", "weights", "tiny")})
     videos = [path for split in ("train", "val") for path in common.spread(
         sorted((args.data / "oops_video" / split).glob("*.mp4")), args.limit)]
@@ -764,20 +717,31 @@ def extract(args, device):
     common.say(f"{len(videos)} videos, {len(todo)} without features")
     common.barrier()                                          # before a process writes a file
     todo = todo[common.rank()::common.world_size()]
-    for path, times, z in common.progress(encode_videos(args, todo, encode), len(todo), "videos"):
-        fps = common.probe(path).fps
-        if clips:                                             # z: all frames
-            rows, times = cut_clips(len(z), fps, times, GRID)
-            z = torch.cat([torch.empty(0, net.out_dim), *(
-                network(z[some].transpose(1, 2).to(device))   # (8, 3, 16, H, W)
-                for some in torch.from_numpy(rows).split(8))])
-        common.write(files[path], lambda f: np.savez(f, arr_0=z.numpy(), times=times, fps=fps))
+    items = common.read_items(args, common.Samples(args, todo, make_frames), "videos")
+    for path, video in zip(todo, items):
+        if "error" in video:
+            print(f"warning: {video['error']}; skipped", flush=True)
+            continue
+        times, fps, x = video["times"], video["fps"], video["frames"]
+        if clips:                                             # (8, 3, 16, H, W) each
+            rows, times = cut_clips(len(x), fps, times, GRID)
+            batches = (x[some].transpose(1, 2) for some in torch.from_numpy(rows).split(8))
+        else:                                                 # (64, 3, H, W) each
+            batches = (normalize(some.to(device), *norm) for some in x.split(64))
+        z = [torch.empty(0, net.out_dim)]                     # a video may be too short for a clip
+        with torch.inference_mode(), common.autocast(device, args.precision):
+            z += [net(batch.to(device)).float().cpu() for batch in batches]               # (1)
+        common.write(files[path], lambda f, z=z, times=times, fps=fps: np.savez(
+            f, arr_0=torch.cat(z).numpy(), times=np.asarray(times), fps=fps))
     common.barrier()
     common.finish(args, {"videos": len(videos),
                          "videos_with_features": sum(f.exists() for f in files.values())})
 
 
 # ---- 8. clips and labels of Oops! (official files: transformer2x/my_oops_loader.py, dataloader.py)
+
+GRID = 0.25                          # seconds between labelled clips, at the least
+
 
 class Annotation(NamedTuple):
     """t: transition times in seconds of three annotators, sorted, -1 where one found none; length
@@ -833,17 +797,18 @@ def video_labels(spans, t, as_released=False):
     return labels
 
 
-def anticipation_labels(spans, t, anticipate, protocol, spacing, as_released=False):
-    """(clips that are inputs, their labels) to predict what is `anticipate` seconds later.
+def labels_of(args, spans, t, spacing, protocol="paper"):
+    """(clips that the model sees, their labels) for classification or, `args.anticipate` seconds
+    ahead, for anticipation.
 
-    paper: each clip has the label of the time `anticipate` seconds later, by itself. oops, the
-    benchmark's: clip i - anticipate / spacing is the input for the label of clip i.
+    paper: a clip has the label of the time so much later, by itself. oops, the benchmark's: clip
+    i - anticipate / spacing has the label of clip i.
     """
-    if protocol == "paper":
-        return np.arange(len(spans)), clip_labels(spans + anticipate, t)
-    shift = round(anticipate / spacing)
-    return (np.arange(max(0, len(spans) - shift)),
-            video_labels(spans, t, as_released)[shift:])
+    clips = np.arange(len(spans))
+    if args.anticipate and protocol == "paper":
+        return clips, clip_labels(spans + args.anticipate, t)
+    shift = round((args.anticipate or 0) / spacing)
+    return clips[:max(0, len(clips) - shift)], video_labels(spans, t, args.as_released)[shift:]
 
 
 def balance_labels(labels, rng):
@@ -863,34 +828,31 @@ def balance_labels(labels, rng):
 
 
 class Video(NamedTuple):
-    """A video with a file of T = length features of width D. Of a labelled video also its clock,
-    `times` in seconds: (T,) of frames, or (T, 2), start and end, of the clips of a 3-D network.
+    """A video and its file of `length` features of width `dim`. If it has labels: the times of the
+    frames (T,), or start and end of a 3-D network's clips (T, 2), in seconds. Of its labelled clips
+    the rows in the file (N, 16), or (N, 1), start and end (N, 2), and labels (N,); sequences: the
+    model sees them in so many interleaved sequences.
     """
     path: Path
     features: Path
     length: int
     dim: int
+    annotation: Annotation | None = None
     times: np.ndarray | None = None
     fps: float = 0.0
-    annotation: Annotation | None = None
-
-
-class LabelledVideo(NamedTuple):
-    """The clips of a video: rows of its feature file (N, 16), or (N, 1) of clip features; start and
-    end (N, 2); labels (N,); sequences: the model reads them in so many interleaved sequences.
-    """
-    video: Video
-    rows: np.ndarray
-    spans: np.ndarray
-    labels: np.ndarray
-    sequences: int
+    rows: np.ndarray | None = None
+    spans: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    sequences: int = 1
 
 
 def read_names(path):
     """Names of videos without .mp4: lines of a .txt file, column `filename` of a .csv file."""
-    read, parse = ((common.read_table, lambda row: row["filename"]) if path.suffix == ".csv" else
-                   (common.read_lines, str))
-    return list(dict.fromkeys(name.removesuffix(".mp4") for name in read(path, parse)))
+    if path.suffix == ".csv":
+        names = common.read_table(path, lambda row: row["filename"])
+    else:
+        names = common.read_lines(path)
+    return list(dict.fromkeys(name.removesuffix(".mp4") for name in names))
 
 
 def read_annotations(data):
@@ -921,10 +883,10 @@ def map_features(path):
 def read_features(path, rows):
     """Rows of a feature file, float32.    (n,) -> (n, D)"""
     with common.reading(path, error=VideoError):
-        x = torch.from_numpy(map_features(path)[rows].astype(np.float32))
-        if not x.isfinite().all():
+        x = np.asarray(map_features(path)[rows], np.float32)
+        if not np.isfinite(x).all():                          # 20 times faster than in torch
             raise ValueError("holds NaN or Inf")
-        return x
+        return torch.from_numpy(x)
 
 
 def read_distinct_clips(path, sequences):
@@ -946,44 +908,41 @@ def read_video(path, features, annotation=None):
         if abs(len(times) - length) > 2:
             raise ValueError(f"has {length} rows, but the video {len(times)} frames")
     length = min(length, len(times))
-    return Video(path, features, length, dim, times[:length], fps, annotation)
+    return Video(path, features, length, dim, annotation, times[:length], fps)
 
 
 def read_videos(args, split, annotations=None):
-    """The Videos of a split that have features; with annotations only those that have labels. In
-    training, those with a broken file of features are left out.
+    """The Videos of a split that have features; with annotations only those that have labels.
+
+    In training a video with a broken file of features is left out, in validation it is an error.
     """
-    official = [f"{split}.txt"] if annotations else [f"{split}_all_org.csv", f"{split}.txt"]
+    labelled = annotations is not None
+    official = [f"{split}.txt"] if labelled else [f"{split}_all_org.csv", f"{split}.txt"]
     names = read_names(common.find(args.data, *official))
-    if annotations is not None:
+    if labelled:
         names = [name for name in names if name in annotations
                  and has_labels(annotations[name], split, args.level)]
-    folder = args.features / split                            # NAME.npz or NAME.mp4.npz
     files = {path.name.removesuffix(".npz").removesuffix(".mp4"): path
-             for path in folder.glob("*.npz")}
-    missing = [name for name in names if name not in files]
-    common.say(f"{split}: {len(names)} videos, {len(missing)} without features "
-               f"{missing[:1] or ''}")
-    videos = []
-    for name in common.spread([name for name in names if name in files], args.limit):
+             for path in (args.features / split).glob("*.npz")}               # or NAME.mp4.npz
+    present, videos = [name for name in names if name in files], []
+    common.say(f"{split}: {len(names)} videos, {len(names) - len(present)} without features")
+    for name in common.spread(present, args.limit):
         try:
             path = args.data / "oops_video" / split / f"{name}.mp4"
-            videos.append(read_video(path, files[name], annotations and annotations[name]))
+            videos.append(read_video(path, files[name], annotations[name] if labelled else None))
         except VideoError as e:
             if split == "val":
                 raise
             common.say(f"warning: {e}; left out")
     if not videos:
-        raise UserError(f"{folder}: has no features of the {len(names)} videos of {split}; --stage "
+        raise UserError(f"{args.features / split}: has no features of these videos; --stage "
                         "features makes them")
-    if len({video.dim for video in videos}) > 1:
-        raise UserError(f"{folder}: holds features of different widths")
     return videos
 
 
 def label_videos(args, videos, spacing, sequences=1):
-    """LabelledVideos with clips `spacing` seconds apart, of videos that are longer than a clip."""
-    items = []
+    """The Videos that are not shorter than a clip, with their clips `spacing` seconds apart."""
+    labelled = []
     for video in videos:
         if video.times.ndim == 2:                             # clips GRID apart
             every = round(spacing / GRID)
@@ -991,17 +950,12 @@ def label_videos(args, videos, spacing, sequences=1):
         else:
             rows, spans = cut_clips(video.length, video.fps, video.times, spacing)
         if len(rows):
-            _, labels = labels_of(args, video, spans, spacing)
-            items.append(LabelledVideo(video, rows, spans, labels, min(sequences, len(rows))))
-    return items
-
-
-def labels_of(args, video, spans, spacing, protocol="paper"):
-    """(clips that are inputs, their labels) for classification or anticipation."""
-    t = video.annotation.t[1]
-    if args.anticipate:
-        return anticipation_labels(spans, t, args.anticipate, protocol, spacing, args.as_released)
-    return np.arange(len(spans)), video_labels(spans, t, args.as_released)
+            _, labels = labels_of(args, spans, video.annotation.t[1], spacing)
+            labelled.append(video._replace(rows=rows, spans=spans, labels=labels,
+                                           sequences=min(sequences, len(rows))))
+    if not labelled:
+        raise UserError(f"{args.features}: all labelled videos are shorter than a clip")
+    return labelled
 
 
 # ---- 9. classify (official files: action_classification/, transformer2x/, r21d/mainr21d.py) -----
@@ -1035,10 +989,10 @@ def make_labelled_clip(args, clips, i, rng):
 
 def make_labelled_video(args, videos, i, rng):
     """Sample at video level: all clips of a video, as one sequence or several interleaved ones."""
-    video, rows, _, labels, sequences = videos[i]
-    clips, clip_index = read_distinct_clips(video.features,
-                                            [rows[p::sequences] for p in range(sequences)])
-    label = torch.from_numpy(labels)[None]
+    video = videos[i]
+    clips, clip_index = read_distinct_clips(video.features, [
+        video.rows[first::video.sequences] for first in range(video.sequences)])
+    label = torch.from_numpy(video.labels)[None]
     if args.loss == "regression":
         label = torch.tensor([[video.annotation.t[1], video.annotation.length]])
     return {"clips": clips, "clip_index": clip_index, "label": label}
@@ -1054,19 +1008,14 @@ def classify(args, device):
     # 16,090 and 83,493 clips 0.25 s apart, at video level and --as_released.
     common.say(f"training clips {args.spacing:g} s apart: "
                + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
-    if not counts.all():
-        raise UserError(f"{args.data}: a label has no training clips")
     if args.level == "video":
         dataset = common.Samples(args, train_videos, make_labelled_video)
-        class_weights = torch.tensor(counts.max() / counts).float().to(device)
+        class_weights = torch.tensor(counts.max() / counts.clip(1)).float().to(device)
     else:
-        clips = [(v.video.features, v.rows[j], v.labels[j]) for i, v in enumerate(train_videos)
+        clips = [(v.features, v.rows[j], v.labels[j]) for i, v in enumerate(train_videos)
                  for j in balance_labels(v.labels, np.random.default_rng((args.seed, i)))]
         dataset, class_weights = common.Samples(args, clips, make_labelled_clip), None
-    if args.anticipate and args.level == "video":
-        common.say("warning: at video level the model also sees the clips that it anticipates, as "
-                   "in the release; at --level clip it does not")
-    model = make_model(args, train_videos[0].video.dim, 1 if args.loss == "regression" else 3)
+    model = make_model(args, train_videos[0].dim, 1 if args.loss == "regression" else 3)
     load_init(args, model)
     train(args, device, model.to(device), dataset, val_videos, class_weights)
 
@@ -1112,8 +1061,8 @@ def label_metrics(args, videos, scores, prefix=""):
     """Metrics of labelled clips; of regression the share of errors up to 1.5 s, in percent."""
     if args.loss == "regression":
         times = predicted_times(args, videos, scores)
-        errors = [abs(t - v.video.annotation.t[1]) for t, v in zip(times, videos, strict=True)]
-        return {f"{prefix}top1": 100 * float((np.array(errors) <= 1.5).mean())}
+        correct = [abs(t - v.annotation.t[1]) <= 1.5 for t, v in zip(times, videos)]
+        return {f"{prefix}top1": 100 * float(np.mean(correct))}
     labels, rows = np.concatenate([v.labels for v in videos]), torch.cat([*scores]).numpy()
     return classification_metrics(labels, rows[:, 3].astype(int), rows, LABELS, prefix)
 
@@ -1121,18 +1070,15 @@ def label_metrics(args, videos, scores, prefix=""):
 # ---- 10. localize and evaluate (official files: action_localization/test.py, Oops eval_results.py)
 
 def predicted_time(p, spans):
-    """t̂: middle of the clip with the largest p(label 1), (N,); the first if tied, 0 if all are 0.
-    """
+    """t̂: middle of the clip with the largest p(label 1); the first if tied, 0 if all p are 0."""
     j = int(p.argmax())
     return float(spans[j].mean()) if p[j] > 0 else 0.0        # (10)
 
 
 def predicted_times(args, videos, scores):
     """t̂ of each video in seconds."""
-    if args.loss == "regression":
-        return [float(x) * v.video.annotation.length for v, x in zip(videos, scores, strict=True)]
-    return [predicted_time(x[:, 1].numpy(), v.spans)
-            for v, x in zip(videos, scores, strict=True)]
+    return [float(x) * v.annotation.length if args.loss == "regression" else
+            predicted_time(x[:, 1].numpy(), v.spans) for v, x in zip(videos, scores, strict=True)]
 
 
 def time_error(t_hat, t):
@@ -1164,17 +1110,16 @@ def localize(args, videos, times):
     """Localization metrics of the predicted times, and of three baselines: a random time, the
     middle of the video, and a fourth annotator (human). Writes localization.csv.
     """
-    annotations = [v.video.annotation for v in videos]
+    annotations = [v.annotation for v in videos]
     errors = [time_error(t, a.t) for t, a in zip(times, annotations, strict=True)]
     if common.rank() == 0:
         common.write_csv(args.out / "localization.csv", [
             ("filename", "predicted_s", "error_s", "annotated_s", "length_s"),
-            *((v.video.path.name, f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in a.t), a.length)
+            *((v.path.name, f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in a.t), a.length)
               for v, t, e, a in zip(videos, times, errors, annotations))])
     path = common.find(args.data, "heldout_transition_times.json")
     fourth = dict(common.read_json(path, lambda name, entry: (name, float(entry["t"][0]))))
-    human = [(fourth[v.video.path.stem], v.video.annotation.t) for v in videos
-             if v.video.path.stem in fourth]
+    human = [(fourth[v.path.stem], v.annotation.t) for v in videos if v.path.stem in fourth]
     metrics = localization_metrics(errors, [a.length for a in annotations])
     for k in (0.25, 1.0):
         shares = {"chance": [chance_level(a.length, a.t[1], k) for a in annotations],
@@ -1186,8 +1131,8 @@ def localize(args, videos, times):
 
 
 def classification(args, videos, scores):
-    """Classification metrics of clips 0.25 s and 1 s apart; of anticipation in both protocols.
-    Writes predictions_<spacing>.csv.    videos: their clips are GRID apart
+    """Classification metrics of clips 0.25 s and 1 s apart, of anticipation in both protocols, from
+    the scores of clips GRID apart. Writes predictions_<spacing>.csv.
     """
     metrics = {}
     for spacing in (GRID, 1.0):
@@ -1197,25 +1142,21 @@ def classification(args, videos, scores):
             every, chosen, rows = round(spacing / GRID), [], []
             for v, x in zip(videos, scores, strict=True):
                 spans = v.spans[::every]
-                inputs, labels = labels_of(args, v.video, spans, spacing, protocol)
+                inputs, labels = labels_of(args, spans, v.annotation.t[1], spacing, protocol)
                 chosen.append(v._replace(spans=spans[inputs], labels=labels))
                 rows.append(x[::every][inputs])
             name = f"{protocol}_{spacing:g}s" if args.anticipate else f"{spacing:g}s"
             metrics |= {f"{k}_{name}": x for k, x in label_metrics(args, chosen, rows).items()
                         if k != "loss"}
             metrics[f"clips_{name}"] = sum(map(len, rows))
-            write_predictions(args.out / f"predictions_{name}.csv", chosen, rows)
+            if common.rank() == 0:
+                common.write_csv(args.out / f"predictions_{name}.csv", [
+                    ("filename", "start_s", "end_s", "label", "predicted", *LABELS),
+                    *((v.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
+                       *(f"{x:.5f}" for x in p)) for v, scored in zip(chosen, rows)
+                      for (start, end), label, (*p, predicted) in zip(
+                          v.spans, v.labels, scored.tolist()))])
     return metrics
-
-
-def write_predictions(path, videos, scores):
-    """One line per clip: when it is, its label, the predicted label, the probabilities."""
-    if common.rank() == 0:
-        common.write_csv(path, [
-            ("filename", "start_s", "end_s", "label", "predicted", *(f"p_{x}" for x in LABELS)),
-            *((v.video.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
-               *(f"{x:.5f}" for x in p)) for v, rows in zip(videos, scores)
-              for (start, end), label, (*p, predicted) in zip(v.spans, v.labels, rows.tolist()))])
 
 
 def evaluate(args, device):
@@ -1228,9 +1169,7 @@ def evaluate(args, device):
     spacing = args.spacing if regression else GRID
     sequences = round(args.spacing / spacing) if args.level == "video" else 1
     videos = label_videos(args, read_videos(args, "val", annotations), spacing, sequences)
-    if not videos:
-        raise UserError(f"{args.features / 'val'}: all videos are shorter than a clip")
-    model = make_model(args, videos[0].video.dim, 1 if regression else 3)
+    model = make_model(args, videos[0].dim, 1 if regression else 3)
     common.load_weights(model, Path(args.init), [(), RELEASED])
     scores = predict_clips(args, device, model.to(device).eval(), videos)
     metrics = {} if regression else classification(args, videos, scores)
@@ -1253,7 +1192,7 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
     image = Image.new("RGB", (980, height * len(chosen)), "white")
     draw = ImageDraw.Draw(image)
     for i, top in zip(chosen, range(0, image.height, height)):
-        (path, *_, annotation), middle = videos[i].video, videos[i].spans.mean(1)
+        path, annotation, middle = videos[i].path, videos[i].annotation, videos[i].spans.mean(1)
         first, last, left, right = middle[0], middle[-1], 50, 960
         title = f"{path.stem[:60]}   predicted {times[i]:.2f} s, annotated {annotation.t} s"
         draw.text((left, top + 5), title.encode("ascii", "replace").decode(), "black")
@@ -1270,6 +1209,10 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
 
 
 # ---- 12. networks and weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ----------
+
+SIZES = {"heads": 16, "ff": 3072, "mlp": 1024, "positions": 7200, "dropout": 0.1}     # configs/
+TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
+              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
 
 RELEASED = (                         # regular expressions: names of official checkpoints -> ours
     (r"^local_model\.mlp_head", "unused"), (r"^(global_model\.)?mlp_head", "head"),
@@ -1306,16 +1249,6 @@ def load_init(args, model):
             part.requires_grad_(not isinstance(part, Encoder))
 
 
-def adopt_flags(args):
-    """Take the flags that belong to the weights from --init, or from the run that continues."""
-    names, path = ["tiny", "layers", "window", "as_released"], args.out / "last.pt"
-    if args.stage in EVALUATIONS:
-        names += ["level", "loss", "spacing", "anticipate", "backbone"]
-    if args.stage in EVALUATIONS or not path.exists():
-        path = Path(args.init)
-    common.adopt(args, common.saved_flags(path), names)
-
-
 # ---- 13. arguments ------------------------------------------------------------------------------
 
 STAGES = {"f2c": pretrain, "f2c2v": pretrain, "features": extract, "classify": classify,
@@ -1325,30 +1258,29 @@ PRETRAINING, EVALUATIONS = ("f2c", "f2c2v"), ("localize", "evaluate")
 
 def recipe(chosen):
     """Defaults of the published run that the flags name; smaller ones for --tiny."""
-    stage, tiny, clip_features = chosen.stage, chosen.tiny, chosen.backbone in CLIP_NETS
+    stage, tiny, backbone = chosen.stage, chosen.tiny, chosen.backbone
     level = chosen.level or ("video" if chosen.loss in ("crf", "regression") else "clip")
     level = {"f2c": "clip", "f2c2v": "video"}.get(stage, level)
-    usual = "crf" if level == "video" and stage not in PRETRAINING else "ce"
-    loss = chosen.loss or usual                               # transformer2x/main.py: crf
-    epochs, batch_size = (TINY if tiny else PUBLISHED)[stage if stage in PRETRAINING else level]
+    video_level, pretraining = level == "video", stage in PRETRAINING
+    usual_loss = "crf" if video_level and not pretraining else "ce"           # transformer2x/main.py
+    loss = chosen.loss or usual_loss
+    epochs, batch_size = (TINY if tiny else PUBLISHED).get(
+        level if stage == "classify" else stage, (None, None))
 
-    variant = [level] if level == "video" else []
-    variant += [loss] if loss != usual else []
-    variant += [f"anticipate{chosen.anticipate:g}"] if chosen.anticipate else []
-    variant += [chosen.backbone] if clip_features else []
-    run = "_".join(["f2c_oops_oops_classify", *variant])
-    encoder = "f2c_oops_oops_f2c2v" if level == "video" else "f2c_oops_oops_f2c"
-    before = {"f2c2v": "f2c_oops_oops_f2c", "classify": None if clip_features else encoder,
-              "localize": run, "evaluate": run}.get(stage)
+    run = "f2c_oops_oops_classify" + "".join(f"_{name}" for name, differs in (
+        (level, video_level), (loss, loss != usual_loss), (backbone, backbone in CLIP_NETS),
+        (f"anticipate{chosen.anticipate}", chosen.anticipate)) if differs)
+    encoder = f"f2c_oops_oops_{'f2c2v' if video_level else 'f2c'}"
+    before = {"f2c2v": "f2c_oops_oops_f2c", "localize": run, "evaluate": run,
+              "classify": None if backbone in CLIP_NETS else encoder}.get(stage)
     out = {"out": Path("runs") / run} if stage == "classify" else {}
     small = {"layers": 2, "workers": 2, "save_every": 100} if tiny else {}
-    return {"features": (chosen.data or Path("data/oops")) / "features" / chosen.backbone,
-            "weights": "timm" if chosen.backbone == "vit_b16" else "torchvision",
-            "init": f"runs/{before}/best.pt" if before else "none", "level": level, "loss": loss,
-            "spacing": 1.0 if level == "video" else GRID, "epochs": epochs,
-            "batch_size": batch_size, "lr": 1e-3 if tiny else 1e-4,
+    return {"features": (chosen.data or Path("data/oops")) / "features" / backbone,
+            "weights": "timm" if backbone == "vit_b16" else "torchvision",
             "transforms": ",".join(VIDEO_TRANSFORMS if stage == "f2c2v" else CLIP_TRANSFORMS),
-            **out, **small}
+            "init": f"runs/{before}/best.pt" if before else "none", "level": level, "loss": loss,
+            "spacing": 1.0 if video_level else GRID, "epochs": epochs, "batch_size": batch_size,
+            "lr": 1e-3 if tiny else 1e-4, **out, **small}
 
 
 def parse_args(argv=None):
@@ -1374,7 +1306,7 @@ def parse_args(argv=None):
            "regression of the transition time", ["ce", "crf", "regression"])
     p.flag("spacing", float, "seconds from one clip to the next (configs/)", also=["step"])
     p.flag("anticipate", float, "predict the label so many SECONDS later: 0.5, 1, 1.5 or 2 in the "
-           "official code, 1.5 in the benchmark")
+           "official code, 1.5 in the benchmark; at video level the model sees the later clips, too")
     p.flag("freeze", False, "train only the head and CRF")
     p.group("optimization", "AdamW, weight decay 1e-4, gradient norm clipped to 1 (configs/)")
     p.flag("init", str, "weights to start from: a checkpoint of ours or the release's, or none")
@@ -1389,30 +1321,28 @@ def parse_args(argv=None):
     known = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
     names = args.transforms.split(",")
     args.transforms = ",".join(name for name in known if name in names)
-    expected = {"f2c": ("clip", "ce"), "f2c2v": ("video", "ce")}.get(args.stage)
-    video_level, clip_features = args.level == "video", args.backbone in CLIP_NETS
-    for mistake, message in (
-            (len({*names}) < max(2, len(names)) or not {*names} <= {*known},
-             f"--transforms needs two or more different names out of {','.join(known)}"),
-            (args.spacing <= 0 or args.spacing % GRID, "--spacing must be a multiple of 0.25 s"),
-            (args.anticipate is not None and not 0 < args.anticipate < 60,
-             "--anticipate must be seconds, above 0 and below 60"),
-            (args.loss != "ce" and not video_level, f"--loss {args.loss} needs --level video"),
-            (expected not in (None, (args.level, args.loss)),
-             "--level and --loss are flags of --stage classify"),
-            (args.loss == "regression" and args.anticipate, "--loss regression has no labels to "
-             "anticipate"),
-            (clip_features and (args.stage in PRETRAINING or video_level),
-             f"--backbone {args.backbone} needs --stage classify and --level clip"),
-            (args.freeze and args.stage != "classify", "--freeze needs --stage classify")):
-        if mistake:
-            p.error(message)
+    published = {"f2c": ("clip", "ce", False), "f2c2v": ("video", "ce", False)}.get(args.stage)
+    if len({*names}) < max(2, len(names)) or not {*names} <= {*known}:
+        p.error(f"--transforms needs two or more different names out of {','.join(known)}")
+    if published not in (None, (args.level, args.loss, args.freeze)):
+        p.error("--level, --loss and --freeze are flags of --stage classify")
+    if args.level == "clip" and args.loss != "ce":
+        p.error(f"--loss {args.loss} needs --level video")
+    if args.loss == "regression" and args.anticipate:
+        p.error("--loss regression has no labels to anticipate")
+    if args.backbone in CLIP_NETS and (published or args.level == "video"):
+        p.error(f"--backbone {args.backbone} needs --stage classify and --level clip")
+    if args.spacing <= 0 or args.spacing % GRID:
+        p.error("--spacing must be a multiple of 0.25 s")
     return args
 
 
 def main(args):
-    if args.init != "none" and args.stage != "features":
-        adopt_flags(args)
+    if args.init != "none" and args.stage != "features":      # what belongs to the weights
+        last, evaluating = args.out / "last.pt", args.stage in EVALUATIONS
+        path = last if last.exists() and not evaluating else Path(args.init)
+        common.adopt(args, common.saved_flags(path), ["tiny", "layers", "window", "as_released", *(
+            ["level", "loss", "spacing", "anticipate"] if evaluating else [])])
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 

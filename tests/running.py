@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import math
@@ -26,7 +27,12 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # noqa: E402
+from torch._subclasses.fake_tensor import (  # noqa: E402
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils.data import DataLoader  # noqa: E402
 
 import common  # noqa: E402
@@ -169,7 +175,7 @@ def nan_in_step(k, bad, rank):
 def bf16_on_the_cpu(k, rank):
     """Networks run under bfloat16 autocast, which the scripts have on CUDA alone, for k steps."""
     common.autocast = lambda *_: torch.autocast("cpu", torch.bfloat16)
-    common.check_finite = lambda *_: None                     # a CPU's bf16 convolutions may do that
+    common.check_finite = common.save = lambda *_, **__: None # a CPU's bf16 gradients may be NaN
     log, now = common.Log.__call__, counted(k, leave)
 
     def logged(self, *args, **values):
@@ -178,31 +184,33 @@ def bf16_on_the_cpu(k, rank):
     common.Log.__call__ = logged
 
 
-def fake_cuda(k, rank):
+def fake_cuda(k, may_wait, rank):
     """Networks and losses run forward on a GPU that does not exist, for k steps or one prediction.
 
-    Tensors there have a shape, a type and a device, no values. So a tensor left on the CPU is an
-    error, and so is a step that waits for a value.
+    Tensors have a shape, a type and a device there, no values. So a tensor left on the CPU is an
+    error, and so is a training step that waits for a value. All begins with the first move there.
     """
     start_run, load = common.start_run, DataLoader.__iter__
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda")
 
-    def batches(loader):                                      # real ones
-        with unset_fake_temporarily():
-            iterator = load(loader)
-        while True:
+    def real(function):
+        def outside(*args, **kw):
             with unset_fake_temporarily():
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
+                return function(*args, **kw)
+        return outside
+
+    def batches(loader):
+        following = real(functools.partial(next, real(load)(loader), None))
+        yield from iter(following, None)
 
     def predict(args, device, dataset, network, what, batch_size=8, collate=None):
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-        with torch.no_grad(), common.autocast(device, args.precision):
+        with (common.autocast(device, args.precision), torch.no_grad(), contextlib.suppress(
+                DataDependentOutputException, DynamicOutputShapeException)):
             network(common.to_device(next(iter(loader)), device))
         leave()
 
-    def convert(module, function, recurse=True):              # as of Module.to, without its swap
+    def convert(module, function, recurse=True):              # without the swap of Module._apply
         for child in module.children():
             convert(child, function)
         for name, x in module._parameters.items():
@@ -212,15 +220,28 @@ def fake_cuda(k, rank):
             module._buffers[name] = x if x is None else function(x)
         return module
 
+    def begins(move):
+        def to(x, *args, **kw):
+            if device in args and not torch._C._get_dispatch_mode(
+                    torch._C._TorchDispatchModeKey.FAKE):
+                mode.__enter__()
+            return move(x, *args, **kw)
+        return to
+
     warnings.simplefilter("ignore")                           # CUDA is not available
-    DataLoader.__iter__, nn.Module._apply, common.predict = batches, convert, predict
-    common.start_run = lambda *args, **kw: (start_run(*args, **kw), torch.device("cuda"))[1]
-    common.check_finite = common.save = torch.Tensor.backward = lambda *_, **__: None
-    common.Log.__call__ = counted(k, leave)
-    torch.Tensor.cpu = lambda x: leave()
+    common.start_run = lambda *args, **kw: (start_run(*args, **kw), device)[1]
+    common.compute, common.load_checkpoint = real(common.compute), real(common.load_checkpoint)
+    common.load_weights = lambda module, *_, **__: {*module.state_dict()}
+    common.check_finite = common.save = common.share_buffers = lambda *_, **__: None
+    common.Log.__call__, common.predict = counted(k, leave), predict
+    DataLoader.__iter__, nn.Module._apply = batches, convert
+    nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
+    torch.Tensor.cpu, torch.Tensor.backward = leave, lambda *_: None
+    torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
+    if may_wait:
+        torch.Tensor.item = torch.Tensor.__bool__ = lambda x: True
     for script in SCRIPTS:
         script.DDP = lambda model, **_: model
-    FakeTensorMode(allow_non_fake_inputs=True).__enter__()
 
 
 def leave(*_):

@@ -124,7 +124,7 @@ PYRAMID = {**X264, "x264-params": "b-pyramid=normal:bframes=7:keyint=50:b-adapt=
 SHORT = {"n": 60, "bf": 3}
 HEVC = {"codec": "libx265", **SHORT, "options": {
     "preset": "ultrafast", "x265-params": "log-level=none:pools=1:frame-threads=1:keyint=25"}}
-AV1 = {"codec": "libsvtav1", "n": 60, "options": {"preset": "10", "crf": "35"}}
+AV1 = {"codec": "libsvtav1", "n": 40, "options": {"preset": "10", "crf": "35"}}
 VPX = {"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "1M"}
 HIDDEN = {**VPX, "deadline": "good", "auto-alt-ref": "1", "lag-in-frames": "16"}
 DIVX = {"codec": "mpeg4", "options": MPEG4, "gop": 12}
@@ -170,9 +170,7 @@ KINDS = {          # name: (suffix, arguments of write_video; n frames)
     "hevc mkv": (".mkv", HEVC),
     "hevc cut": (".mp4", {**HEVC, "edit": cut}),
     "hevc pts = dts": (".mp4", {**HEVC, "edit": numbered}),
-    "av1": (".mp4", AV1),
-    "av1 mkv": (".mkv", AV1),
-    "av1 webm": (".webm", {**AV1, "gop": 20}),
+    "av1": (".mkv", {**AV1, "gop": 20}),
     "av1 cut": (".mp4", {**AV1, "edit": cut}),
     "vp8": (".webm", {"codec": "libvpx", "options": VPX}),
     "vp8 hidden frames": (".webm", {"codec": "libvpx", "options": HIDDEN}),

@@ -5,7 +5,6 @@ the user made a mistake.
 All stages run on the small world of world.py, each from the files that earlier stages have left.
 """
 
-import importlib
 import json
 import math
 import os
@@ -66,7 +65,7 @@ SCORE = {
     "evaluate": f"{OOPS} --stage evaluate --init RUNS/classify/best.pt",
     "evaluate_video": f"{OOPS} --stage evaluate --level video --init RUNS/classify_video/best.pt",
     "detect": f"{CHARADES} --stage evaluate --init RUNS/fine/best.pt",
-    "ensemble": f"{CHARADES} --stage evaluate --init RUNS/fine/best.pt RUNS/x3d/best.pt"}
+    "ensemble": f"{CHARADES} --stage evaluate --init RUNS/fine/best.pt RUNS/fine/last.pt"}
 CONVERT = {"convert": "replai {} --stage convert --init RUNS/pretrain/last.pt"}
 ORDER = ["moments", "features", *TRAIN, *SCORE, *CONVERT]     # one leaves files for the next
 ORDER.insert(ORDER.index("coarse"), "extract")
@@ -208,3 +207,178 @@ def test_nan_stops_before_the_update(name, data, runs, tmp_path):
     assert "nan" in message and "step 1" in message
     state = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
     assert state["step"] == 1 and all(x.isfinite().all() for x in state["model"].values())
+
+
+def test_nan_between_two_checks_never_reaches_a_checkpoint(data, runs, tmp_path):
+    """Nor does it if only one of two processes has it."""
+    flags = "--log_every", 3, "--save_every", 100, "--epochs", 3, "--limit", 26
+    for name, n in (("cpc", 1), ("pretrain", 2)):
+        r = run(name, tmp_path / name, data, runs, *flags, n=n,
+                before=partial(running.nan_in_step, 1, n - 1))
+        assert "nan" in one_error(r)
+        assert not [*(tmp_path / name).glob("*.pt")]
+
+
+# ---- broken videos and lists ---------------------------------------------------------------------
+
+def world_with(data, folder, name, change):
+    """(copy of the world in which `change` has made a file's new content of the old one, file)."""
+    shutil.copytree(data, folder, copy_function=os.link)
+    path = folder / name
+    old = path.read_bytes()
+    path.unlink()                                             # of the hard link alone
+    path.write_bytes(change(old))
+    return folder, path
+
+
+BROKEN = [("linear", "epic/videos/P01/P01_03.mp4", "epic/videos/P02/P02_03.mp4"),
+          ("recognition", "ego4d/clips/clip-train3.mp4", "ego4d/clips/clip-val3.mp4"),
+          ("statechange", "ego4d/videos/video-train3.mp4", "ego4d/videos/video-val3.mp4"),
+          ("cpc_finetune", "ucf101/UCF-101/YoYo/v_YoYo_g11_c04.avi",
+           "ucf101/UCF-101/YoYo/v_YoYo_g24_c04.avi"),
+          ("ssdet", "kinetics400/train/climbing_a_rope/-----train3_000000_000010.mp4",
+           "kinetics400/val/climbing_a_rope/-------val3_000000_000010.mp4"),
+          ("fine", "charades/Charades_v1/TR003.mp4", "charades/Charades_v1/TE003.mp4")]
+
+
+@pytest.mark.parametrize("name, train, val", BROKEN)
+def test_a_broken_video_is_replaced_in_training_and_named_in_evaluation(name, train, val, data,
+                                                                        runs, tmp_path):
+    """Its header is whole: what it lacks is found when its frames are read."""
+    def half(content):
+        at = content.index(b"mdat") if b"mdat" in content else content.index(b"movi")
+        return content[:at + 200] + bytes(len(content) // 2) + content[at + 200 + len(content) // 2:]
+
+    copy, path = world_with(data, tmp_path / "train", train, half)
+    r = run(name, tmp_path / "out", copy, runs)
+    assert r.code == 0 and f"warning: {path}" in r.err, r
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["broken_training_samples"] == r.err.count("sample replaced") > 0
+    copy, path = world_with(data, tmp_path / "val", val, half)
+    assert str(path) in one_error(run(name, tmp_path / "no", copy, runs))
+
+
+LISTS = [("linear", "epic/annotations/EPIC_100_train.csv"),
+         ("recognition", "ego4d/annotations/fho_lta_train.json"),
+         ("statechange", "ego4d/annotations/fho_oscc-pnr_train.json"),
+         ("cpc", "ucf101/ucfTrainTestlist/trainlist01.txt"),
+         ("cpc_hmdb51", "hmdb51/testTrainMulti_7030_splits/wave_test_split1.txt"),
+         ("classify", "oops/annotations/transition_times.json"),
+         ("ssdet", "kinetics400/train.csv"),
+         ("fine", "charades/Charades/Charades_v1_train.csv"),
+         ("thumos", "multithumos/annotations/Run.txt")]
+FAULTS = {"empty": lambda x: b"", "cut": lambda x: x[:len(x) * 2 // 3 - 1],
+          "a word": lambda x: re.sub(rb"\d+(\D*)$", rb"one\1", x),
+          "no text": lambda x: x[:-4] + b"\xff\xfe" + x[-4:]}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name, file", LISTS)
+def test_a_broken_list_is_named(name, file, fault, data, runs, tmp_path):
+    copy, path = world_with(data, tmp_path / "data", file, FAULTS[fault])
+    r = run(name, tmp_path / "out", copy, runs)
+    if r.code == 0:                                           # rows that are left may be enough
+        assert fault == "cut" or path.suffix == ".txt" and fault in ("empty", "a word")
+    else:
+        assert str(path) in one_error(r) or str(path.parent) in one_error(r)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+class Code:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+MISTAKES = {       # what is wrong: (stage, flags, words of the error)
+    "no data": ("pretrain", "--data OUT/nowhere", "nowhere"),
+    "no videos": ("cpc", "--data OUT", "OUT"),
+    "no checkpoint": ("fine", "--init OUT/no.pt", "no.pt: no such checkpoint"),
+    "weights of another network": ("fine", "--init RUNS/cpc/best.pt", "cpc/best.pt: "),
+    "a text as weights": ("f2c2v", "--init DATA/oops/annotations/val.txt", "val.txt"),
+    "code as weights": ("linear", "--init OUT/code.pt", "code.pt: no checkpoint, damaged, or"),
+    "no features": ("f2c", "--features OUT", "--stage features"),
+    "too few samples": ("f2c", "--batch_size 600", "do not fill a batch of 600"),
+    "other flags": ("cpc", "--lr 0.5", "was made with lr"),
+    "bf16 on a CPU": ("ssdet", "--precision bf16", "bf16"),
+    "a stream of another kind": ("detect", "--stream coarse", "--stream")}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line(what, n, data, runs, tmp_path):
+    if n == 2 and what not in ("no videos", "code as weights", "other flags"):
+        pytest.skip("one process shows it")
+    name, flags, words = MISTAKES[what]
+    torch.save({"model": Code(tmp_path / "made")}, tmp_path / "code.pt")
+    out = tmp_path / "out"
+    if what == "other flags":
+        shutil.copytree(runs / name, out)
+    for k, v in {"DATA": data, "RUNS": runs, "OUT": tmp_path}.items():
+        flags, words = flags.replace(k, str(v)), words.replace(k, str(v))
+    before = contents(runs / name)
+    assert words in one_error(run(name, out, data, runs, *flags.split(), n=n))
+    assert not (tmp_path / "made").exists()
+    assert what != "other flags" or assert_same(before, contents(out)) is None
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_flag_is_one_line_and_status_2(script, tmp_path):
+    for flags in ("--epoch 3", "--epochs 0", "--batch_size x", "--stage everything"):
+        assert flags.split()[0] in one_error(quick(script, *flags.split(), cwd=tmp_path), 2)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_within_five_seconds(script, tmp_path):
+    start = time.process_time(), os.times().children_user
+    r = running.command(script, "--help", cwd=tmp_path)
+    assert r.code == 0 and os.times().children_user - start[1] < 5
+    assert r.out.count("(default: ") > 15 and max(map(len, r.out.splitlines())) <= 100
+    for flag in ("--stage", "--dataset", "--as_released", "--init", "--batch_size", "--tiny"):
+        assert flag in r.out
+    assert not [*tmp_path.iterdir()]
+
+
+# ---- without a GPU what can be said about one, and with one ---------------------------------------
+
+@pytest.mark.parametrize("name", [*TRAIN, *PREPARE, *SCORE])
+def test_networks_and_losses_leave_no_tensor_on_the_cpu(name, data, runs, tmp_path):
+    """Forward on a GPU that does not exist, see running.fake_cuda."""
+    if name == "moments":
+        pytest.skip("has no network")
+    r = run(name, tmp_path / "out", data, runs, before=partial(running.fake_cuda, 2, name not in TRAIN))
+    assert r.code == 0 and "came to its end" in r.out, r
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_two_steps_run_under_bfloat16_autocast(name, data, runs, tmp_path):
+    r = run(name, tmp_path / "out", data, runs, before=partial(running.bf16_on_the_cpu, 2))
+    assert r.code == 0 and "came to its end" in r.out, r
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_two_steps_of_the_published_network_run_on_gpus(name, data, runs, tmp_path):
+    n = min(2, torch.cuda.device_count())
+    script, *flags = STAGES[name].replace("DATA", str(data)).replace("RUNS", str(runs)).split()
+    more = "--init", "none", "--epochs", 1, "--batch_size", 6, "--log_every", 1
+    flags = flags[flags.index("--data"):]                     # without --tiny
+    r = running.command(script, *flags, *more, "--out", tmp_path / "out", n=n, timeout=300)
+    assert r.code == 0, r
+    rows = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_as_a_user_types_it(data, runs, tmp_path):
+    """torchrun; everything else here is forked."""
+    flags = STAGES["pretrain"].replace("DATA", str(data)).split()[1:]
+    r = running.command("replai", *flags, "--out", tmp_path / "out", n=2, cwd=tmp_path)
+    assert r.code == 0 and (tmp_path / "out/metrics.json").exists(), r
+    r = running.command("replai", *flags, "--epochs", 9, "--out", tmp_path / "out", n=2)
+    lines = [line for line in r.err.splitlines() if line.startswith("error: ")]
+    assert r.code == 1 and len(lines) == 1 and "was made with epochs 2, now it is 9" in lines[0], r

@@ -70,6 +70,8 @@ def write_video(path, images, fps=25, codec="libx264", options=X264, gop=25, bf=
             shift = round(offset / p.time_base)
             p.pts, p.dts = p.pts + shift, p.dts + shift
             c.mux(p)
+    if codec == "libsvtav1":                                  # makes root's process real-time
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
