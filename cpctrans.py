@@ -52,7 +52,7 @@ from common import UserError, VideoError
 # Defaults of main.py and test.py. NOTE: there, the pre-training ends after 299 epochs.
 PUBLISHED = {
     "pretrain": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-5,
-                 "num_frames": 5, "train_what": "all"},
+                 "num_frames": 5},
     "finetune": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-3,
                  "num_frames": 7, "train_what": "ft"},
     "test": {"num_frames": 7}}
@@ -442,13 +442,12 @@ def make_finetune_clip(args, videos, i, rng):
 def jitter(x, factors, order):
     """Change the colours of each frame by its own factors, in its own order. Writes into x.
 
-    x: (n, 3, H, W) in [0, 1]; factors, order: (n, 4) on the CPU. Like Pillow's ImageEnhance, but
-    batched, without rounding, and on any device.
+    x: (n, 3, H, W) in [0, 1]; factors: (n, 4); order: (n, 4) on the CPU, so that nothing waits for
+    a GPU. Like Pillow's ImageEnhance, but batched, without rounding, and on any device.
     """
     for slot, operation in itertools.product(order.T, range(4)):
-        rows = (slot == operation).nonzero()[:, 0]            # on the CPU: nothing waits for a GPU
-        f, rows = factors[rows, operation, None, None, None].to(x.device), rows.to(x.device)
-        y = x[rows]
+        rows = torch.from_numpy(np.flatnonzero(slot == operation)).to(x.device)
+        f, y = factors[rows, operation, None, None, None], x[rows]
         if operation == HUE:
             x[rows] = shift_hue(y, f[:, 0])
             continue
@@ -476,8 +475,8 @@ def normalize(clips):
 
 def jitter_batch(batch, device):
     """The clips of a training batch on the device, jittered and normalised: (B, N, 3, S, S)."""
-    clip = batch["clip"].to(device, non_blocking=True) / 255
-    x = jitter(clip.flatten(0, 1), batch["factors"].flatten(0, 1), batch["order"].flatten(0, 1))
+    clip, factors = (batch[k].to(device, non_blocking=True) for k in ("clip", "factors"))
+    x = jitter(clip.flatten(0, 1) / 255, factors.flatten(0, 1), batch["order"].numpy().reshape(-1, 4))
     return TF.normalize(x, *common.IMAGENET).view(clip.shape)
 
 
@@ -605,11 +604,11 @@ def read_videos(args, split):
             raise UserError(error)
         common.say(f"warning: {error}; left out")
     videos = [v._replace(length=n) for v, (n, error) in zip(videos, lengths) if not error]
-    short = [v for v in videos if v.length <= frames_needed(args)]
+    short = sum(v.length <= frames_needed(args) for v in videos)
     if args.as_released:
-        videos = [v for v in videos if v not in short]
+        videos = [v for v in videos if v.length > frames_needed(args)]
     common.say(f"{split}: {len(videos)} of {len(listed)} videos; {missing} missing, {len(broken)} "
-               f"broken, {len(short)} too short ("
+               f"broken, {short} too short ("
                f"{'left out' if args.as_released else 'their last frame is repeated'})")
     if not videos:
         raise UserError(f"{args.data}: none of the {len(listed)} {split} videos can be used, such "
@@ -652,7 +651,7 @@ def make_parallel(args, device, model):
     model.to(memory_format=torch.channels_last)               # 0.8 of the time
     if args.compile:
         model.compile()
-    return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDP(model)
 
 
 def train(args, device):
@@ -986,7 +985,9 @@ def parse_args(argv=None):
     if 4 * args.width % args.heads:
         p.error(f"--heads {args.heads}: does not divide the {4 * args.width} channels")
     args.init = args.test or args.pretrain or args.init
-    args.test = args.pretrain = args.gpu = None               # one name for one thing
+    args.test = args.pretrain = args.gpu = None
+    if args.stage == "pretrain":
+        args.train_what = "all"                               # main.py ignores the flag
     return args
 
 
