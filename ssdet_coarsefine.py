@@ -44,7 +44,6 @@ import functools
 import itertools
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,7 +269,7 @@ def pretrain(args, device):
     load_init(args, model)
     if args.compile:
         model.compile()
-    ddp = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)   # batch norm: rank 0's
+    ddp = DDP(model)                                          # batch norm sees a process's clips
     optimizer = make_optimizer(args, model)
     saved = common.resume(args.out / "last.pt", args, len(dataset), model=model,
                           optimizer=optimizer)
@@ -647,7 +646,7 @@ def finetune(args, device):
     load_init(args, model)
     if args.compile:
         model.compile()
-    ddp = DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)   # batch norm: rank 0's
+    ddp = DDP(model)                                          # batch norm sees a process's clips
     optimizer = make_optimizer(args, model)
     saved = common.resume(args.out / "last.pt", args, len(dataset), free=("features",), model=model,
                           optimizer=optimizer)
@@ -1665,7 +1664,6 @@ STAGES = {"pretrain": pretrain, "finetune": finetune, "extract": extract, "evalu
 
 
 def main(args):
-    warnings.filterwarnings("ignore", "Grad strides do not match")        # kernels of size 1 on CPU
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 
