@@ -63,17 +63,17 @@ GRID = 7                                                      # pooled to GRID x
 PUBLISHED = {                        # milestones: shares of training at which lr falls to a tenth
     # SSDet, train_x3d_kinetics_multigrid.py; iters guessed from its files' names, unverified
     "detect": {"num_frames": 16, "stride": 5, "batch_size": 64, "lr": 0.05, "backbone_lr": 0.1,
-               "weight_decay": 5e-5, "warmup": 8000, "iters": 100_000, "epochs": None},
+               "weight_decay": 5e-5, "warmup": 8000, "iters": 100_000},
     # X3D-Multigrid, train_x3d_kinetics_multigrid.py: 120 epochs
     "classify": {"num_frames": 8, "batch_size": 128, "bn_splits": 4, "lr": 0.2, "augment": [],
-                 "weight_decay": 5e-5, "warmup": 8000, "iters": 206_160, "epochs": None,
-                 "multigrid": "x3d", "milestones": [0.4, 0.65, 0.925]},
+                 "weight_decay": 5e-5, "warmup": 8000, "iters": 206_160, "multigrid": "x3d",
+                 "milestones": [0.4, 0.65, 0.925]},
     # SSDet, train_x3d_charades_loc.py
     "x3d": {"num_frames": 16, "batch_size": 16, "bn_splits": 2, "lr": 0.02, "epochs": 100,
             "schedule": "plateau"},
     # Coarse-Fine, train_fine.py; there is no official script for SlowFast
-    "fine": {"batch_size": 8, "lr": 0.01, "milestones": [0.3, 0.4, 0.5], "val_every": 4},
-    "slowfast": {"batch_size": 8, "lr": 0.01, "milestones": [0.3, 0.4, 0.5], "val_every": 4},
+    **dict.fromkeys(("fine", "slowfast"), {"batch_size": 8, "lr": 0.01, "val_every": 4,
+                                           "milestones": [0.3, 0.4, 0.5]}),
     # Coarse-Fine, train_coarse_fineFEAT.py; for two the distributed script of its branch weak
     "coarse": {"batch_size": 6, "lr": 0.02, "milestones": [0.15, 0.25, 0.35]},
     "two": {"batch_size": 16, "lr": 0.02, "milestones": [0.3, 0.45, 0.55]}}
@@ -90,9 +90,8 @@ class Mixture(NamedTuple):
 
 
 def volume_freeze(mix, start, length):
-    """Repeat frame `start` for `length` frames and give these label 0.      start, length: (B,)
-
-    Later frames are delayed; the end of the clip is cut off.
+    """Repeat frame `start` for `length` frames and give these label 0. Later frames are delayed;
+    the end of the clip is cut off.      start, length: (B,)
     """
     start, length = start[:, None], length[:, None]
     t = torch.arange(mix.x.shape[2], device=mix.x.device)
@@ -110,20 +109,16 @@ def unmixed(x, label):
 
 
 def with_partner(mix, x, partner, weights, present):
-    """The frames `x` with the labels of mix and of the partners: M -> 2M.
-
-    weights, present: (2, B, T), of the own clip and of the partner.
-    """
-    label = torch.cat([mix.label, mix.label[:, partner]])
-    weight = torch.cat([mix.weight * weights[0], mix.weight[:, partner] * weights[1]])
-    present = torch.cat([mix.present * present[0], mix.present[:, partner] * present[1]])
-    return Mixture(x, label, weight, present)
+    """The frames `x` with the labels of mix and of the partners: M -> 2M."""
+    return Mixture(
+        x, label=torch.cat([mix.label, mix.label[:, partner]]),
+        weight=torch.cat([mix.weight * weights[0], mix.weight[:, partner] * weights[1]]),
+        present=torch.cat([mix.present * present[0], mix.present[:, partner] * present[1]]))
 
 
 def clip_intervals(T, start, length, extend=True):
-    """(start, end) of the own clip and of its partner.      start, length, results: (2, B)
-
-    extend: move the earlier start to 0, then the later end to T: every frame shows a clip.
+    """(start, end) of the own clip and of its partner, (2, B) each. extend: the earlier start moves
+    to 0, and then the later end to T, so that every frame shows a clip.
     """
     if not extend:
         return start, start + length
@@ -136,13 +131,12 @@ def clip_intervals(T, start, length, extend=True):
 
 
 def cross_fade(T, start, end, total=1):
-    """Weights (2, B, T) of two clips that sum to `total`, and where they are present (2, B, T).
+    """Weights of two clips that sum to `total`, and where they are present, (2, B, T) each.
 
-    Frames k = 1..n show both clips. The weight of the own clip there, by how it lies:
-        starts later, ends later        k / (n+1)                 starts and ends earlier   1 - that
-        starts earlier, ends later      |t + 1 - middle| 2/(n+1)  inside its partner        1 - that
-    NOTE: this is the official code, where the minimum is half a frame off the middle. The README's
-    figure has (2k-1)/(2n+1) instead of k/(n+1).
+    Frames k = 1..n show both clips. There the weight of the own clip is, if it
+        starts and ends later           k / (n+1)                 starts and ends earlier   1 - that
+        starts earlier, ends later      |t + 1 - middle| 2/(n+1)  is inside its partner     1 - that
+    NOTE: so the code, its minimum half a frame off the middle. The README's figure: (2k-1)/(2n+1).
     """
     t = torch.arange(T, device=start.device)
     present = (t >= start[..., None]) & (t < end[..., None])
@@ -171,8 +165,8 @@ def volume_mixup(mix, start, length, partner, extend=True):
 def volume_cutmix_growing(mix, start, length, partner, extend=True):
     """While both clips are present, the later clip's window grows from one side over the other's.
 
-    The weight of a label is the visible area. NOTE: this follows code that is commented out in the
-    release. There, frames of neither clip are black (extend=False); we leave no such frames.
+    NOTE: this follows code that is commented out in the release. There, frames of neither clip are
+    black (extend=False); we leave no such frames.
     """
     T, W = mix.x.shape[2], mix.x.shape[4]
     start, end = clip_intervals(T, start, length, extend)
@@ -191,10 +185,8 @@ def volume_cutmix_growing(mix, start, length, partner, extend=True):
 
 
 def volume_cutmix_sliding(mix, partner):
-    """Two fixed windows side by side; each clip slides horizontally inside its window.
-
-    Both labels have weight 1/2. NOTE: the released code runs this one. Its README and figure
-    describe `volume_cutmix_growing`.
+    """Two fixed windows side by side, in which the clips slide; both labels have weight 1/2. NOTE:
+    the released code runs this one; its README and figure describe `volume_cutmix_growing`.
     """
     T, W = mix.x.shape[2], mix.x.shape[4]
     window, column = 9 * W // 16, torch.arange(W, device=mix.x.device)
@@ -236,11 +228,9 @@ def draw_choices(rng, name, T, B, device=None):
 
 
 def draw_augmentations(args, step, T, B, device):
-    """{name: choices} of a step. An augmentation is on or off for the whole batch on all processes,
-    as released. Partners are clips of the same process.
-    """
+    """{name: choices} of a step, on or off for the whole batch of all processes, as released."""
     on = np.random.default_rng((args.seed, step)).random(len(AUGMENTATIONS)) < args.aug_prob
-    rng = np.random.default_rng((args.seed, step, common.rank()))
+    rng = np.random.default_rng((args.seed, step, common.rank()))         # partners: a process's
     return {name: draw_choices(rng, name, T, B, device) for name, draw in zip(AUGMENTATIONS, on)
             if draw and name in args.augment}
 
@@ -248,9 +238,8 @@ def draw_augmentations(args, step, T, B, device):
 # ---- 2. SSDet: pre-training (official file: train_x3d_kinetics_multigrid.py) ---------------------
 
 def pretraining_loss(logits, mix):
-    """Loss (4), a sum over the M mixtures, and the soft accuracy.      (B, C, T) -> two scalars
-
-    NOTE: Σ k_m is over a process's clips, as over a GPU's in the release.
+    """Loss (4) and the soft accuracy.      (B, C, T) -> two scalars. NOTE: Σ k_m is over the clips
+    of a process, as in the release over those of a GPU.
     """
     ce = torch.stack([F.cross_entropy(logits, y, reduction="none") for y in mix.label])
     present = mix.present.sum((1, 2)).clamp(min=1)            # Σ_bt k_m, (M,)
@@ -333,21 +322,16 @@ def evaluate_kinetics(args, device, model, clips):
     return {name: float(x.mean()) for name, x in found.items()}
 
 
-# ---- 3. learning rate and optimizer (the same file) ----------------------------------------------
-
 def warmup_and_steps(step, lr, milestones, warmup):
-    """Linear warm-up, then lr x 0.1 from each milestone on.
-
-    NOTE: in the release the first two steps run at the full rate, and warm-up gives all groups the
-    same rate, so that the backbone's 0.1 is lost. Both are mended.
+    """Linear warm-up, then lr x 0.1 from each milestone on. NOTE: the release has the full rate in
+    the first two steps, and warms up all groups to the same rate: the backbone's 0.1 is lost.
     """
     return lr * 0.1 ** sum(step >= m for m in milestones) * min(1, (step + 1) / max(1, warmup))
 
 
 def learning_rate(args, step, steps, val_losses=()):
-    """Learning rate of a step; the caller multiplies it with multigrid's and the group's factor.
-
-    NOTE: SSDet's is constant, as the release resumes at step 500,000, after all its milestones.
+    """Learning rate of a step, without multigrid's and the group's factor. NOTE: SSDet's is
+    constant, as the release resumes at step 500,000, after all its milestones.
     """
     milestones = [] if args.multigrid == "fair" else [m * steps for m in args.milestones]
     lr = warmup_and_steps(step, args.lr, milestones, args.warmup)
@@ -369,10 +353,8 @@ def plateau_drops(val_losses, patience=10, threshold=1e-4):
 
 
 def make_optimizer(args, model):
-    """SGD on two groups: the backbone at --lr x `backbone_lr`, and new layers.
-
-    New are fc1 and fc2 (--lr), or with --stream coarse the fusion layers rw and mix (--lr x 10).
-    NOTE: weight decay acts on batch norm and biases, too, as released.
+    """SGD on two groups: the backbone at lr x `backbone_lr`; new layers, which are fc1 and fc2 at
+    lr, or rw and mix of --stream coarse at 10 lr. NOTE: weight decay acts on all parameters.
     """
     new, scale = (("rw", "mix"), 10.0) if args.stream == "coarse" else (("fc1.", "fc2."), 1.0)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -382,13 +364,12 @@ def make_optimizer(args, model):
                            lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
 
 
-# ---- 4. Coarse-Fine: networks (official file: x3d_coarse.py) -------------------------------------
+# ---- 3. Coarse-Fine: networks (official file: x3d_coarse.py) -------------------------------------
 
 class GridPool(nn.Module):
     """Grid Pool (5): keep a quarter of the time steps, more where the confidence p is high.
 
-    (B, C, T, H, W) -> (B, C, L, H, W) and their times c, (B, L), 0..1. NOTE: L = T/4 + 1 in the
-    code; the paper says T/4.
+    (B, C, T, H, W) -> (B, C, L, H, W), times c (B, L) in 0..1. NOTE: the paper says L = T/4.
     """
 
     def __init__(self, channels, norm):
@@ -404,7 +385,7 @@ class GridPool(nn.Module):
         z = self.conv3(z).mean((1, 3, 4)).float()             # (B, T/4)
         p = torch.sigmoid(0.5 * z)                            # high p: small step, dense sampling
         q = (1 - p) / (1 - p).sum(1, keepdim=True)
-        c = F.pad(q.cumsum(1), (1, 0))                        # (B, L)
+        c = F.pad(q.cumsum(1), (1, 0))                        # (B, L), L = T/4 + 1
         return sample(x, c * (x.shape[2] - 1)), c             # (5)
 
 
@@ -422,8 +403,7 @@ def to_uniform_times(x, c):
 
 
 def interpolate(x, y, query):
-    """Piecewise-linear function through (x, y); its end segments go on.  x must be increasing.
-
+    """Piecewise-linear function through (x, y), x increasing; beyond the ends its end segments.
     (R, N), (R, N), (R or 1, Q) -> (R, Q)
     """
     query = query.expand(len(x), -1).contiguous()
@@ -434,7 +414,6 @@ def interpolate(x, y, query):
 
 def sample(x, times):
     """x at fractional time steps, linear, zero outside. A matrix product: L is small, C·H·W large.
-
     (B, C, N, ...), (B, L) -> (B, C, L, ...)
     """
     step, lower = torch.arange(x.shape[2], device=x.device), times.detach().floor()[..., None]
@@ -447,11 +426,10 @@ def sample(x, times):
 
 
 def gaussian(start, num_valid, fine_steps, c=None, T=None, L=None, coarse_stride=4):
-    """Weights G (7) of T' fine steps for L coarse times; the maximum over τ is 1.  -> (B, T', L)
+    """Weights G (7) of T' fine steps for L coarse times: (B, T', L).
 
-    start: first coarse frame in fine steps (B,); num_valid: N (B,); fine_steps: T'. Without Grid
-    Pool μ_i = start + coarse_stride·i. NOTE: that stride is 1 in the release, but coarse steps are
-    4 fine steps apart.
+    start: s, first coarse frame in fine steps (B,); num_valid: N (B,); fine_steps: T'. Without Grid
+    Pool μ_i = s + coarse_stride·i. NOTE: 1 in the release, but coarse steps are 4 fine steps apart.
     """
     start, num_valid = start.float()[:, None], num_valid.float()[:, None]
     mu = start + (coarse_stride * torch.arange(L, device=start.device) if c is None else c * T)
@@ -463,9 +441,8 @@ def gaussian(start, num_valid, fine_steps, c=None, T=None, L=None, coarse_stride
 class FusionFilter(nn.Module):
     """Filter (8) of one level of fine features; predicts a bias and a scale for the coarse ones.
 
-    F: (B, C, T', h, w), G: (B, T', L), valid: (B, T'), 1 for fine steps and 0 for padding
-    -> two of (B, C', L, h, w); with `spatial_mean` (B, C', L, 1, 1).
-    sigmoid_scale: for a scale that does not go through Mixing, whose sigmoid it lacks.
+    F: (B, C, T', h, w), G: (B, T', L), valid: (B, T'), 1 for fine steps and 0 for padding -> two of
+    (B, C', L, h, w), or with spatial_mean (B, C', L, 1, 1). sigmoid_scale: if no Mixing follows.
     """
 
     def __init__(self, channels, out, spatial_mean=False, sigmoid_scale=False, dropout=0.5):
@@ -494,8 +471,8 @@ class FusionFilter(nn.Module):
 
 
 def resize_maps(x, size):
-    """(B, C, L, h, w) -> (B, C, L, size, size): repeat values if size is a multiple of h, else
-    adaptive max pooling, which gives the same for a multiple but slowly (as released).
+    """(B, C, L, h, w) -> (B, C, L, size, size): adaptive max pooling, as released; if size is a
+    multiple of h it repeats values, which is faster.
     """
     planes = x.flatten(1, 2)                                  # (B, C·L, h, w)
     repeat = size % x.shape[-1] == 0 and x.shape[-1] == x.shape[-2]
@@ -504,11 +481,10 @@ def resize_maps(x, size):
 
 
 class Mixing(nn.Module):
-    """W_b and W_s of (9) for one stage of the coarse stream.
+    """W_b and W_s of (9): lists of (B, C_l, L, h, w) -> two of (B, C, L, size, size).
 
-    biases, scales: lists over levels of (B, C_l, L, h, w) -> two of (B, C, L, size, size), the
-    scale after σ. The convolutions are pointwise: repeating after them gives the same at 1/64 of
-    the memory. If `size` is no multiple of h (never at 224 pixels) maps are resized first.
+    The convolutions are pointwise: repeating after them gives the same at 1/64 of the memory. If
+    `size` is no multiple of h (never at 224 pixels), maps are resized first.
     """
 
     def __init__(self, channels, out):
@@ -529,8 +505,7 @@ class Mixing(nn.Module):
 class Coarse(common.X3D):
     """Coarse stream: X3D with temporal pooling by 4 after stage 1 and fusion of fine features.
 
-    pool: grid, avg, max or stride; fusion: mixed (all levels at every stage), own (each level at
-    its stage) or none; coarse_stride: see `gaussian`.
+    pool, fusion: see --help; coarse_stride: see `gaussian`.
     """
 
     def __init__(self, version="M", classes=157, pool="grid", fusion="mixed",
@@ -601,7 +576,7 @@ def fine_features(fine, x):
 
 
 class TwoStream(nn.Module):
-    """Both streams, trained together (branch weak: distributed_train_coarse_fine_2stream.py)."""
+    """Both streams, trained together (in the official code: branch weak)."""
 
     def __init__(self, coarse, fine):
         super().__init__()
@@ -613,21 +588,16 @@ class TwoStream(nn.Module):
         return self.coarse(x, fine_features(self.fine, fine_x), valid, start)
 
 
-# ---- 5. Coarse-Fine: training (official files: train_fine.py, train_coarse_fineFEAT.py) ----------
+# ---- 4. Coarse-Fine: training (official files: train_fine.py, train_coarse_fineFEAT.py) ----------
 
 def resize_logits(logits, length, align_corners):
-    """Linear interpolation of (B, K, N) to `length` label frames.
-
-    NOTE: the release has align_corners=True for the fine stream alone.
-    """
+    """(B, K, N) -> (B, K, length). NOTE: only the fine stream aligns corners, as released."""
     return F.interpolate(logits, length, mode="linear", align_corners=align_corners)
 
 
 def detection_loss(logits, label, mask):
-    """Loss (10) and its two terms.      logits, label: (B, K, N); mask: (B, N), 0 for padding
-
-    cls: BCE of the maximum over time; loc: BCE of every valid frame of the process's batch. NOTE:
-    SSDet's repository does not mask: padded frames count as negative there.
+    """Loss (10) and its two terms.      (B, K, N) twice, mask: (B, N), 0 for padding. NOTE: SSDet's
+    repository has no mask: padded frames count as negative there.
     """
     bce, valid = F.binary_cross_entropy_with_logits, mask[:, None]
     cls = bce(logits.masked_fill(valid == 0, -math.inf).amax(2), label.amax(2))
@@ -721,14 +691,10 @@ def model_inputs(args, batch):
     return inputs
 
 
-# ---- 6. evaluation (apmeter.py, Charades_v1_localize.m, eval_coarse_fineFEAT_ensemble.py) --------
-
-CHUNK = 1000                         # videos with more sampled frames are predicted in chunks
-
+# ---- 5. evaluation (apmeter.py, Charades_v1_localize.m, eval_coarse_fineFEAT_ensemble.py) --------
 
 def average_precision(scores, targets, weights=None):
     """AP of one class: the mean of the precision at the rank of each positive. Ties keep order.
-
     weights, of frames, change the precision but not the final mean, as in the official APMeter.
     """
     order = torch.sort(scores, descending=True, stable=True).indices
@@ -752,10 +718,9 @@ def localization_labels(actions, seconds, classes=157, count=25):
 
 
 def charades_localize(labels, scores):
-    """Official metric of Charades.      two lists of (25, K) in annotation order, which ties keep
-
-    Returns AP by class (NaN without positives), the mean over classes with positives, and AP
-    weighted by positives. NOTE: in Charades_v1_localize.m a class without positives gives NaN.
+    """(AP by class, their mean, their mean weighted by positives) of lists of (25, K), in the order
+    of the annotations, which ties keep. NOTE: classes without positives are NaN and left out of the
+    mean; in Charades_v1_localize.m they make it NaN.
     """
     labels, scores = (torch.from_numpy(np.concatenate(x)) for x in (labels, scores))
     positives = labels.sum(0, dtype=torch.float64).numpy()
@@ -766,19 +731,17 @@ def charades_localize(labels, scores):
 
 
 def charades_frames(length, seconds, fps, as_released=False):
-    """Label frames nearest to the 25 times of a video of `length` frames.
-
-    NOTE: the release has 1 + i·⌊length/25⌋, which drifts to earlier frames (--as_released).
+    """Label frames nearest to the 25 times. NOTE: the release has 1 + i·⌊length/25⌋, which drifts
+    to earlier frames (--as_released).
     """
     if as_released:
         return np.minimum(1 + np.arange(25) * (length // 25), length - 1)
     return np.round(localization_times(seconds) * fps).astype(int).clip(0, length - 1)
 
 
-def chunks(T, limit=CHUNK):
-    """[(first, end)] of `limit` steps each. Fewer than limit + 5 steps are not split, as released.
-
-    The last chunk is never empty; the release stops there.
+def chunks(T, limit=1000):
+    """[(first, end)] of `limit` steps each; up to limit + 4 steps are one, as released. NOTE: at
+    multiples of `limit` the release has an empty last chunk and stops.
     """
     return [(0, T)] if T < limit + 5 else [(a, min(a + limit, T)) for a in range(0, T, limit)]
 
@@ -812,7 +775,7 @@ def detect(args, device, models, videos, names, what):
                 "grid_times": torch.cat(times, 1) if times else z[:, 0, :0],
                 **{k: batch[k] for k in ("video_frames", "label_frames", "seconds")}}
 
-    make = functools.partial(make_whole_video, classes=len(names))
+    make = functools.partial(make_clip, classes=len(names), whole=True)
     found = common.predict(args, device, common.Samples(args, videos, make), network, what,
                            batch_size=1, collate=collate)
     columns = [found[field] for field in Prediction._fields]
@@ -859,10 +822,8 @@ def evaluate(args, device):
         return common.finish(args, {"mAP_25": 100 * mean, "wAP_25": 100 * weighted})
     runs, models = [with_flags_of(args, Path(path)) for path in args.init], []
     for path, run in zip(args.init, runs):
-        differ = [f"--{k}" for k in NETWORK_FLAGS if getattr(run, k) != getattr(runs[0], k)]
-        if differ:
-            raise UserError(f"{path}: cannot be averaged with {args.init[0]}, as these differ: "
-                            + " ".join(differ))
+        if any(getattr(run, name) != getattr(runs[0], name) for name in NETWORK_FLAGS):
+            raise UserError(f"{path}: has other flags than {args.init[0]}; they are no ensemble")
         models.append(make_model(run, len(names)).to(device).eval())
         load_network(models[-1], Path(path), strict=True)
     args = runs[0]
@@ -899,7 +860,24 @@ def read_submission(path, videos, classes):
     return [*scores.values()]
 
 
-# ---- 7. features of the fine stream (official file: extract_fineFEAT.py) -------------------------
+def draw_timeline(args, videos, predictions, logits, names, most=6):
+    """timeline.png: annotated classes of the video with most actions, and Grid Pool's times."""
+    from PIL import Image, ImageDraw
+    video, p, z = max(zip(videos, predictions, logits), key=lambda row: len(row[0].actions))
+    shown, probability = sorted({c for c, *_ in video.actions})[:most], z.sigmoid().numpy()
+    x = np.arange(p.label_frames) * p.seconds / p.video_frames
+    labels = frame_labels(video.actions, p.video_frames, p.seconds, len(names))
+    marks = p.grid_times.numpy() * args.stride * p.seconds / p.video_frames
+    image = Image.new("RGB", (900, 30 + 150 * max(1, len(shown))), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((60, 8), f"{video.name}, seconds", "black")
+    for k, c in enumerate(shown):
+        common.plot(draw, (60, 50 + 150 * k, 880, 140 + 150 * k), x, {
+            "annotated": labels[c, :p.label_frames], names[c]: probability[c]}, marks, (0, 1))
+    common.write_figure(args.out / "timeline.png", image)
+
+
+# ---- 6. features of the fine stream (official file: extract_fineFEAT.py) -------------------------
 
 def extract(args, device):
     """Store five maps of every video, pooled to 7x7: DIR/LEVEL/NAME, (1, C, T, 7, 7) in float16.
@@ -913,16 +891,14 @@ def extract(args, device):
     args.stream = "fine"
     model = make_model(args, len(names)).to(device).eval()
     load_network(model, path, strict=True)
-    weights = sum(p.double().abs().sum().item() for p in model.parameters())
-    common.claim(args.features, {"stride": args.stride, "crop": args.crop,
-                                 "sum_of_weights": f"{weights:.8g}"})
+    common.claim(args.features, {"stride": args.stride, "crop": args.crop, "init": path})
     videos = [v for split in ("train", "test") for v in read_videos(args, split, names)]
     todo = [v for v in videos if not all(
         (args.features / level / v.name).is_file() for level in LEVELS)]
     common.barrier()                                          # before the first of them is written
 
     mine = range(len(todo))[common.rank()::common.world_size()]
-    make = functools.partial(make_whole_video, classes=len(names))
+    make = functools.partial(make_clip, classes=len(names), whole=True)
     dataset = Subset(common.Samples(args, todo, make), mine)
     for i, item in zip(mine, common.read_items(args, dataset, "extract")):
         with torch.inference_mode(), common.autocast(device, args.precision):
@@ -952,7 +928,7 @@ def check_features(args):
         raise UserError(f"{path}: these features have another --stride than {args.stride}")
 
 
-# ---- 8. multigrid (arXiv 1912.00998; cycle_batch_sampler.py, SlowFast's utils/multigrid.py) ------
+# ---- 7. multigrid (arXiv 1912.00998; cycle_batch_sampler.py, SlowFast's utils/multigrid.py) ------
 
 class StepShape(NamedTuple):
     """Batch shape of one training step."""
@@ -987,10 +963,8 @@ LONG_FRAMES = (0.25, 0.5, 0.5, 1)    # factor of the frames that a clip spans
 
 
 def long_state(step, bounds):
-    """State 0..3 of the long cycle at a step; -1 (full shape) in the last phase.
-
-    Between the first four bounds lie three cycles of four equal parts. NOTE: in the release a
-    cycle ends one step later.
+    """State 0..3 of the long cycle at a step: four equal parts between two bounds; -1 (full shape)
+    after the last but one. NOTE: in the release a cycle ends one step later.
     """
     for a, b in itertools.pairwise(bounds[:-1]):
         if a <= step < b:
@@ -1004,9 +978,8 @@ def short_state(step, state):
 
 
 def clip_shape(state, short, span, crop):
-    """(frames spanned, crop, batch factor) in a long and a short state.
-
-    In a short cycle the crop grows by √2 and the batch is halved from step to step.
+    """(frames spanned, crop, batch factor) in a long and a short state. In a short cycle the crop
+    grows by √2 and the batch is halved from step to step.
     """
     half = int(crop / 2 ** 0.5)
     crops = (int(half / 2 ** 0.5), half) if state in (0, 1) else (crop // 2, half, crop)
@@ -1034,8 +1007,7 @@ def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.
     steps: epochs at which lr drops, starting with 0. Between two drops the clips go through four
     shapes, each for epochs in proportion to its average batch; after the last they are full.
     [0, 4, 8] of 10 epochs, 8 frames, 224 pixels: (0, 8, 2, 158, 3), (0, 4, 4, 158, 5),
-    (0, 2, 4, 224, 6), (0, 1, 8, 224, 7), (1, 8, 2, 158, 10), ... (1, 1, 8, 224, 14) and
-    (2, 1, 8, 224, 15).
+    (0, 2, 4, 224, 6), (0, 1, 8, 224, 7), (1, 8, 2, 158, 10), ... (2, 1, 8, 224, 15).
     """
     shapes, average = [], []
     for t, s in ((0.25, 0.5 ** 0.5), (0.5, 0.5 ** 0.5), (0.5, 1), (1, 1)):    # the long cycle
@@ -1057,9 +1029,8 @@ def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.
 
 
 def fair_rates(schedule, gamma=0.1):
-    """(epochs at which the rate changes, factors of the rate) of a `fair_schedule`.
-
-    The last phase starts with the rate before its drop and drops in its middle.
+    """(epochs at which the rate changes, its factors) of a `fair_schedule`, whose last phase starts
+    with the rate before its drop and drops in its middle.
     """
     changes = [0, *(end for *_, end in schedule)]
     changes[-1] = (changes[-2] + changes[-1]) // 2
@@ -1068,7 +1039,7 @@ def fair_rates(schedule, gamma=0.1):
     return changes, before + rates[-2:]
 
 
-# ---- 9. clips (charades_fine.py, charades.py, temporal_transforms.py, spatial_transforms.py) -----
+# ---- 8. clips (charades_fine.py, charades.py, temporal_transforms.py, spatial_transforms.py) -----
 
 FPS = {"charades": 24.0}             # of its folders of frames; the others keep the file's rate
 FRAMES = {"kinetics400": "frame_{:05d}.jpg", "charades": "{id}-{:06d}.jpg",
@@ -1084,9 +1055,8 @@ CHARADES_NORM = ((0.413, 0.368, 0.338), (0.131, 0.125, 0.132))
 
 
 class Film:
-    """A video file, or a folder of frames, whose frames are read by number.
-
-    fps: a file is read as if it had so many frames per second; None: its own rate.
+    """A video file, or a folder of frames, that is read by frame numbers. fps: a file is read as if
+    it had so many frames per second; None: its own rate.
     """
 
     def __init__(self, path, pattern, fps=None):
@@ -1100,9 +1070,7 @@ class Film:
             self.length = max(1, round(media.seconds * self.fps))
 
     def read(self, numbers, short_side=None):
-        """uint8 (T, H, W, 3). Of a file, the frame on show in the middle of a number's time, which
-        is what ffmpeg's fps filter puts into a folder of frames.
-        """
+        """(T, H, W, 3) uint8; of a file what is on show half a frame later, as ffmpeg extracts."""
         if self.path.is_dir():
             return common.read_frames(self.path, numbers, self.pattern, short_side)
         numbers, inverse = np.unique(numbers, return_inverse=True)
@@ -1162,9 +1130,7 @@ def kinetics_frames(length, start, span, stride, speed=1, kept_span=None):
 
 
 def max_start_kinetics(length, span):
-    """Largest start of a training clip. NOTE: videos of 81 frames or fewer, which the release
-    leaves out, start at 0.
-    """
+    """Largest start. NOTE: the release leaves out videos of 81 frames or fewer; ours start at 0."""
     return max(0, length - span - 1)
 
 
@@ -1181,18 +1147,15 @@ def clip_frames(length, start, span, stride):
 
 
 def max_start(length, span, stride):
-    """Largest start of a clip of an untrimmed video.
-
-    NOTE: of videos shorter than the clip, the start is still drawn from 0..stride-1, so that their
-    end is lost, as released.
+    """Largest start of a clip of an untrimmed video. NOTE: of a video shorter than the clip it is
+    stride - 1, so that the end is lost, as released.
     """
     return min(max(stride, length - min(length, span)), length) - 1
 
 
 def video_frames(length, stride, whole=False):
-    """(frames of a whole video, the number of labels that they cover).
-
-    Without `whole`, an incomplete last stride is dropped, as in Coarse-Fine's scripts.
+    """(frames of a whole video, number of labels that they cover). Without `whole`, an incomplete
+    last stride is dropped, as in Coarse-Fine's scripts.
     """
     end = length if whole else min(length, max(1, length // stride) * stride)
     return np.arange(0, end, stride), end
@@ -1209,9 +1172,7 @@ def fine_frames(length, start, fine_start, span, stride):
 
 
 def frame_labels(actions, length, seconds, classes):
-    """(classes, length) of 0 and 1: class c at frame f where start < f / fps < end, fps =
-    length / seconds.
-    """
+    """(classes, length): is class c active at frame f, start < f · seconds / length < end?"""
     labels, times = np.zeros((classes, length), np.float32), np.arange(length) / (length / seconds)
     for c, start, end in actions:
         labels[c, (times > start) & (times < end)] = 1
@@ -1237,52 +1198,37 @@ def make_kinetics_crops(args, clips, i, rng):
     return {"clip": x.unflatten(1, numbers.shape).transpose(0, 1), "label": label}
 
 
-def load_video(args, video, classes):
-    """(Film, labels (K, length) uint8, seconds) of an untrimmed video."""
+def make_clip(args, videos, i, rng, classes, whole=False):
+    """Sample of an untrimmed video: a random clip for training, or the whole video at test, its
+    frames' labels, and what --stream gets of the fine stream.
+    """
+    video, span, stride = videos[i], args.num_frames * args.stride, args.stride
     film = Film(video.path, FRAMES[args.dataset], FPS.get(args.dataset))
     if not (video.seconds or film.fps):
-        raise UserError(f"{video.path}: a folder of frames has no frame rate; use the JSON "
-                        "annotations, which contain the duration")
+        raise UserError(f"{video.path}: frames without a rate; multithumos.json has the duration")
     seconds = video.seconds or film.length / film.fps
-    labels = frame_labels(video.actions, film.length, seconds, classes)
-    return film, torch.from_numpy(labels).to(torch.uint8), seconds
-
-
-def make_clip(args, videos, i, rng, classes):
-    """Training sample: a random clip of a video, its labels, and the fine input of --stream."""
-    film, labels, _ = load_video(args, videos[i], classes)
-    span, stride, sample = args.num_frames * args.stride, args.stride, {}
-    start = int(rng.integers(0, max_start(film.length, span, stride) + 1))
-    crop, offset = draw_crop(args, rng), start // stride      # the same crop in both streams
-    if reads_features(args):
-        sample = read_features(args, videos[i].name)
-    elif args.stream == "two":
-        fine_start = int(rng.integers(0, start + 1))
-        numbers, offset = fine_frames(film.length, start, fine_start, span, stride)
-        sample["fine"] = read_square(film, numbers, args.crop, *crop)
-    numbers = clip_frames(film.length, start, span, stride)
-    return {**sample, "clip": read_square(film, numbers, args.crop, *crop),
-            "label": labels[:, start:start + span], "start": offset}
-
-
-def make_whole_video(args, videos, i, rng, classes):
-    """Evaluation sample: all sampled frames of a video, centre crop."""
-    film, labels, seconds = load_video(args, videos[i], classes)
-    span, offset, sample = args.num_frames * args.stride, 0, {}
-    if reads_features(args):
-        sample = read_features(args, videos[i].name)
-    elif args.stream == "two":
-        fine_start = fine_start_at_test(film.length, span)
-        numbers, offset = fine_frames(film.length, 0, fine_start, 2 * span, args.stride)
-        sample["fine"] = read_square(film, numbers, args.crop)
-    numbers, end = video_frames(film.length, args.stride, args.stream in ("x3d", "two"))
-    return {**sample, "clip": read_square(film, numbers, args.crop), "label": labels[:, :end],
-            "start": offset, "video_frames": film.length, "label_frames": end, "seconds": seconds}
+    if whole:
+        start, fine_start, fine_span = 0, fine_start_at_test(film.length, span), 2 * span
+        numbers, end = video_frames(film.length, stride, args.stream in ("x3d", "two"))
+        crop = ()                                             # the centre square
+    else:
+        start = int(rng.integers(0, max_start(film.length, span, stride) + 1))
+        fine_start, fine_span = int(rng.integers(0, start + 1)), span
+        numbers, end = clip_frames(film.length, start, span, stride), start + span
+        crop = draw_crop(args, rng)                           # the same for both streams
+    label = torch.from_numpy(frame_labels(video.actions, film.length, seconds, classes))
+    label = label[:, start:end].to(torch.uint8)               # (K, N)
+    sample = {"clip": read_square(film, numbers, args.crop, *crop), "start": start // stride,
+              "label": label, "video_frames": film.length, "label_frames": label.shape[1],
+              "seconds": seconds}
+    if args.stream == "two":
+        fine, sample["start"] = fine_frames(film.length, start, fine_start, fine_span, stride)
+        sample["fine"] = read_square(film, fine, args.crop, *crop)
+    return {**sample, **(read_features(args, video.name) if reads_features(args) else {})}
 
 
 def collate(samples):
-    """A batch of untrimmed videos. Tensors are padded with zeros along time, their axis 1.
-
+    """A batch of untrimmed videos. Tensors are padded with zeros along time, their axis 1;
     NAME_mask, (B, length), is 1 on the steps of NAME and 0 on padding.
     """
     batch = {}
@@ -1299,7 +1245,7 @@ def collate(samples):
     return batch
 
 
-# ---- 10. annotations -----------------------------------------------------------------------------
+# ---- 9. annotations ------------------------------------------------------------------------------
 
 CLASSES = {"charades": 157, "multithumos": 65}                # if there is no list of classes
 
@@ -1321,9 +1267,8 @@ def read_class_names(args):
 
 
 def read_actions(args, split, names):
-    """(file, [(video, seconds, actions)]) of a split, whose actions are [(class, start, end)].
-
-    From Charades' CSV, else the official repositories' JSON, else MultiTHUMOS' files of classes.
+    """(file, [(video, seconds, [(class, start, end)])]) of a split: from Charades' CSV, the JSON of
+    the official repositories, or MultiTHUMOS' files of classes.
     """
     subset = "training" if split == "train" else "testing"
     first = int(args.dataset == "multithumos")                # its JSON numbers classes from 1
@@ -1340,21 +1285,18 @@ def read_actions(args, split, names):
         return value["subset"], (name, float(value["duration"]), [
             (int(c) - first, float(start), float(end)) for c, start, end in value["actions"]])
 
-    path = common.find(args.data, f"Charades_v1_{split}.csv", required=False)
-    if path and args.dataset == "charades":
+    forms = {"charades": (f"Charades_v1_{split}.csv", "charades.json"),
+             "multithumos": ("multithumos.json", f"{names[0]}.txt")}
+    path = common.find(args.data, *forms[args.dataset])
+    if path.suffix == ".csv":
         return path, common.read_table(path, row)
-    path = common.find(args.data, f"{args.dataset}.json", required=False)
-    if path:
+    if path.suffix == ".json":
         return path, [video for part, video in common.read_json(path, entry) if part == subset]
-    return read_class_files(args, split, names)
+    return path.parent, read_class_files(path.parent, split, names)
 
 
-def read_class_files(args, split, names):
+def read_class_files(folder, split, names):
     """The same from MultiTHUMOS' CLASS.txt with lines "VIDEO START END"; seconds are 0: unknown."""
-    path = common.find(args.data, f"{names[0]}.txt", required=False)
-    if path is None:
-        raise UserError(f"{args.data}: no annotations in it: expected are Charades_v1_*.csv, "
-                        f"{args.dataset}.json, or class_list.txt of MultiTHUMOS and its files")
     prefix, videos = "video_validation" if split == "train" else "video_test", {}
 
     def row(line):
@@ -1362,16 +1304,15 @@ def read_class_files(args, split, names):
         return video, float(start), float(end)
 
     for c, name in enumerate(names):
-        for video, start, end in common.read_lines(path.with_name(f"{name}.txt"), row):
+        for video, start, end in common.read_lines(folder / f"{name}.txt", row):
             if video.startswith(prefix):
                 videos.setdefault(video, []).append((c, start, end))
-    return path.parent, [(video, 0.0, actions) for video, actions in sorted(videos.items())]
+    return [(video, 0.0, actions) for video, actions in sorted(videos.items())]
 
 
 def read_videos(args, split, names, need_files=True):
-    """[Video] of a split in the order of the annotations.
-
-    In training, videos without a file are left out; in evaluation one is an error.
+    """[Video] of a split in the order of the annotations. In training, videos without a file are
+    left out; in evaluation one is an error.
     """
     path, rows = read_actions(args, split, names)
     for name, _, actions in rows:
@@ -1437,7 +1378,7 @@ def read_kinetics_rows(path):
     return common.read_table(path, row) if path.suffix == ".csv" else common.read_json(path, entry)
 
 
-# ---- 11. networks and weights (train_fine.py, train_coarse_fineFEAT.py) --------------------------
+# ---- 10. networks and weights (train_fine.py, train_coarse_fineFEAT.py) --------------------------
 
 HEADS = ("fc2.", "rw6.", "head.projection.")                  # classifiers
 FUSION = ("pool_1.", "rw", "mix")                             # layers that Coarse-Fine adds to X3D
@@ -1520,26 +1461,7 @@ def with_flags_of(args, path):
     return own
 
 
-# ---- 12. figure ----------------------------------------------------------------------------------
-
-def draw_timeline(args, videos, predictions, logits, names, most=6):
-    """timeline.png: annotated classes of the video with most actions, and Grid Pool's times."""
-    from PIL import Image, ImageDraw
-    video, p, z = max(zip(videos, predictions, logits), key=lambda row: len(row[0].actions))
-    shown, probability = sorted({c for c, *_ in video.actions})[:most], z.sigmoid().numpy()
-    x = np.arange(p.label_frames) * p.seconds / p.video_frames
-    labels = frame_labels(video.actions, p.video_frames, p.seconds, len(names))
-    marks = p.grid_times.numpy() * args.stride * p.seconds / p.video_frames
-    image = Image.new("RGB", (900, 30 + 150 * max(1, len(shown))), "white")
-    draw = ImageDraw.Draw(image)
-    draw.text((60, 8), f"{video.name}, seconds", "black")
-    for k, c in enumerate(shown):
-        common.plot(draw, (60, 50 + 150 * k, 880, 140 + 150 * k), x, {
-            "annotated": labels[c, :p.label_frames], names[c]: probability[c]}, marks, (0, 1))
-    common.write_figure(args.out / "timeline.png", image)
-
-
-# ---- 13. arguments -------------------------------------------------------------------------------
+# ---- 11. arguments -------------------------------------------------------------------------------
 
 BASE = {"num_frames": 64, "stride": 10, "bn_splits": 1, "backbone_lr": 1.0, "weight_decay": 1e-5,
         "warmup": 0, "schedule": "steps", "milestones": [], "multigrid": "off", "iters": None,
@@ -1549,11 +1471,10 @@ TINY = {"version": "tiny", "crop": 48, "num_frames": 24, "feature_cap": 80, "bat
         "bn_splits": 1, "lr": 0.1, "backbone_lr": 1.0, "epochs": 40, "warmup": 0, "dropout": 0.0,
         "schedule": "cosine", "milestones": [], "multigrid": "off", "val_every": 10,
         "save_every": 100, "workers": 2}
-TINY_RUNS = {"coarse": {"lr": 0.05}, "two": {"lr": 0.02, "epochs": 10}, "x3d": {"num_frames": 16},
-             "slowfast": {"lr": 0.05, "epochs": 20},
-             **dict.fromkeys(("detect", "classify"), {
-                 "num_frames": 16, "stride": 5, "batch_size": 16, "warmup": 20, "iters": 600,
-                 "epochs": None})}
+TINY_PRETRAIN = {"num_frames": 16, "stride": 5, "batch_size": 16, "warmup": 20, "iters": 600}
+TINY_RUNS = {"detect": TINY_PRETRAIN, "classify": TINY_PRETRAIN, "x3d": {"num_frames": 16},
+             "coarse": {"lr": 0.05}, "two": {"lr": 0.02, "epochs": 10},
+             "slowfast": {"lr": 0.05, "epochs": 20}}
 CROPS = {"XS": 160, "S": 160, "L": 312, "XL": 312}            # of X3D's versions, else 224
 
 
@@ -1574,8 +1495,8 @@ def recipe(chosen):
         r["feature_cap"] = 1024          # derived from the paper's GFLOPs, unverified
     if chosen.tiny:
         r |= {**TINY, **TINY_RUNS.get(run, {})}
-    if chosen.epochs or chosen.iters:
-        r |= {"epochs": None, "iters": None}
+    if chosen.epochs or r["iters"]:      # one of both says how long to train
+        r["iters" if chosen.epochs else "epochs"] = None
     runs = f"runs/ssdet_coarsefine_{dataset}"
     best = {s: f"{runs}_finetune_{s}/best.pt" for s in ("fine", "coarse", run)}
     r["init"] = {"detect": ["none" if chosen.tiny else "fair"], "classify": ["none"],
@@ -1613,7 +1534,7 @@ def parse_args(argv=None):
            "(X3D) or pytorchvideo (SlowFast). --stream two: a coarse and a fine one; --stage "
            "evaluate: several are an ensemble", nargs="+", metavar="FILE")
     p.flag("epochs", int, "passes over the training samples")
-    p.flag("iters", int, "training steps, instead of --epochs")
+    p.flag("iters", int, "training steps; wins over --epochs")
     p.flag("batch_size", int, "samples per step over all processes; batch norm sees a process's "
            "samples, in --bn_splits parts")
     p.flag("bn_splits", int, "parts of a process's batch with statistics of their own; 0: plain "
@@ -1634,30 +1555,19 @@ def parse_args(argv=None):
 def check(p, args):
     """Stop at flags that contradict each other or have no effect."""
     pretraining, training = args.stage == "pretrain", args.stage in ("pretrain", "finetune")
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * max(1, args.bn_splits)
     if pretraining != (args.dataset == "kinetics400"):
         p.error("--stage pretrain goes with --dataset kinetics400, the other stages do not")
-    detect, coarse = pretraining and args.task == "detect", args.stream in (None, "coarse", "two")
-    for names, used in (
-            ("task multigrid", pretraining), ("augment aug_prob", detect),
-            ("stream", not pretraining), ("pool fusion", coarse and not pretraining),
-            ("features", args.stream in (None, "coarse") or args.stage == "extract"),
-            ("submission", args.stage == "evaluate" and args.dataset == "charades"),
-            ("lr weight_decay batch_size iters epochs", training)):
-        for name in names.split():
-            if not used and getattr(args, name) != p.get_default(name):
-                p.error(f"--{name} has no effect on this stage, dataset and stream")
-    if args.iters and args.epochs:
-        p.error("--iters and --epochs both say how long to train: choose one")
-    if {"cutmix", "sliding"} <= {*args.augment}:
-        p.error("--augment: cutmix and sliding are two versions of CutMix, choose one")
+    if args.stream in ("fine", "x3d", "slowfast") and (args.pool, args.fusion) != ("grid", "mixed"):
+        p.error("--pool and --fusion have an effect on --stream coarse and two alone")
     if args.stream == "two" and args.fusion == "none":
         p.error("--stream two needs --fusion: else the fine stream is not trained")
-    if len(args.init) > 1 + (args.stream == "two") and args.stage != "evaluate":
-        p.error(f"--init: {len(args.init)} files are more than this stage and stream read")
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * max(1, args.bn_splits)
+    if args.submission and (args.stage, args.dataset) != ("evaluate", "charades"):
+        p.error("--submission goes with --stage evaluate --dataset charades")
+    if args.stage != "evaluate" and len(args.init) > 1 + (args.stream == "two"):
+        p.error("--init has more files than this stage and stream read")
     if training and args.batch_size % parts:
-        p.error(f"--batch_size {args.batch_size} must be a multiple of {parts}, processes x "
-                "--bn_splits")
+        p.error(f"--batch_size must be a multiple of {parts}, processes x --bn_splits")
 
 
 STAGES = {"pretrain": pretrain, "finetune": finetune, "extract": extract, "evaluate": evaluate}
