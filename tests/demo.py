@@ -30,16 +30,16 @@ replai_verbs_scratch --stage linear --dataset epic --data TOY/epic --init none
 replai_state STATE --init OUT/replai_pretrain/last.pt
 replai_state_scratch STATE --init none"""),
     "ssdet_coarsefine": ("kinetics400 charades", "", """
-ssdet --data TOY/kinetics400 --iters 160
+ssdet --data TOY/kinetics400 --iters 320
 ssdet_fine FINE --init OUT/ssdet/last.pt
 ssdet_fine_scratch FINE --init none
 ssdet_extract --stage extract CHARADES MAPS --init OUT/ssdet_fine/last.pt
-ssdet_coarse --stage finetune CHARADES MAPS --stream coarse --epochs 10 --init OUT/ssdet/last.pt
+ssdet_coarse --stage finetune CHARADES MAPS --stream coarse --epochs 16 --init OUT/ssdet/last.pt
 ssdet_test --stage evaluate CHARADES MAPS --init OUT/ssdet_coarse/last.pt"""),
     "cpctrans": ("ucf101", "--data TOY/ucf101", """
-cpc --attn frame --epochs 40
-cpc_tuned --limit 64 --epochs 50 --lr 1e-2 --pretrain OUT/cpc/best.pt
-cpc_scratch --limit 64 --epochs 50 --lr 1e-2 --attn frame --pretrain random
+cpc --attn frame --epochs 60
+cpc_tuned --limit 64 --epochs 100 --pretrain OUT/cpc/best.pt
+cpc_scratch --limit 64 --epochs 100 --attn frame --pretrain random
 cpc_test --test OUT/cpc_tuned/best.pt
 cpc_test_scratch --test OUT/cpc_scratch/best.pt"""),
     "f2c_oops": ("oops", "--data TOY/oops --features OUT/f2c_features", """
