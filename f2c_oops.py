@@ -41,7 +41,6 @@ We had only the abstract of the paper. File names in this script are those of th
 import itertools
 import math
 import statistics
-import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -504,7 +503,11 @@ def validate(args, device, model, val):
     """{"val_loss", "val_top1", "val_<class>"} on the validation set."""
     if args.stage == "classify":
         scores = predict_clips(args, device, model, val)
-        return label_metrics(args, val, scores, "val_")
+        if args.loss == "regression":
+            return {"val_top1": 100 * float(np.mean([
+                abs(t - video.annotation.t[1]) <= 1.5
+                for t, video in zip(predicted_times(args, val, scores), val, strict=True)]))}
+        return label_metrics([video.labels for video in val], scores, "val_")
     names = args.transforms.split(",")
 
     def network(batch):
@@ -561,12 +564,7 @@ def pretrain(args, device):
     transform = transform_video if args.stage == "f2c2v" else transform_clips
     shortest = next(T for T in itertools.count(1)
                     if transform(np.random.default_rng(0), T, names))
-    train_videos, val_videos = ([video for video in read_videos(args, split)
-                                 if video.length >= shortest] for split in ("train", "val"))
-    common.say(f"{len(train_videos)} training and {len(val_videos)} validation videos have "
-               f"{shortest} frames or more")
-    if not (train_videos and val_videos):
-        raise UserError(f"{args.features}: videos are too short to be transformed")
+    train_videos, val_videos = (read_videos(args, split, shortest) for split in ("train", "val"))
     model = make_model(args, val_videos[0].dim, len(names)).to(device)
     load_init(args, model)
     train(args, device, model, common.Samples(args, train_videos, make_pretext), val_videos)
@@ -734,8 +732,8 @@ def extract(args, device):
         common.write(files[path], lambda f, z=z, times=times, fps=fps: np.savez(
             f, arr_0=torch.cat(z).numpy(), times=np.asarray(times), fps=fps))
     common.barrier()
-    common.finish(args, {"videos": len(videos),
-                         "videos_with_features": sum(f.exists() for f in files.values())})
+    common.finish(args, {"videos": len(videos), "with_features": sum(
+        file.exists() for file in files.values())})
 
 
 # ---- 8. clips and labels of Oops! (official files: transformer2x/my_oops_loader.py, dataloader.py)
@@ -871,8 +869,8 @@ def map_features(path):
     a clip's rows is 20 times faster than np.load.
     """
     with common.reading(path, error=VideoError), open(path, "rb") as f:
-        header = f.read(30)                                   # of the archive's first file,
-        f.seek(sum(struct.unpack("<HH", header[26:])), 1)     # which is arr_0.npy
+        sizes = f.read(30)[26:]                               # of the archive's first file's name
+        f.seek(int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little"), 1)
         np.lib.format.read_magic(f)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
         if len(shape) != 2 or dtype.kind != "f":
@@ -911,8 +909,8 @@ def read_video(path, features, annotation=None):
     return Video(path, features, length, dim, annotation, times[:length], fps)
 
 
-def read_videos(args, split, annotations=None):
-    """The Videos of a split that have features; with annotations only those that have labels.
+def read_videos(args, split, shortest, annotations=None):
+    """The Videos of a split with `shortest` features or more; with annotations those with labels.
 
     In training a video with a broken file of features is left out, in validation it is an error.
     """
@@ -925,7 +923,6 @@ def read_videos(args, split, annotations=None):
     files = {path.name.removesuffix(".npz").removesuffix(".mp4"): path
              for path in (args.features / split).glob("*.npz")}               # or NAME.mp4.npz
     present, videos = [name for name in names if name in files], []
-    common.say(f"{split}: {len(names)} videos, {len(names) - len(present)} without features")
     for name in common.spread(present, args.limit):
         try:
             path = args.data / "oops_video" / split / f"{name}.mp4"
@@ -934,9 +931,12 @@ def read_videos(args, split, annotations=None):
             if split == "val":
                 raise
             common.say(f"warning: {e}; left out")
+    videos = [video for video in videos if video.length >= shortest]
+    common.say(f"{split}: {len(videos)} of {len(names)} videos, {len(names) - len(present)} "
+               "are without features")
     if not videos:
-        raise UserError(f"{args.features / split}: has no features of these videos; --stage "
-                        "features makes them")
+        raise UserError(f"{args.features / split}: has no features of these videos, or of less "
+                        f"than {shortest} frames; --stage features makes them")
     return videos
 
 
@@ -953,20 +953,10 @@ def label_videos(args, videos, spacing, sequences=1):
             _, labels = labels_of(args, spans, video.annotation.t[1], spacing)
             labelled.append(video._replace(rows=rows, spans=spans, labels=labels,
                                            sequences=min(sequences, len(rows))))
-    if not labelled:
-        raise UserError(f"{args.features}: all labelled videos are shorter than a clip")
     return labelled
 
 
 # ---- 9. classify (official files: action_classification/, transformer2x/, r21d/mainr21d.py) -----
-
-def make_clip_mlp(dim, classes):
-    """Classifier of clip features (B, 1, D) of a 3-D network, without pre-training. NOTE: the
-    release (r21d/mainr21d.py) uses Adam with weight decay 1e-8; we AdamW with 1e-4, as everywhere.
-    """
-    return nn.Sequential(nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1),
-                         nn.Linear(256, 128), nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
-
 
 def regression_terms(out, label):
     """Regression of the transition time relative to the length (action_localization/
@@ -1001,7 +991,7 @@ def make_labelled_video(args, videos, i, rng):
 def classify(args, device):
     """Fine-tune on labelled videos, at clip level or at video level."""
     annotations = read_annotations(args.data)
-    train_videos, val_videos = (label_videos(args, read_videos(args, split, annotations),
+    train_videos, val_videos = (label_videos(args, read_videos(args, split, 1, annotations),
                                              args.spacing) for split in ("train", "val"))
     counts = np.bincount(np.concatenate([v.labels for v in train_videos]), minlength=3)
     # The official videos at 29.97 fps have 18,096, 4,142 and 19,740 clips 1 s apart, and 61,346,
@@ -1057,13 +1047,9 @@ def classification_metrics(labels, predicted, p, names, prefix=""):
     return {prefix + k: float(x) for k, x in metrics.items()}
 
 
-def label_metrics(args, videos, scores, prefix=""):
-    """Metrics of labelled clips; of regression the share of errors up to 1.5 s, in percent."""
-    if args.loss == "regression":
-        times = predicted_times(args, videos, scores)
-        correct = [abs(t - v.annotation.t[1]) <= 1.5 for t, v in zip(times, videos)]
-        return {f"{prefix}top1": 100 * float(np.mean(correct))}
-    labels, rows = np.concatenate([v.labels for v in videos]), torch.cat([*scores]).numpy()
+def label_metrics(labels, scores, prefix=""):
+    """Metrics of the clips of some videos.    labels: [(N,)], scores: [(N, 4)]"""
+    labels, rows = np.concatenate(labels), torch.cat([*scores]).numpy()
     return classification_metrics(labels, rows[:, 3].astype(int), rows, LABELS, prefix)
 
 
@@ -1101,11 +1087,6 @@ def localization_metrics(errors, lengths, tolerances=(0.25, 1.0)):
             "median_relative_error": float(np.median(relative))}
 
 
-def chance_level(length, t, tolerance):
-    """Probability that a uniformly random time lies within the tolerance of t."""
-    return (min(length, t + tolerance) - max(0.0, t - tolerance)) / length
-
-
 def localize(args, videos, times):
     """Localization metrics of the predicted times, and of three baselines: a random time, the
     middle of the video, and a fourth annotator (human). Writes localization.csv.
@@ -1122,7 +1103,8 @@ def localize(args, videos, times):
     human = [(fourth[v.path.stem], v.annotation.t) for v in videos if v.path.stem in fourth]
     metrics = localization_metrics(errors, [a.length for a in annotations])
     for k in (0.25, 1.0):
-        shares = {"chance": [chance_level(a.length, a.t[1], k) for a in annotations],
+        shares = {"chance": [(min(a.length, a.t[1] + k) - max(0.0, a.t[1] - k)) / a.length
+                             for a in annotations],
                   "middle": [time_error(a.length / 2, a.t) <= k for a in annotations],
                   "human": [t >= 0 and time_error(t, others) <= k for t, others in human]}
         metrics |= {f"{who}_within_{k:g}s": 100 * float(np.mean(x)) if x else math.nan
@@ -1132,47 +1114,45 @@ def localize(args, videos, times):
 
 def classification(args, videos, scores):
     """Classification metrics of clips 0.25 s and 1 s apart, of anticipation in both protocols, from
-    the scores of clips GRID apart. Writes predictions_<spacing>.csv.
+    the scores of clips GRID apart.
     """
     metrics = {}
     for spacing in (GRID, 1.0):
         for protocol in ("paper", "oops") if args.anticipate else ("paper",):
             if protocol == "oops" and args.anticipate % spacing:
                 continue                                      # no clip is so far ahead of another
-            every, chosen, rows = round(spacing / GRID), [], []
+            every, labels, rows = round(spacing / GRID), [], []
             for v, x in zip(videos, scores, strict=True):
-                spans = v.spans[::every]
-                inputs, labels = labels_of(args, spans, v.annotation.t[1], spacing, protocol)
-                chosen.append(v._replace(spans=spans[inputs], labels=labels))
-                rows.append(x[::every][inputs])
+                clips, y = labels_of(args, v.spans[::every], v.annotation.t[1], spacing, protocol)
+                labels.append(y)
+                rows.append(x[::every][clips])
             name = f"{protocol}_{spacing:g}s" if args.anticipate else f"{spacing:g}s"
-            metrics |= {f"{k}_{name}": x for k, x in label_metrics(args, chosen, rows).items()
-                        if k != "loss"}
+            metrics |= {f"{k}_{name}": x for k, x in label_metrics(labels, rows).items()}
             metrics[f"clips_{name}"] = sum(map(len, rows))
-            if common.rank() == 0:
-                common.write_csv(args.out / f"predictions_{name}.csv", [
-                    ("filename", "start_s", "end_s", "label", "predicted", *LABELS),
-                    *((v.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
-                       *(f"{x:.5f}" for x in p)) for v, scored in zip(chosen, rows)
-                      for (start, end), label, (*p, predicted) in zip(
-                          v.spans, v.labels, scored.tolist()))])
     return metrics
 
 
 def evaluate(args, device):
     """A classifier on all validation videos: accuracy of clips and localization; of anticipation
-    accuracy alone. The stages localize and evaluate are the same.
+    accuracy alone. Writes predictions.csv, clips 0.25 s apart. The same for localize and evaluate.
     """
     annotations = read_annotations(args.data)
     regression = args.loss == "regression"
     # A model of videos reads clips as far apart as in training: of clips 0.25 s apart every fourth.
     spacing = args.spacing if regression else GRID
     sequences = round(args.spacing / spacing) if args.level == "video" else 1
-    videos = label_videos(args, read_videos(args, "val", annotations), spacing, sequences)
+    videos = label_videos(args, read_videos(args, "val", 1, annotations), spacing, sequences)
     model = make_model(args, videos[0].dim, 1 if regression else 3)
     common.load_weights(model, Path(args.init), [(), RELEASED])
     scores = predict_clips(args, device, model.to(device).eval(), videos)
     metrics = {} if regression else classification(args, videos, scores)
+    if common.rank() == 0 and not regression:
+        common.write_csv(args.out / "predictions.csv", [
+            ("filename", "start_s", "end_s", "label", "predicted", *LABELS), *(
+                (v.path.name, f"{start:.4f}", f"{end:.4f}", label, int(predicted),
+                 *(f"{x:.5f}" for x in p)) for v, rows in zip(videos, scores)
+                for (start, end), label, (*p, predicted) in zip(
+                    v.spans, v.labels, rows.tolist(), strict=True))])
     if not args.anticipate:
         times = predicted_times(args, videos, scores)
         metrics |= localize(args, videos, times)
@@ -1230,8 +1210,10 @@ def make_model(args, dim, classes):
     torch.manual_seed(args.seed)                              # the same on every process
     sizes = {**(TINY_SIZES if args.tiny else SIZES), "layers": args.layers, "window": args.window,
              "as_released": args.as_released}
-    if args.backbone in CLIP_NETS:
-        return make_clip_mlp(dim, classes)
+    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
+            nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
     if args.level == "clip":
         return F2C(dim, classes, **sizes)
     per_clip = args.stage != "f2c2v" and args.loss != "regression"

@@ -1,21 +1,21 @@
-"""F2C and F2C2V: transformations, labels, encoder, CRF, feature files, every stage, restarts."""
+"""f2c_oops.py against its equations, the benchmark's definitions and the release's file formats."""
 
 import csv
 import itertools
 import json
 import math
+import re
 import shutil
 import statistics
-import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import running
 import torch
-import toy
-from running import command
+import torch.distributed as dist
+import world
+from running import quick
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,1110 +23,652 @@ import common
 import f2c_oops as f
 from common import UserError, VideoError
 
-
-def quick(*args, **kwargs):
-    return running.quick(*args, **kwargs, script="f2c_oops")
+CLIP, VIDEO = f.CLIP_TRANSFORMS, f.VIDEO_TRANSFORMS
 
 
-def run(folder, *flags, n=1, **kwargs):
-    r = quick(folder / "q", *flags, "--out", folder, n=n, **kwargs)
-    assert r.code == 0, r.err
-    return r
+def rng(*seed):
+    return np.random.default_rng(seed)
 
 
-def contents(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+# ---- transformations, by the numbers of the frames -----------------------------------------------
 
-
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_bytes())
-
-
-# ---- transformations of clips --------------------------------------------------------------------
-
-ALL = list(f.CLIP_TRANSFORMS)
-
-
-def clips_of(T, seed, released=False, names=ALL, reach="half"):
-    c = f.draw_clip_choices(np.random.default_rng(seed), T, names, 20, reach, released)
-    return f.transform_clips(T, c, names)
-
-
-@pytest.mark.parametrize("T", [21, 22, 38, 39, 40, 41, 79, 80, 159, 160, 161, 300, 4000])
-def test_every_transformed_clip_has_twenty_frames_of_the_video(T):
-    for seed in range(60):
-        made = clips_of(T, seed)
-        assert [n for n, _ in made][1:] == ["normal", "shuffle", "flip", "point", "warp"]
-        for name, frames in made:
-            assert len(frames) == 20 and 0 <= frames.min() <= frames.max() < T, (name, frames)
-
-
-@pytest.mark.parametrize("T", [30, 60, 170, 500])
-def test_clips_are_what_their_names_say(T):
+@pytest.mark.parametrize("T", [21, 30, 39, 40, 60, 79, 80, 160, 161, 300, 4000])
+def test_transformed_clips_are_what_their_names_say(T):
     for seed in range(40):
-        (speed, fast), *rest = clips_of(T, seed)
+        (speed, fast), *rest = f.transform_clips(rng(seed), T, CLIP)
         made = dict(rest)
-        assert set(np.diff(fast)) == {2 ** f.SPEEDS.index(speed)}
-        assert set(np.diff(made["normal"])) == {1}
-        ordered = np.sort(made["shuffle"])
-        assert set(np.diff(ordered)) == {1} and (made["shuffle"] != ordered).any()
+        assert [*made] == ["normal", "shuffle", "flip", "point", "warp"]
+        for frames in (fast, *made.values()):
+            assert len(frames) == 20 and 0 <= frames.min() <= frames.max() < T
+        assert {*np.diff(fast)} == {2 ** f.SPEEDS.index(speed)}
+        assert {*np.diff(made["normal"])} == {1}
+        assert {*np.diff(np.sort(made["shuffle"]))} == {1} != {*np.diff(made["shuffle"])}
         steps = np.diff(made["flip"])
-        turn = int((steps == 0).argmax()) if (steps == 0).any() else 19
-        assert (steps[:turn] == 1).all() and (steps[turn + 1:] == -1).all() and turn < 19
-        k = int((made["point"] == made["normal"][-1]).argmax()) + 1
-        assert 5 <= k <= 15 and list(made["point"]) == [*made["normal"][20 - k:], *fast[:20 - k]]
-        assert (np.diff(made["warp"]) > 0).all() and len(set(np.diff(made["warp"]))) > 1
+        turn = int((steps != 1).argmax())
+        assert steps[turn] in (0, -1) and (steps[turn + 1:] == -1).all() and (steps != 1).any()
+        k = int((made["point"] == made["normal"][-1]).argmax()) + 1       # frames at normal speed
+        assert 5 <= k <= 15 and [*made["point"]] == [*made["normal"][20 - k:], *fast[:20 - k]]
+        steps = np.diff(made["warp"])
+        assert 0 < steps.min() and steps.max() <= max(T - 20, 8) and (T < 40 or len({*steps}) > 1)
 
 
 def test_the_released_clips_betray_two_classes_by_their_length():
-    lengths = {n: len(x) for n, x in clips_of(30, 0, released=True)}
+    lengths = {n: len(x) for n, x in f.transform_clips(rng(0), 30, CLIP, as_released=True)}
     assert lengths == {"normal": 20, "shuffle": 19, "flip": 20, "point": 20, "warp": 19}
-    for T, seed in itertools.product((25, 39, 60, 90, 170, 400), range(40)):
-        assert all(0 <= x.min() <= x.max() < T for _, x in clips_of(T, seed, released=True))
+    for T, seed in itertools.product((25, 39, 60, 90, 170, 400), range(20)):
+        made = f.transform_clips(rng(seed), T, CLIP, as_released=True)
+        assert all(0 <= x.min() <= x.max() < T for _, x in made)
 
 
-def test_crops_begin_in_the_first_half_of_the_places_or_anywhere():
-    rng = np.random.default_rng(0)
-    half = {f.random_start(rng, 31, 20) for _ in range(500)}
-    full = {f.random_start(rng, 31, 20, "full") for _ in range(500)}
-    assert half == set(range(6)) and full == set(range(12))
+def test_crops_start_in_the_first_half_of_the_possible_starts():
+    assert {f.crop_frames(rng(s), 31, 20)[0] for s in range(300)} == {*range(6)}
 
 
-@pytest.mark.parametrize("left_out", [[n] for n in ALL] + [ALL[:4], ALL[4:], ["normal", "x8"]])
-def test_transformations_can_be_left_out(left_out):
-    names = [n for n in ALL if n not in left_out]
-    seen = set()
-    for seed in range(80):
-        for name, frames in clips_of(200, seed, names=names):
-            assert name in names and len(frames) == 20
-            seen.add(name)
-    assert seen == set(names)
-    assert [f.label_of(n, names) for n in names] == list(range(len(names)))
+@pytest.mark.parametrize("names", [[n for n in CLIP if n != out] for out in CLIP]
+                         + [CLIP[:4], CLIP[4:], ["normal", "x8"]])
+def test_transformations_can_be_left_out(names):
+    made = [f.transform_clips(rng(s), 200, names) for s in range(60)]
+    assert {name for clips in made for name, _ in clips} == {*names}
+    assert f.transform_clips(rng(0), 20, names) == []
 
 
-# ---- transformations of videos -------------------------------------------------------------------
-
-VIDEO = list(f.VIDEO_TRANSFORMS)
-
-
-@pytest.mark.parametrize("T", [16, 31, 32, 100, 192, 193, 250, 1000])
+@pytest.mark.parametrize("T", [16, 31, 100, 192, 193, 250, 1000])
 def test_versions_of_a_video_are_what_their_names_say(T):
     whole = np.arange(T // 16 * 16).reshape(-1, 16)
     for seed in range(20):
-        c = f.draw_video_choices(np.random.default_rng(seed), T)
-        made = dict(f.transform_video(T, c, VIDEO))
-        assert set(made) == set(VIDEO if T > 192 else ["normal", "flip", "shuffle", "warp"])
-        assert (made["normal"] == whole).all()
-        assert sorted(map(tuple, made["shuffle"])) == sorted(map(tuple, whole))
-        flat = made["flip"].ravel()
-        turn = c["flip"]
-        assert list(flat) == [*range(turn), *range(len(flat) - 1, turn - 1, -1)]
-        assert 0.25 * len(flat) - 16 < turn < 0.75 * len(flat)
-        assert list(np.roll(made["warp"].ravel(), c["warp"])) == list(range(whole.size))
+        versions = dict(f.transform_video(rng(seed), T, VIDEO))
+        assert [*versions] == [n for n in VIDEO if T > 192 or n not in ("speed", "point")]
+        assert (versions["normal"] == whole).all()
+        assert sorted(map(tuple, versions["shuffle"])) == sorted(map(tuple, whole))
+        flat = versions["flip"].ravel()
+        turn = next((k for k in range(len(flat)) if flat[k] != k), len(flat))
+        assert [*flat[turn:]] == [*range(len(flat) - 1, turn - 1, -1)]
+        flat = versions["warp"].ravel()
+        assert [*np.roll(flat, flat[0])] == [*range(len(flat))]
+        assert flat[0] in range(len(flat) // 4, 3 * len(flat) // 4, 16)
         if T > 192:
-            assert set(np.diff(made["speed"].ravel())) == {3} and len(made["speed"]) >= 4
-            flat, cut = made["point"].ravel(), len(whole) // 2 * 16
-            assert list(flat[:cut]) == list(range(cut)) and set(np.diff(flat[cut:])) == {3}
+            assert {*np.diff(versions["speed"].ravel())} == {3} and len(versions["speed"]) >= 4
+            flat, cut = versions["point"].ravel(), len(whole) // 2 * 16
+            assert [*flat[:cut]] == [*range(cut)] and {*np.diff(flat[cut:])} == {3}
+    assert f.transform_video(rng(0), 15, VIDEO) == []
 
 
-@pytest.mark.parametrize("video", [False, True])
-def test_a_video_is_used_if_something_can_be_made_of_it(video):
-    every = f.VIDEO_TRANSFORMS if video else f.CLIP_TRANSFORMS
-    groups = [c for k in (1, 2) for c in itertools.combinations(every, k)] + [every]
-    for T, chosen, released in itertools.product((5, 16, 20, 21, 39, 40, 80, 192, 193), groups,
-                                                 (False, True)):
-        made = []
-        if T >= (16 if video else 21):
-            for seed in range(20):
-                rng = np.random.default_rng(seed)
-                made.append(f.transform_video(T, f.draw_video_choices(
-                    rng, T, released=released), chosen) if video else f.transform_clips(
-                    T, f.draw_clip_choices(rng, T, chosen, released=released), chosen))
-        assert f.possible(T, chosen, video, 20, released) == (all(made) and bool(made))
+def test_labels_of_the_released_versions_collide():
+    made = [[n for n, _ in f.transform_video(rng(s), 200, VIDEO, as_released=True)]
+            for s in range(200)]
+    assert {n for names in made for n in names} == {*VIDEO} - {"point"}
+    assert 0.15 < np.mean(["speed" in names for names in made]) < 0.45    # 2/7
 
 
-def test_labels_of_versions_and_the_releases_collision():
-    assert [f.label_of(n, VIDEO) for n in VIDEO] == list(range(6))
-    assert [f.label_of(n, VIDEO, released=True) for n in VIDEO] == [0, 1, 3, 3, 4, 5]
+# ---- clips and their labels ----------------------------------------------------------------------
 
-
-# ---- clips of labelled videos --------------------------------------------------------------------
-
-@pytest.mark.parametrize("fps", ["15", "16", "24", "25", "30000/1001", "30", "32", "48", "60"])
+@pytest.mark.parametrize("fps", ["15", "16", "24", "25", "30000/1001", "30", "32", "60"])
 @pytest.mark.parametrize("T", [15, 47, 90, 301])
-def test_clips_lie_on_a_grid_of_sixteen_frames_a_second(fps, T):
+def test_clips_lie_on_a_grid_of_sixteen_frames_per_second(fps, T):
     top, bottom = ([*map(int, fps.split("/"))] + [1])[:2]
     times = np.arange(T) * bottom / top
-    for step in (4, 16, 3):
-        frames, spans = f.cut_clips(T, top / bottom, times, step)
-        for j, (row, (start, stop)) in enumerate(zip(frames, spans)):
-            for k, frame in enumerate(row):                   # ⌊(16 parts of a second)·fps⌋
-                assert abs(frame - math.floor((step * j + k) * top / (16 * bottom) + 1e-9)) <= (
-                    (step * j + k) * top % (16 * bottom) == 0)
-            assert (start, stop) == (times[row[0]], times[row[-1]])
+    for spacing in (0.25, 1, 0.75):
+        frames, spans = f.cut_clips(T, top / bottom, times, spacing)
+        step = round(16 * spacing)
+        for j, row in enumerate(frames):
+            for k, frame in enumerate(row):                   # ⌊position · fps / 16⌋
+                exact = (step * j + k) * top
+                assert abs(frame - exact // (16 * bottom)) <= (exact % (16 * bottom) == 0)
+            assert (*spans[j],) == (times[row[0]], times[row[-1]])
         positions = -(-T // (top // 16)) if bottom == 1 and top % 16 == 0 else math.floor(
             T * 16 * bottom / top + 1e-9)
         assert len(frames) == max(0, (positions - 16) // step + 1)
 
 
-def slow_labels(spans, t, released):
+def slow_labels(spans, t, as_released):
     """In the benchmark's words: 0 until the first clip with t, 1 while they have it, then 2."""
-    holds = [a <= t <= b for a, b in spans]
-    if not any(holds):
-        between = [i for i, (a, _) in enumerate(spans) if a > t]
-        if released or not between:
+    has = [start <= t <= end for start, end in spans]
+    if not any(has):
+        later = [i for i, (start, _) in enumerate(spans) if start > t]
+        if as_released or not later:
             return [0] * len(spans)
-        i = between[0]
+        i = later[0]
         near = i if i == 0 or spans[i][0] - t < t - spans[i - 1][1] else i - 1
         return [0] * near + [1] + [2] * (len(spans) - near - 1)
-    first = holds.index(True)
-    return [0 if i < first else 1 if holds[i] else 2 for i in range(len(spans))]
+    first = has.index(True)
+    return [0 if i < first else 1 if has[i] else 2 for i in range(len(spans))]
 
 
-@pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("step", [4, 16])
-def test_labels_run_from_intentional_to_unintentional(step, released):
-    rng = np.random.default_rng(1)
-    for _ in range(300):
-        T = int(rng.integers(20, 300))
-        _, spans = f.cut_clips(T, 30, np.arange(T) / 30, step)
-        t = rng.uniform(0, T / 30)
-        assert list(f.run_labels(spans, t, released)) == slow_labels(spans.tolist(), t, released)
+@pytest.mark.parametrize("as_released", [False, True])
+@pytest.mark.parametrize("spacing", [0.25, 1])
+def test_labels_run_from_intentional_to_unintentional(spacing, as_released):
+    r = rng(1)
+    for T in r.integers(20, 300, 200):
+        _, spans = f.cut_clips(T, 30, np.arange(T) / 30, spacing)
+        t = r.uniform(0, T / 30)
+        assert [*f.video_labels(spans, t, as_released)] == slow_labels(spans.tolist(), t,
+                                                                       as_released)
 
 
-def test_anticipation_shows_the_clip_before_or_labels_what_follows():
-    _, spans = f.cut_clips(180, 30, np.arange(180) / 30, 4)
-    t = 3.1
-    which, labels = f.anticipation(spans, t, 1.5, "paper", 4)
-    assert list(which) == list(range(len(spans)))
+def test_anticipation_labels_the_later_time_or_shows_the_earlier_clip():
+    _, spans = f.cut_clips(180, 30, np.arange(180) / 30, 0.25)
+    args, t = SimpleNamespace(anticipate=1.5, as_released=False), 3.1
+    clips, labels = f.labels_of(args, spans, t, 0.25)
+    assert [*clips] == [*range(len(spans))]
     assert [*labels] == [1 if a <= t - 1.5 <= b else 2 if a > t - 1.5 else 0 for a, b in spans]
-    which, labels = f.anticipation(spans, t, 1.5, "oops", 4)
-    whole = f.run_labels(spans, t)
-    assert list(which) == list(range(len(spans) - 6)) and list(labels) == list(whole[6:])
-    for ahead in (0.5, 1.0, 2.0, 30.0):
-        which, labels = f.anticipation(spans, t, ahead, "oops", 4)
-        assert len(which) == len(labels) == max(0, len(spans) - round(4 * ahead))
+    for seconds in (0.5, 1.5, 4.9, 30.0):
+        args.anticipate = seconds
+        clips, labels = f.labels_of(args, spans, t, 0.25, "oops")
+        shift = round(4 * seconds)
+        assert [*clips] == [*range(max(0, len(spans) - shift))]
+        assert [*labels] == [*f.video_labels(spans, t)[shift:]]
 
 
 def test_balancing_copies_the_rarer_labels_of_each_video():
-    rng = np.random.default_rng(0)
+    r = rng(0)
     for _ in range(50):
-        labels = np.repeat([0, 1, 2], rng.integers(0, 30, 3))
-        if not len(labels):
-            continue
-        picked = f.balanced(labels, np.random.default_rng(3))
-        assert list(picked[:len(labels)]) == list(range(len(labels)))
+        labels = np.repeat([0, 1, 2], r.integers(0, 30, 3))
         counts = np.bincount(labels, minlength=3)
-        got, most = np.bincount(labels[picked], minlength=3), counts.max()
+        indices = f.balance_labels(labels, rng(3))
+        assert [*indices[:len(labels)]] == [*range(len(labels))]
         for c, ratio in enumerate((1, 0.93, 1 / 0.93)):
-            if counts[c] and c != counts.argmax():
-                assert got[c] == max(counts[c], round(most * ratio)), (c, counts, got)
-                copies = np.bincount(picked[len(labels):], minlength=len(labels))[labels == c]
-                assert copies.max() - copies.min() <= 1       # all of them in turn
-        assert got[counts.argmax()] == most
+            copies = np.bincount(indices[len(labels):], minlength=len(labels))[labels == c]
+            wanted = round(counts.max() * ratio) if c != counts.argmax() else counts.max()
+            if counts[c]:
+                assert counts[c] + copies.sum() == max(counts[c], wanted)
+                assert copies.max() - copies.min() <= 1       # each in turn
 
 
-# ---- encoder -------------------------------------------------------------------------------------
+def test_which_videos_have_labels():
+    ok = f.Annotation((2.0, 2.1, 2.3), 5.0, (0.4, 0.42, 0.46))
+    pairs = [*itertools.product(("train", "val"), ("clip", "video"))]
+    for change, expected in (({}, "++++"), ({"t": (-1, -1, 2)}, "----"), ({"t": (-1, 2, 3)}, "++++"),
+                             ({"rel_t": (0.001, 0.009, 0.5)}, "----"),
+                             ({"rel_t": (0.4, 0.991, 0.995)}, "----"), ({"length": 2.9}, "----"),
+                             ({"length": 3.1}, "-+--"), ({"length": 30.1}, "-+--")):
+        assert "".join("-+"[f.has_labels(ok._replace(**change), *x)] for x in pairs) == expected
+
+
+# ---- encoder and networks ------------------------------------------------------------------------
 
 SIZE = {"layers": 2, "heads": 2, "window": 6, "ff": 12, "positions": 11, "dropout": 0.0}
 
 
-def slow_encoder(e, x, seen):
-    """One sequence (n, E) of which `seen` tokens, the class token among them, exist: token by
-    token and head by head, from the definition.
-    """
-    E, P = x.shape[1], e.position.num_embeddings
-    norm = lambda v, m: (v - v.mean()) / (v.var(unbiased=False) + m.eps).sqrt() * m.weight + m.bias  # noqa: E731
-    h = [norm(e.cls_token[0, 0] + e.position.weight[P - 2] + e.kind.weight[1], e.norm)]
-    for j, row in enumerate(x):
-        h.append(norm(row + e.position.weight[j % (P - 2)] + e.kind.weight[0], e.norm))
-    h = h[:seen]
-    for layer in e.layers:
-        d, rows = E // layer.heads, []
-        for i in range(len(h)):
-            q, k, v = ((layer.query_global, layer.key_global, layer.value_global) if i == 0 else
-                       (layer.query, layer.key, layer.value))
-            near = [j for j in range(len(h)) if i == 0 or j == 0 or abs(i - j) <= layer.reach]
-            parts = []
-            for a in range(layer.heads):
-                s = slice(a * d, a * d + d)
-                w = torch.stack([(q(h[i])[s] * k(h[j])[s]).sum() / d ** 0.5 for j in near])
-                w = w.exp() / w.exp().sum()
-                parts.append(sum(p * v(h[j])[s] for p, j in zip(w, near)))
-            rows.append(torch.cat(parts))
-        h = [norm(layer.out(r) + a, layer.norm1) for r, a in zip(rows, h)]
-        h = [norm(layer.fc2(F.gelu(layer.fc1(a))) + a, layer.norm2) for a in h]
-    return torch.stack(h)
-
-
-@pytest.mark.parametrize("dense", [400, 2])
-def test_the_encoder_is_the_longformer_of_the_definition(dense, monkeypatch):
-    monkeypatch.setattr(f, "DENSE", dense)                    # 2: blocks
-    torch.manual_seed(0)
-    e = f.Encoder(8, **SIZE, init_std=0.5).eval()
-    x = torch.randn(3, 17, 8)
-    lengths = torch.tensor([17, 9, 1])
-    got = e(x, lengths, every=True)
-    for i, n in enumerate(lengths.tolist()):
-        assert torch.allclose(got[i, :1 + n], slow_encoder(e, x[i], 1 + n), atol=1e-5)
-    assert torch.allclose(e(x, lengths), got[:, 0], atol=1e-6)
-    assert torch.allclose(e(x[1:2, :9]), got[1:2, 0], atol=1e-6)    # nothing past the length counts
-
-
-@pytest.mark.parametrize("n, reach", [(30, 4), (200, 16), (65, 100), (129, 2), (64, 3), (128, 64)])
-def test_blocks_of_attention_equal_the_whole(n, reach):
-    g = torch.Generator().manual_seed(n)
-    q, k, v = torch.randn(3, 2, 3, n, 8, generator=g, requires_grad=True).unbind(0)
-    for seen in (None, torch.arange(n) < torch.tensor([[n], [max(1, n // 3)]])):
-        rows = torch.ones(2, n, dtype=torch.bool) if seen is None else seen
-        outs = [a(q, k, v, seen, reach).transpose(1, 2)[rows] for a in (
-            f.whole_attention, f.block_attention)]
+@pytest.mark.parametrize("n, half, chunk", [(30, 4, 8), (200, 16, 64), (65, 100, 16), (129, 2, 50)])
+def test_attention_in_chunks_equals_attention_with_one_mask(n, half, chunk):
+    torch.manual_seed(n)
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for _ in range(3))
+    i = torch.arange(n)
+    for valid in (None, i < torch.tensor([[n], [max(1, n // 3)]])):
+        there = torch.ones(2, n, dtype=torch.bool) if valid is None else valid
+        mask = (((i[:, None] - i).abs() <= half) | (i == 0)) & there[:, None, None]
+        outs = [x.transpose(1, 2)[there] for x in (
+            F.scaled_dot_product_attention(q, k, v, mask),
+            f.local_attention(q, k, v, valid, half, chunk=chunk))]
         assert torch.allclose(*outs, atol=1e-6)
-        grads = [torch.autograd.grad(o.pow(2).sum(), (q, k, v), retain_graph=True) for o in outs]
+        grads = [torch.autograd.grad(x.pow(2).sum(), (q, k, v)) for x in outs]
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
 
 
-def padded(e, x, multiple=64):
-    """The class token's row as the release computes it: tokens up to a multiple of 64, and all
-    seven projections of each of them in each layer.
-    """
-    B, n, E = x.shape
-    total, last = -(-(1 + n) // multiple) * multiple, e.position.num_embeddings - 2
-    place = torch.cat([torch.tensor([last]), torch.arange(n) % last,
-                       torch.full((total - n - 1,), last + 1)])
-    h = torch.cat([e.cls_token.expand(B, -1, -1), x, -torch.ones(B, total - n - 1, E)], 1)
-    h = e.drop(e.norm(h + e.position(place) + e.kind((place == last).long())))
-    i, seen = torch.arange(total), torch.arange(total) <= n
-    for layer in e.layers:
-        q, k, v, q0, k0, v0 = (p(h).unflatten(2, (layer.heads, -1)).transpose(1, 2) for p in (
-            layer.query, layer.key, layer.value, layer.query_global, layer.key_global,
-            layer.value_global))
-        near = (((i[:, None] - i).abs() <= layer.reach) | (i == 0)) & seen
-        p = layer.p if e.training else 0.0
-        rows = F.scaled_dot_product_attention(q, k, v, near, p)
-        first = F.scaled_dot_product_attention(q0[:, :, :1], k0, v0, seen[None], p)
-        rows = torch.cat([first, rows[:, :, 1:]], 2).transpose(1, 2).flatten(2)
-        h = layer.norm1(layer.drop(layer.out(rows)) + h)
-        h = layer.norm2(layer.drop(layer.fc2(F.gelu(layer.fc1(h)))) + h)
-    return h[:, 0]
-
-
-def test_a_step_at_the_published_size_takes_a_third_of_the_padded_work():
-    """Of the products; how long they take, `make bench` measures: here the machine may be busy."""
-    torch.manual_seed(0)
-    model = f.F2C(768, 8, **{k: v for k, v in f.SHAPE.items() if k != "mlp"}).eval()
-    x, label = torch.randn(24, 20, 768), torch.arange(24) % 8
-    assert torch.allclose(model.embed(x[:2]), padded(model.frames, x[:2]), atol=1e-5)
-    work, seconds = {}, {True: [], False: []}
-    model.train()
-    for ours in (True, False) * 2:
-        began = time.process_time()
-        with FlopCounterMode(display=False) as counter:
-            logits = model(x) if ours else model.head(padded(model.frames, x))
-            F.cross_entropy(logits, label).backward()
-        seconds[ours].append(time.process_time() - began)
-        work[ours] = counter.get_total_flops()
-    assert work[False] > 3 * work[True], work
-    assert min(seconds[False]) > 2 * min(seconds[True]), seconds
+def test_the_work_of_the_encoder_grows_with_the_frames_not_with_their_square():
+    e, work = f.Encoder(8, **SIZE, all_rows=True).eval(), []
+    for n in (875, 7000):
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            e(torch.zeros(1, n, 8))
+        work.append(counter.get_total_flops() / n)
+    assert work[1] < 1.1 * work[0]
 
 
 def test_as_released_the_last_frame_and_the_last_clip_are_never_seen():
     torch.manual_seed(0)
-    for released in (False, True):
-        one = f.F2C(8, 3, 4, released, **SIZE).eval()
+    for as_released in (False, True):
+        one = f.F2C(8, 3, 4, as_released=as_released, **SIZE).eval()
         x = torch.randn(2, 10, 8)
+        other = torch.cat([x[:, :-1], -x[:, -1:]], 1)
+        assert torch.equal(one(x), one(other)) == as_released
+        two = f.F2C2V(8, 3, 4, per_clip=True, as_released=as_released, **SIZE).eval()
+        x, clip_index = torch.randn(5, 16, 8), torch.tensor([[0, 1, 2], [3, 4, f.PAD]])
         other = x.clone()
-        other[:, -1] = 5
-        assert torch.equal(one(x), one(other)) == released
-        two = f.F2C2V(8, 3, 4, released, per_clip=True, **SIZE).eval()
-        x, order = torch.randn(5, 16, 8), torch.tensor([[0, 1, 2], [3, 4, -1]])
-        other = x.clone()
-        other[2] = other[4] = 5
-        a, b = two(x, order), two(other, order)
+        other[[2, 4]] *= -1
+        a, b = two(x, clip_index), two(other, clip_index)
         assert a.shape == (2, 3, 3)
-        assert torch.equal(a[0], b[0]) == torch.equal(a[1, :2], b[1, :2]) == released
+        assert torch.equal(a[0], b[0]) == torch.equal(a[1, :2], b[1, :2]) == as_released
 
 
-def test_only_what_is_read_learns_and_all_of_that_does():
-    torch.manual_seed(0)
-    order = torch.tensor([[0, 1, 2], [3, 4, -1]])
-    for per_clip, tune in itertools.product((False, True), (False, True)):
-        model = f.F2C2V(8, 3, 4, per_clip=per_clip, tune=tune, **SIZE)
-        model(torch.randn(5, 16, 8), order).pow(2).sum().backward()
+def test_what_is_trained_gets_a_gradient_and_a_frozen_encoder_has_no_dropout():
+    clip_index = torch.tensor([[0, 1, 2], [3, 4, f.PAD]])
+    for per_clip, finetune, as_released in itertools.product((False, True), repeat=3):
+        model = f.F2C2V(8, 3, 4, per_clip=per_clip, finetune_frames=finetune,
+                        as_released=as_released, **SIZE)
+        model.train()(torch.randn(5, 16, 8), clip_index).pow(2).sum().backward()
         for name, p in model.named_parameters():
             assert (p.grad is not None) == p.requires_grad, name
-        assert any(p.requires_grad for p in model.frames.parameters()) == tune
-        assert model.train().frames.training == tune
+        assert any(p.requires_grad for p in model.frame_encoder.parameters()) == finetune
+        assert model.frame_encoder.training == (finetune or as_released)
 
 
-def test_the_frozen_frame_encoder_has_dropout_in_the_release_alone():
-    for released in (False, True):
-        model = f.F2C2V(8, 3, 4, released, **{**SIZE, "dropout": 0.5}).train()
-        assert model.frames.training == released and model.clips.training
-
-
-def test_numbers_of_parameters_are_those_of_the_release_without_its_dead_ones():
-    size = {**f.SHAPE, "mlp": None}
-    size.pop("mlp")
-    model = f.F2C(768, 8, **size)
-    assert sum(p.numel() for p in model.parameters()) == 32_909_576
-
-
-# ---- CRF and losses ------------------------------------------------------------------------------
-
-def every_sequence(q, crf):
-    """{labels: score} of one video's logits (n, K)."""
-    a, b, A = (p.detach() for p in crf())
-    return {y: float(a[y[0]] + b[y[-1]] + sum(q[j, y[j]] for j in range(len(y)))
-                     + sum(A[y[j - 1], y[j]] for j in range(1, len(y))))
-            for y in itertools.product(range(3), repeat=len(q))}
-
+# ---- losses --------------------------------------------------------------------------------------
 
 def test_the_crf_is_the_sum_over_all_sequences():
     torch.manual_seed(0)
     crf, n = f.CRF(3), torch.tensor([5, 1, 2])
     for p in crf.parameters():
         p.data.normal_()
-    q = 2 * torch.randn(3, 5, 3)
-    y = torch.full((3, 5), f.PAD)
+    q, y = 2 * torch.randn(3, 5, 3), torch.randint(3, (3, 5))
+    y[torch.arange(5) >= n[:, None]] = f.PAD
+    nll, best, p = crf.nll(q, y, n), crf.viterbi(q, n), crf.marginals(q, n)
+    a, b, A = (p.detach() for p in (crf.start_transitions, crf.end_transitions, crf.transitions))
     for i, k in enumerate(n.tolist()):
-        y[i, :k] = torch.randint(3, (k,))
-    nll, best, p = f.crf_nll(q, y, n, crf), f.crf_viterbi(q, n, crf), f.crf_marginals(q, n, crf)
-    for i, k in enumerate(n.tolist()):
-        scores = every_sequence(q[i, :k], crf)
+        scores = {s: float(a[s[0]] + b[s[-1]] + sum(q[i, j, s[j]] for j in range(k))
+                           + sum(A[s[j - 1], s[j]] for j in range(1, k)))
+                  for s in itertools.product(range(3), repeat=k)}
         total = math.log(sum(map(math.exp, scores.values())))
-        assert nll[i].item() == pytest.approx(total - scores[tuple(y[i, :k].tolist())], abs=1e-4)
-        assert tuple(best[i].tolist()) == max(scores, key=scores.get)
+        assert nll[i].item() == pytest.approx(total - scores[(*y[i, :k].tolist(),)], abs=1e-4)
+        assert (*best[i, :k].tolist(),) == max(scores, key=scores.get)
         for j, c in itertools.product(range(k), range(3)):
-            share = sum(math.exp(s - total) for labels, s in scores.items() if labels[j] == c)
+            share = sum(math.exp(score - total) for s, score in scores.items() if s[j] == c)
             assert p[i, j, c].item() == pytest.approx(share, abs=1e-5)
 
 
 def test_the_weighted_mean_is_that_of_the_equation():
-    g = torch.Generator().manual_seed(0)
-    logits, weights = torch.randn(9, 3, generator=g), torch.tensor([1.1, 4.7, 1.0])
+    torch.manual_seed(0)
+    logits, weights = torch.randn(9, 3), torch.tensor([1.1, 4.7, 1.0])
     label = torch.tensor([0, 1, 2, 2, f.PAD, 1, 0, f.PAD, 1])
     total = count = 0.0
     for row, y in zip(logits.tolist(), label.tolist()):
-        if y >= 0:
+        if y != f.PAD:
             total -= weights[y].item() * (row[y] - math.log(sum(map(math.exp, row))))
             count += weights[y].item()
     a, b = f.cross_entropy(logits, label, weights)
-    assert (a / b).item() == pytest.approx(total / count, rel=1e-5)
-    a, b = f.cross_entropy(logits, label)
-    assert b.item() == 7
+    assert (a.item(), b.item()) == pytest.approx((total, count), rel=1e-5)
+    assert f.cross_entropy(logits, label)[1] == 7
 
 
-def share(rank):
-    """Loss and gradient of one of two processes that share a batch unevenly, and of all alone."""
+def losses(rank):
+    """{loss: (loss, gradient, top1)} of this process's uneven share of a batch, mean over all."""
     torch.manual_seed(0)
-    w = torch.randn(4, 3, requires_grad=True)
-    x, label = torch.randn(7, 4), torch.tensor([0, 1, 2, 2, 1, 0, 0])
-    weights = torch.tensor([1.0, 5.0, 2.0])
-    whole = F.cross_entropy(x @ w, label, weights)
-    expected = torch.autograd.grad(whole, w)[0]
-    mine = slice(0, 5) if rank == 0 else slice(5, 7)
-    loss = f.over_all(*f.cross_entropy(x[mine] @ w, label[mine], weights))
-    got = torch.autograd.grad(loss, w)[0]
-    torch.distributed.all_reduce(got)
-    mean = common.mean({"loss": loss})["loss"]
-    return {"gradient": float((got / 2 - expected).abs().max()), "loss": mean - float(whole)}
+    model = torch.nn.Module()
+    model.crf, w = f.CRF(3), torch.randn(4, 3, requires_grad=True)
+    x, label = torch.randn(5, 6, 4), torch.randint(3, (5, 6))
+    label[1, 2:] = label[3, 4:] = f.PAD
+    times = torch.tensor([[2.0, 5.0], [1.0, 4.0], [6.0, 7.0], [3.0, 9.0], [8.0, 9.0]])
+    mine = slice(0, 5) if dist.get_world_size() == 1 else (slice(0, 4), slice(4, 5))[rank]
+    found = {}
+    for kind in ("ce", "crf", "regression"):
+        out = x[mine] @ w if kind != "regression" else x[mine, 0] @ w[:, :1]
+        terms = f.loss_of(SimpleNamespace(loss=kind), model, out,
+                          times[mine] if kind == "regression" else label[mine],
+                          torch.tensor([1.0, 5.0, 2.0]) if kind == "ce" else None)
+        gradient, = torch.autograd.grad(terms["loss"], w)
+        found[kind] = [common.sum_processes(v) / dist.get_world_size()
+                       for v in (terms["loss"], gradient, terms["top1"])]
+    return found
 
 
 def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
-    for found in running.processes(share, 2, tmp_path):
-        assert abs(found["gradient"]) < 1e-6 and abs(found["loss"]) < 1e-6
+    for n in "12":
+        (tmp_path / n).mkdir()
+    (one,), two = (running.processes(losses, n, tmp_path / str(n)) for n in (1, 2))
+    for found, kind in itertools.product(two, one):
+        for a, b in zip(one[kind], found[kind], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-5), kind
 
 
-def test_the_learning_rate_is_half_a_cosine_by_epoch():
-    for e in range(50):
-        want = 1e-6 + (1e-4 - 1e-6) * (math.cos(math.pi * e / 50) + 1) / 2
-        assert f.learning_rate(1e-4, e, 50) == pytest.approx(want)
+def test_regression_is_smooth_l1_of_the_relative_time(monkeypatch):
+    monkeypatch.setattr(common, "sum_processes", lambda x: x)
+    out, label = torch.tensor([[0.3], [-2.0]]), torch.tensor([[2.0, 5.0], [6.0, 8.0]])
+    expected, correct = 0.0, []
+    for (x,), (t, length) in zip(out.tolist(), label.tolist()):
+        d = abs(1 / (1 + math.exp(-x)) - t / length)
+        expected += d ** 2 / 0.02 if d < 0.01 else d - 0.005
+        correct.append(d * length <= 1.5)
+    terms = f.regression_terms(out, label)
+    assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
+    assert terms["top1"].item() == 100 * np.mean(correct)
 
 
 # ---- metrics -------------------------------------------------------------------------------------
 
 def test_localization_is_counted_as_the_benchmark_does():
-    rng = np.random.default_rng(0)
-    hits, errors, lengths = [], [], []
-    for _ in range(40):
-        n = int(rng.integers(3, 12))
-        spans = np.sort(rng.uniform(0, 9, (n, 2)))
-        prob, t = rng.integers(0, 4, n) / 4, np.sort(rng.uniform(-1, 9, 3))
-        t[t < 0] = -1
-        best = max(range(n), key=lambda j: (prob[j], -j))
-        t_hat = (spans[best][0] + spans[best][1]) / 2 if prob[best] > 0 else 0
-        assert f.predicted_time(prob, spans) == pytest.approx(t_hat)
-        errors.append(f.distance(t_hat, t))
+    r, errors, lengths = rng(0), [], [*rng(1).uniform(3, 9, 40)]
+    for _ in lengths:
+        spans = np.sort(r.uniform(0, 9, (int(r.integers(3, 12)), 2)))
+        p, t = r.integers(0, 4, len(spans)) / 4, r.uniform(0, 9, 3)
+        best = max(range(len(spans)), key=lambda j: (p[j], -j))
+        t_hat = sum(spans[best]) / 2 if p[best] > 0 else 0
+        assert f.predicted_time(p, spans) == pytest.approx(t_hat)
+        errors.append(f.time_error(t_hat, t))
         assert errors[-1] == pytest.approx(min(abs(t_hat - x) for x in t))
-        lengths.append(rng.uniform(3, 9))
-        hits.append(float(errors[-1] <= 0.25))
-    got = f.localization(errors, lengths)
-    assert got["within_0.25s"] == pytest.approx(100 * statistics.mean(hits))
-    assert got["mean_error_s"] == pytest.approx(statistics.mean(errors))
-    assert got["median_error_s"] == pytest.approx(statistics.median(errors))
-    assert got["std_error_s"] == pytest.approx(statistics.stdev(errors))
-    assert got["median_relative_error"] == pytest.approx(
-        statistics.median(e / n for e, n in zip(errors, lengths)))
-
-
-def test_chance_is_what_random_times_reach():
-    rng = np.random.default_rng(0)
-    for length, t in ((8.0, 3.0), (4.0, 0.1), (5.0, 4.9)):
-        for k in (0.25, 1.0):
-            drawn = abs(rng.uniform(0, length, 200_000) - t) <= k
-            assert f.chance(length, t, k) == pytest.approx(drawn.mean(), abs=0.004)
+    relative = [e / length for e, length in zip(errors, lengths)]
+    assert f.localization_metrics(errors, lengths) == pytest.approx({
+        **{f"within_{k:g}s": 100 * sum(e <= k for e in errors) / 40 for k in (0.25, 1)},
+        "mean_error_s": statistics.mean(errors), "median_error_s": statistics.median(errors),
+        "std_error_s": statistics.stdev(errors), "mean_relative_error": statistics.mean(relative),
+        "median_relative_error": statistics.median(relative)})
 
 
 def test_accuracy_is_counted_per_true_class():
-    overall, each = f.accuracy(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]))
-    assert overall == 0.5 and each == [0.5, 1.0, 0.0]
-    assert math.isnan(f.accuracy(np.array([0]), np.array([0]))[1][2])
+    p = np.array([[0.7, 0.2, 0.1], [0.3, 0.5, 0.2], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0]])
+    got = f.classification_metrics(np.array([0, 0, 1, 1]), p.argmax(1), p, "abc", "val_")
+    assert got == pytest.approx({"val_top1": 50, "val_a": 50, "val_b": 50, "val_loss": -np.mean(
+        np.log([0.7, 0.3, 0.8, 0.1]))})                       # c has no clips
 
 
-# ---- annotations ---------------------------------------------------------------------------------
+# ---- annotations, features, frames ---------------------------------------------------------------
 
-def test_names_are_read_as_they_are(oops):
-    root, names = oops / "annotations", {}
-    for part in ("train", "val"):
-        names[part] = f.read_names(root / f"{part}.txt")
-        files = {p.name.removesuffix(".mp4") for p in (oops / "oops_video" / part).iterdir()}
-        assert set(names[part]) == files
-        assert set(f.read_names(root / "splits" / f"{part}_all_org.csv")) <= files
-    every = names["train"] + names["val"]
-    for odd in ',"\'&%#!':
-        assert any(odd in n for n in every), odd
-    assert any(ord(c) > 0xFFFF for n in every for c in n)     # emoji
-    notes = f.read_notes(root / "transition_times.json")
-    assert set(notes) <= set(every)
-    fourth = f.read_notes(root / "heldout_transition_times.json", heldout=True)
-    assert set(fourth) == set(notes) & set(names["val"])
+ENTRY = {"t": [2.3, 2.0, -1.0], "len": 5.0, "rel_t": [0.46, 0.4, -0.2], "n_notfound": 1}
 
 
-def test_which_videos_have_labels():
-    ok = f.Annotation((2.0, 2.1, 2.3), 5.0, (0.4, 0.42, 0.46))
-    assert all(f.usable(ok, *x) for x in itertools.product(("train", "val"), ("clip", "video")))
-    assert not f.usable(ok._replace(t=(-1, -1, 2.0)), "train", "clip")
-    assert f.usable(ok._replace(t=(-1, 2.0, 2.1)), "train", "clip")
-    for rel in ((0.001, 0.009, 0.5), (0.4, 0.991, 0.995)):
-        assert not f.usable(ok._replace(rel_t=rel), "val", "video")
-    for length, expected in ((2.9, "----"), (3.1, "-+--"), (3.2, "++++"), (30.0, "++++"),
-                             (30.1, "-+--")):
-        pairs = itertools.product(("train", "val"), ("clip", "video"))
-        got = "".join("-+"[f.usable(ok._replace(len=length), *x)] for x in pairs)
-        assert got == expected, length
-
-
-NOTE = {"t": [2.0, 2.1, 2.3], "len": 5.0, "rel_t": [0.4, 0.42, 0.46], "stdev": 0.1,
-        "rel_stdev": 0.1, "n_notfound": 0}
-FAULTS = {
-    "list": "[]", "number": '{"a": 3}', "no t": json.dumps({"a": {**NOTE, "t": None}}),
-    "two times": json.dumps({"a": {**NOTE, "t": [1, 2]}}),
-    "a word": json.dumps({"a": {**NOTE, "t": [1, 2, "x"]}}),
-    "true": json.dumps({"a": {**NOTE, "t": [1, 2, True]}}),
-    "nan": json.dumps({"a": {**NOTE, "t": [1, 2, math.nan]}}),
-    "huge": json.dumps({"a": {**NOTE, "t": [1, 2, 1e30]}}),
-    "object": json.dumps({"a": {**NOTE, "rel_t": {"x": 1}}}),
-    "no rel_t": json.dumps({"a": {k: v for k, v in NOTE.items() if k != "rel_t"}}),
-    "length": json.dumps({"a": {**NOTE, "len": 0}}),
-    "length word": json.dumps({"a": {**NOTE, "len": "5"}}),
-    "path": json.dumps({"../a": NOTE}), "absolute": json.dumps({"/etc/passwd": NOTE}),
-    "dots": json.dumps({"..": NOTE}), "nul": json.dumps({"a\0b": NOTE}),
-    "one time": json.dumps({"a": {"t": [3.0]}}), "surrogate": '{"\\ud800": {}}',
-    "long": json.dumps({"é" * 200: NOTE}), "empty": json.dumps({"": NOTE}),
-    "cut": json.dumps({"a": NOTE})[:-9], "nothing": "", "deep": "[" * 100_000}
-
-
-@pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_in_the_transition_times_names_file_and_entry(case, tmp_path):
-    path = tmp_path / "transition_times.json"
-    path.write_text(FAULTS[case])
-    with pytest.raises(UserError) as e:
-        f.read_notes(path)
-    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
-    assert len(str(e.value)) < 500
-
-
-@pytest.mark.parametrize("data", [b"", b"\n\n", b"ok\n../x\n", b"ok\na/b\n", b"\xff\xfe\n",
-                                  b"ok\nx\0y\n", b"n" * 300, b"..\n"])
-def test_a_fault_in_a_list_of_names_is_one_line(data, tmp_path):
-    (tmp_path / "train.txt").write_bytes(data)
-    with pytest.raises(UserError, match="train.txt"):
-        f.read_names(tmp_path / "train.txt")
-
-
-def test_lists_may_end_anyhow(tmp_path):
-    for text in ("a\nb\u2028c", "a\r\nb\u2028c\r\n", "\ufeffa\nb\u2028c\n\n"):
-        (tmp_path / "x.txt").write_bytes(text.encode())
-        assert f.read_names(tmp_path / "x.txt") == ["a", "b\u2028c"]
-    (tmp_path / "x.csv").write_text('filename,t\n"a, ""b"".mp4",3\nc.mp4,4')
+def test_names_and_annotations_are_read_as_they_are(tmp_path):
+    odd = ['a, "b" & c 12', "é 🙂 # 1", "x.mp4 y", "a\u2028b"]
+    for text in ("{0}\n{1}\n{2}\n{3}", "\ufeff{0}\r\n{1}\r\n{2}\r\n\n{3}\r\n"):
+        (tmp_path / "train.txt").write_bytes(text.format(*odd).encode())
+        assert f.read_names(tmp_path / "train.txt") == odd
+    (tmp_path / "x.csv").write_text('filename,t\n"a, ""b"".mp4",3\nc.mp4,4\nc.mp4,4')
     assert f.read_names(tmp_path / "x.csv") == ['a, "b"', "c"]
+    path = tmp_path / "annotations" / "transition_times.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({odd[0]: ENTRY}))
+    assert f.read_annotations(tmp_path) == {odd[0]: ((-1, 2, 2.3), 5, (-0.2, 0.4, 0.46))}
+    for broken in ({**ENTRY, "t": [1, 2]}, {**ENTRY, "len": 0}, {**ENTRY, "t": [1, 2, "x"]}, 3,
+                   {"t": [1, 2, 3]}):
+        path.write_text(json.dumps({"fine": ENTRY, "not fine": broken}))
+        with pytest.raises(UserError, match="transition_times.json:not fine: "):
+            f.read_annotations(tmp_path)
 
 
-def test_the_self_check_counts_the_clips_of_the_annotations(capsys):
-    rng, notes, names = np.random.default_rng(0), {}, {"train": [], "val": []}
-    for i in range(200):
-        part, length = ("train", "val")[i % 2], float(rng.integers(20, 90)) / 8
-        t = np.sort(rng.uniform(0, length, 3))
-        notes[str(i)] = f.Annotation(tuple(t), length, tuple(t / length))
-        names[part].append(str(i))
-    found = f.official_counts(notes, names)
-    counts = {step: np.zeros(3, int) for step in (4, 16)}
-    for n in names["train"]:
-        for step, least, most in ((16, 3.0, 1e9), (4, 3.2, 30)):
-            v = notes[n]
-            if not (least <= v.len <= most and 0.01 <= v.rel_t[1] <= 0.99):
-                continue
-            begins = [k / 16 for k in range(0, int(v.len * 16) - 15, step)]
-            labels = slow_labels([(b, b + 15 / 16) for b in begins], v.t[1], True)
-            counts[step] += np.bincount(labels, minlength=3)
-    got = [ours for what, (_, ours) in found.items() if "clips" in what]
-    assert got == [*counts[16], *counts[4]]
-    f.self_check(notes, names)                                # not the official 10,961
-    assert not capsys.readouterr().out
-    f.self_check({**notes, **{f"x{i}": f.Annotation((-1.0,) * 3, 5.0, (-0.2,) * 3)
-                              for i in range(10961 - 200)}}, names)
-    assert capsys.readouterr().out.count("self-check DIFFERS") >= 6
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_of_a_feature_file_are_read_without_the_others(dtype, tmp_path):
+    x, rows = rng(0).normal(size=(300, 5)).astype(dtype), rng(1).integers(0, 300, 12)
+    for array in (x, np.asfortranarray(x)):
+        np.savez(tmp_path / "a.npz", arr_0=array, fps=30.0)
+        got = f.read_features(tmp_path / "a.npz", rows)
+        assert got.dtype == torch.float32 and np.array_equal(got, x[rows].astype(np.float32))
+    sequences = [np.arange(32).reshape(2, 16), np.arange(16, 48).reshape(2, 16)]
+    clips, index = f.read_distinct_clips(tmp_path / "a.npz", sequences)
+    assert clips.shape == (3, 16, 5)
+    for frames, i in zip(sequences, index, strict=True):
+        assert np.array_equal(clips[i], x[frames].astype(np.float32))
 
 
-# ---- feature files -------------------------------------------------------------------------------
-
-def saved(path, **arrays):
-    with open(path, "wb") as file:
-        arrays.pop("compressed", None) or np.savez(file, **arrays)
-    return path
-
-
-def test_rows_are_read_alone_and_are_those_of_the_file(tmp_path):
-    rng = np.random.default_rng(0)
-    for n, dtype in itertools.product((1, 7, 300), (np.float16, np.float32, np.float64)):
-        x = rng.normal(size=(n, 5)).astype(dtype)
-        rows = rng.integers(0, n, 12)
-        plain = saved(tmp_path / "a.npz", arr_0=x, fps=30.0, times=np.arange(n) / 30)
-        np.savez_compressed(tmp_path / "b.npz", arr_0=x)
-        np.savez(tmp_path / "c.npz", arr_0=np.asfortranarray(x))
-        for path in (plain, tmp_path / "b.npz", tmp_path / "c.npz"):
-            got = f.read_rows(f.look(path, None, "x"), rows)
-            assert got.dtype == torch.float32 and np.array_equal(got, x[rows].astype(np.float32))
-
-
-@pytest.mark.parametrize("case", ["nan", "empty", "text", "cut", "objects", "other name", "flat",
-                                  "integers", "times", "nothing", "fps", "fps nan", "fps list",
-                                  "words", "spans", "one time", "no time", "reversed", "ms",
-                                  "still", "complex", "encrypted", "header", "short"])
-def test_a_broken_feature_file_is_one_line_with_its_name(case, tmp_path):
+@pytest.mark.parametrize("fault", ["nan", "text", "cut", "objects", "flat", "packed", "clock"])
+def test_a_broken_feature_file_is_one_line_with_its_name(fault, tmp_path):
     path, x = tmp_path / "a.npz", np.ones((40, 4), np.float32)
-    arrays = {"arr_0": x, "times": np.arange(40) / 30, "fps": 30.0}
-    arrays |= {"nan": {"arr_0": np.where(x * np.arange(4) == 3, np.nan, x)},
-               "objects": {"arr_0": np.array([{}], dtype=object)}, "flat": {"arr_0": x[0]},
-               "integers": {"arr_0": x.astype(int)}, "times": {"times": np.arange(3)},
-               "nothing": {"arr_0": x[:0]}, "fps": {"fps": 0}, "fps nan": {"fps": math.nan},
-               "fps list": {"fps": np.ones(3)}, "words": {"times": np.array(["a"] * 40)},
-               "spans": {"spans": np.ones(40)}, "one time": {"times": np.float32(3)},
-               "no time": {"times": np.full(40, np.inf)}, "reversed": {
-                   "times": np.arange(40)[::-1] / 30}, "ms": {"times": np.arange(40) * 33.3},
-               "still": {"times": np.zeros(40)}, "complex": {"times": np.arange(40) * 1j},
-               "short": {"arr_0": x[:9], "times": np.arange(9) / 30}}.get(case, {})
-    if case == "other name":
-        arrays["x"] = arrays.pop("arr_0")
-    np.savez(path, **arrays)
-    if case in ("empty", "text", "cut"):
-        data = path.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"hello", "cut": data[:len(data) // 2]}[case])
-    if case in ("encrypted", "header"):
-        data = bytearray(path.read_bytes())
-        where = data.index(b"PK\1\2") + 8 if case == "encrypted" else data.index(b"(40, 4)") + 6
-        data[where] = 1 if case == "encrypted" else ord("\n")
-        path.write_bytes(data)
-    note = f.Annotation((1.0, 1.0, 1.0), 4.0, (0.25,) * 3)
+    arrays = {"nan": x * np.nan, "objects": np.array([[{}]]), "flat": x[0]}
+    (np.savez_compressed if fault == "packed" else np.savez)(
+        path, arr_0=arrays.get(fault, x), times=np.arange(7 if fault == "clock" else 40), fps=30)
+    if fault in ("text", "cut"):
+        path.write_bytes(b"hello" if fault == "text" else path.read_bytes()[:200])
     with pytest.raises(VideoError) as e:
-        f.read_rows(f.look(path, tmp_path / "a.mp4", "a", note), np.arange(40))
-    assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
+        f.read_video(tmp_path / "a.mp4", path, f.Annotation((1,) * 3, 4.0, (0.25,) * 3))
+        f.read_features(path, np.arange(40))
+    assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
 
 
-def numbered(path, n, fps=30, size=(48, 64), options=None, b_frames=0):
-    """A video whose k-th picture is of the grey level 20 + 2·(k mod 100)."""
-    pictures = (np.full((*size, 3), 20 + 2 * (k % 100), np.uint8) for k in range(n))
-    options = {"qp": "1", "preset": "ultrafast", **({"bf": str(b_frames)} if b_frames else {})}
-    toy.write_video(path, pictures, fps, options=options)
-
-
-@pytest.mark.parametrize("n, b_frames", [(5, 0), (64, 2), (65, 0), (150, 2)])
-def test_features_are_of_every_frame_in_its_order_and_know_its_time(n, b_frames, tmp_path):
-    numbered(tmp_path / "a.mp4", n, 25, b_frames=b_frames)
-    times, level = [], []
-    for i, fps, seen, x, _ in f.Pictures([str(tmp_path / "a.mp4")], False, 32):
-        assert i == 0 and fps == 25 and x.shape[1:] == (32, 32, 3) and len(x) <= 64
-        times += list(seen)
-        level += x.float().mean((1, 2, 3)).tolist()
-    assert np.allclose(times, np.arange(n) / 25)
-    assert np.allclose(level, 20 + 2 * (np.arange(n) % 100), atol=1.5)
-    by_clock, fps = common.clock(tmp_path / "a.mp4")
-    assert np.allclose(by_clock, times) and fps == 25
+@pytest.mark.parametrize("size, side", [((64, 64), 32), ((64, 64), 224), ((320, 320), 224)])
+def test_features_are_of_every_frame_in_order(size, side, tmp_path):
+    images = [world.paint(k, *size) for k in range(70)]
+    world.write_video(tmp_path / "a.mp4", images, 25, bf=2)
+    args = SimpleNamespace(backbone="vit_b16", tiny=side == 32)
+    video = f.make_frames(args, [tmp_path / "a.mp4"], 0, None)
+    assert video["frames"].shape == (70, side, side, 3) and video["fps"] == 25
+    assert [world.number_of(x) for x in video["frames"].numpy()] == [*range(70)]
+    assert np.allclose(video["times"], np.arange(70) / 25)
+    wide = torch.arange(96).expand(48, 96)[..., None]         # and the centre is kept
+    assert f.crop_square(wide, 48)[0, :, 0].tolist() == [*range(24, 72)]
 
 
 @pytest.mark.parametrize("fps, n", [(25, 70), (30, 61), (16, 40), (32, 75), (30, 31)])
-def test_features_of_clips_are_of_the_frames_that_labelled_clips_have(fps, n, tmp_path):
-    numbered(tmp_path / "a.mp4", n, fps)
-    frames, spans = f.cut_clips(n, fps, np.arange(n) / fps, 4)
-    mean, std = (np.array(v)[:, None] for v in f.KINETICS)
-    got = [p for p in f.Pictures([str(tmp_path / "a.mp4")], True, 32) if len(p) == 5]
-    assert [p[4] for p in got] == [False] * (len(got) - 1) + [True] * bool(got)
-    seen = [row for p in got for row in p[2]]
-    clips = [x for p in got for x in p[3]]
-    assert len(seen) == len(clips) == len(frames) and all(len(p[3]) <= 8 for p in got)
-    for span, x, row, want in zip(seen, clips, frames, spans):
-        assert np.allclose(span, want)
-        level = (x.mean((2, 3)).numpy() * std + mean) * 255                   # (3, 16)
-        assert np.allclose(level, 20 + 2 * (row % 100), atol=1.5)
-
-
-# ---- the stages ----------------------------------------------------------------------------------
-
-MINI = "--tiny --workers 0 --log_every 1 --save_every 3 --epochs 2 --batch_size 4".split()
-
-
-@pytest.fixture(scope="module")
-def feats(oops, tmp_path_factory):
-    """The toy dataset with its features."""
-    folder = tmp_path_factory.mktemp("features")
-    run(folder / "f", "--stage", "features", "--tiny", "--workers", 0, "--data", oops,
-        "--features", folder / "features")
-    assert len(list((folder / "features" / "train").iterdir())) == 24
-    return ["--data", oops, "--features", folder / "features"]
-
-
-@pytest.fixture(scope="module")
-def chain(feats, tmp_path_factory):
-    """Run folders of the stages that start from one another."""
-    root = tmp_path_factory.mktemp("chain")
-    run(root / "f2c", *MINI, *feats)
-    run(root / "f2c2v", *MINI, *feats, "--stage", "f2c2v", "--init", root / "f2c" / "best.pt")
-    for name, before, *flags in (
-            ("clip", "f2c", "--batch_size", 64), ("video", "f2c2v", "--level", "video"),
-            ("crf", "f2c2v", "--level", "video", "--loss", "crf"),
-            ("ahead", "f2c", "--batch_size", 64, "--anticipate", 0.5)):
-        run(root / name, *MINI, *feats, "--stage", "classify", "--init",
-            root / before / "best.pt", *flags)
-    return root
-
-
-def test_features_are_split_by_rank_and_resumed(oops, feats, tmp_path):
-    ours = tmp_path / "features"
-    flags = ["--stage", "features", "--tiny", "--workers", 0, "--data", oops, "--features", ours]
-    r = quick(tmp_path / "q", *flags, "--out", tmp_path / "o", die=("torn:.npz", 4))
-    assert r.code == -9
-    half = {p: p.stat().st_mtime_ns for p in ours.rglob("*.npz")}
-    assert len(half) == 3
-    run(tmp_path / "o", *flags, n=2)
-    whole = sorted(p.relative_to(feats[3]) for p in feats[3].rglob("*.npz"))
-    assert sorted(p.relative_to(ours) for p in ours.rglob("*.npz")) == whole
-    assert not list(ours.rglob("*.tmp*")) and all(p.stat().st_mtime_ns == t
-                                                  for p, t in half.items())
-    for name in whole:
-        a, b = np.load(ours / name), np.load(feats[3] / name)
-        assert set(a) == {"arr_0", "fps", "times"} and all(np.array_equal(a[k], b[k]) for k in a)
-    r = quick(tmp_path / "q", *flags, "--backbone", "resnet50", "--out", tmp_path / "p")
-    assert r.code == 1 and "about.json" in r.err
-
-
-def test_unreadable_videos_are_named_and_left_out(oops, tmp_path):
-    data = tmp_path / "data"
-    for part in ("train", "val"):
-        (data / "oops_video" / part).mkdir(parents=True)
-        numbered(data / "oops_video" / part / "fine.mp4", 40)
-    broken = data / "oops_video" / "train" / "bad, \"one\".mp4"
-    broken.write_bytes(b"nothing of a video")
-    whole = (data / "oops_video" / "train" / "fine.mp4").read_bytes()
-    (data / "oops_video" / "train" / "empty.mp4").write_bytes(b"")
-    (data / "oops_video" / "train" / "half.mp4").write_bytes(whole[:len(whole) // 2])
-    flags = ["--stage", "features", "--tiny", "--workers", 1, "--data", data]
-    r = run(tmp_path / "o", *flags, "--naming", "mp4", "--float16")
-    assert str(broken) in r.out and metrics(tmp_path / "o")["train_made"] == 1
-    assert len(metrics(tmp_path / "o")["unreadable"]) == 3
-    made = data / "features" / "vit_b16" / "train" / "fine.mp4.npz"
-    assert np.load(made)["arr_0"].dtype == np.float16
-    run(tmp_path / "o", *flags)                               # the other naming: found as well
-    assert [p.name for p in made.parent.iterdir()] == [made.name]
+def test_features_of_clips_are_of_the_frames_of_labelled_clips(fps, n, tmp_path, monkeypatch):
+    (tmp_path / "oops_video/val").mkdir(parents=True)
+    images = [np.full((48, 64, 3), 20 + 2 * k, np.uint8) for k in range(n)]       # grey level: number
+    world.write_video(tmp_path / "oops_video/val/a.mp4", images, fps)
+    net = torch.nn.Flatten()                                  # φ: the pixels
+    net.out_dim = 3 * 16 * 112 ** 2
+    monkeypatch.setattr(f, "load_feature_network", lambda args: (net, f.KINETICS))
+    args = f.parse_args(["--stage", "features", "--backbone", "r3d_18", "--workers", "0", "--data",
+                         str(tmp_path), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(common, "barrier", lambda: None)
+    f.extract(args, torch.device("cpu"))
+    with np.load(args.features / "val" / "a.npz") as z:
+        rows, spans = f.cut_clips(n, fps, np.arange(n) / fps, 0.25)
+        assert np.allclose(z["times"], spans) and z["arr_0"].shape == (len(rows), net.out_dim)
+        x = z["arr_0"].reshape(len(rows), 3, 16, -1).mean(3).transpose(0, 2, 1)   # (N, 16, 3)
+    mean, std = map(np.array, f.KINETICS)
+    assert np.allclose((x * std + mean).mean(2) * 255, 20 + 2 * rows, atol=1.5)
 
 
 @pytest.mark.parametrize("name, dim", [("resnet18", 512), ("r2plus1d_18", 512)])
 def test_published_backbones_fill_from_a_file(name, dim, tmp_path):
     torch.manual_seed(1)
-    from torchvision import models
-    net = (models.resnet18 if name == "resnet18" else models.video.r2plus1d_18)(weights=None)
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    for part in ("train", "val"):
-        (tmp_path / "oops_video" / part).mkdir(parents=True)
-        numbered(tmp_path / "oops_video" / part / "a.mp4", 17, 16)
-    run(tmp_path / "o", "--stage", "features", "--data", tmp_path, "--backbone", name, "--weights",
-        tmp_path / "w.pth", "--workers", 0, "--features", tmp_path / "f")
-    x = np.load(tmp_path / "f" / "val" / "a.npz")
-    assert x["arr_0"].shape == ((17 if name == "resnet18" else 1), dim)
-    net = common.headless(net).eval()
-    with torch.no_grad():
-        if name == "resnet18":
-            _, _, _, picture, _ = next(iter(f.Pictures([str(
-                tmp_path / "oops_video" / "val" / "a.mp4")], False, 224)))
-            want = net(f.normalise(picture[:4], *f.IMAGENET))
-        else:
-            _, _, _, clip, _ = next(iter(f.Pictures([str(
-                tmp_path / "oops_video" / "val" / "a.mp4")], True, 112)))
-            assert clip.shape == (1, 3, 16, 112, 112)
-            want = net(clip)
-    assert np.allclose(x["arr_0"][:len(want)], want, atol=1e-4)
+    net = f.make_feature_network(name)
+    torch.save({k: v + 1 for k, v in net.state_dict().items()}, tmp_path / "w.pth")
+    args = SimpleNamespace(backbone=name, weights=str(tmp_path / "w.pth"), tiny=False, seed=0)
+    filled, norm = f.load_feature_network(args)
+    assert filled.out_dim == dim and norm == (f.KINETICS if "2plus" in name else common.IMAGENET)
+    assert all(torch.equal(filled.state_dict()[k], v + 1) for k, v in net.state_dict().items())
 
 
-def test_every_stage_leaves_what_is_promised(chain):
-    for name, classes in (("f2c", 8), ("f2c2v", 6), ("clip", 3), ("video", 3), ("crf", 3)):
-        there = contents(chain / name)
-        assert {"args.json", "log.jsonl", "last.pt", "best.pt", "metrics.json",
-                "curve.png"} <= set(there)
-        state = torch.load(chain / name / "best.pt", weights_only=True)
-        assert state["model"]["head.4.weight"].shape[0] == classes
-        assert 0 <= metrics(chain / name)["val_top1"] <= 1
-    frozen = [torch.load(chain / n / "best.pt", weights_only=True)["model"]
-              for n in ("f2c", "f2c2v", "video")]
-    for key in (k for k in frozen[0] if k.startswith("frames.")):
-        assert torch.equal(frozen[0][key], frozen[1][key]), key
-        assert torch.equal(frozen[0][key], frozen[2][key]), key
+# ---- stages --------------------------------------------------------------------------------------
+
+SHORT = "--tiny --workers 0 --log_every 1 --epochs 1 --batch_size 4".split()
 
 
-def slow_probabilities(chain, name, video, step):
-    """p of each clip, from the definition: all its frames read with NumPy, one clip at a time."""
+def run(out, *flags, n=1, code=0):
+    r = quick("f2c_oops", *flags, "--out", out, n=n)
+    assert r.code == code, r
+    return r
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def feats(data, tmp_path_factory):
+    """Flags of the small world with its features."""
+    root = tmp_path_factory.mktemp("oops")
+    flags = ["--data", data / "oops", "--features", root / "features"]
+    run(root / "out", "--stage", "features", "--tiny", "--workers", 0, *flags)
+    return flags
+
+
+@pytest.fixture(scope="module")
+def chain(feats, tmp_path_factory):
+    """Run folders of the stages that start from one another."""
+    root, classify = tmp_path_factory.mktemp("chain"), ["--stage", "classify"]
+    for name, before, *flags in (
+            ("f2c", ""), ("f2c2v", "f2c", "--stage", "f2c2v"),
+            ("clip", "f2c", *classify, "--batch_size", 64),
+            ("crf", "f2c2v", *classify, "--level", "video"),
+            ("ce", "f2c", *classify, "--level", "video", "--loss", "ce"),
+            ("regression", "f2c2v", *classify, "--loss", "regression"),
+            ("ahead", "f2c", *classify, "--batch_size", 64, "--anticipate", 0.5)):
+        init = ["--init", root / before / "best.pt"] if before else []
+        run(root / name, *SHORT, *feats, *flags, *init)
+    return root
+
+
+def test_each_stage_trains_its_part(chain):
+    states = {path.parent.name: torch.load(path, weights_only=True)
+              for path in chain.glob("*/best.pt")}
+    classes = {"f2c": 8, "f2c2v": 6, "regression": 1}
+    for name, state in states.items():
+        assert len(state["model"]["head.4.weight"]) == classes.get(name, 3)
+        assert 0 <= metrics(chain / name)["val_top1"] <= 100
+        for key, x in states["f2c"]["model"].items():         # Enc_frame is trained at clip level
+            if key.startswith("frame_encoder.layers.0"):
+                assert torch.equal(state["model"][key], x) == (name not in ("clip", "ahead"))
+    assert states["crf"]["args"]["loss"] == "crf"             # the default at video level
+
+
+def slow_scores(chain, name, video):
+    """p(label) of the clips of a video 0.25 s apart, one clip and one sequence at a time."""
     state = torch.load(chain / name / "best.pt", weights_only=True)
-    args = SimpleNamespace(**{**state["args"], "finetune_frames": False})
-    model = f.build(args, 128, 3, args.level, per_clip=True, crf=args.loss == "crf").eval()
+    args = SimpleNamespace(**state["args"])
+    x = torch.from_numpy(np.load(video.features)["arr_0"])
+    model = f.make_model(args, x.shape[1], 3).eval()
     model.load_state_dict(state["model"])
-    x = torch.from_numpy(np.load(video.path)["arr_0"])
-    frames, spans = f.cut_clips(video.frames, video.fps, video.times, step)
-    with torch.no_grad():
-        z = torch.stack([model.frames(x[row][None])[0] for row in frames])
-        if args.level == "clip":
-            return model.head(z).softmax(1).numpy(), spans
-        out = torch.zeros(len(z), 3)
-        every = round(args.step * 16) // step
-        for first in range(min(every, len(z))):
-            part = z[first::every]
-            q = model.head(model.clips(part[None], every=True)[0, 1:])
-            if args.loss == "crf":
-                scores = every_sequence(q, model.crf)
-                total = np.logaddexp.reduce(list(scores.values()))
-                p = torch.zeros(len(q), 3)
-                for y, s in scores.items():
-                    p[range(len(q)), y] += math.exp(s - total)
-                out[first::every] = p
-            else:
-                out[first::every] = q.softmax(1)
-        return out.numpy(), spans
+    apart, p = 4 if args.level == "video" else 1, {}          # as in training: 1 s
+    for first in range(apart):
+        z = torch.cat([model.frame_encoder(x[rows][None]) for rows in video.rows[first::apart]])
+        q = model.head(z if apart == 1 else model.clip_encoder(z[None])[0, 1:])
+        crf = args.loss == "crf"
+        q = model.crf.marginals(q[None], torch.tensor([len(q)]))[0] if crf else q.softmax(1)
+        p |= {first + apart * j: row.tolist() for j, row in enumerate(q)}
+    return [p[j] for j in range(len(p))]
 
 
-@pytest.mark.parametrize("name", ["clip", "video", "crf"])
-def test_evaluation_is_what_one_computes_by_hand(name, chain, feats, tmp_path):
-    run(tmp_path / "e", *MINI[:3], *feats, "--stage", "evaluate", "--init",
-        chain / name / "best.pt")
-    got = metrics(tmp_path / "e")
-    args = SimpleNamespace(data=feats[1], features=feats[3], level="video", limit=None,
-                           allow_missing=False, list=None, val_list=None)
-    notes = f.read_notes(common.find(feats[1], "transition_times.json"))
-    common.init_distributed()
-    videos = f.scan(args, "val", notes)
-    assert len(videos) >= 4
-    for step in (16, 4):
-        labels, tags = [], []
-        errors = []
-        for v in videos:
-            p, spans = slow_probabilities(chain, name, v, step)
-            labels += list(f.run_labels(spans, v.note.t[1]))
-            tags += list(p.argmax(1))
-            best = p[:, 1].argmax()
-            errors.append(min(abs(spans[best].mean() - t) for t in v.note.t))
-        key = f"step_{step / 16:g}s"
-        if name != "crf":                                     # Viterbi's labels are tested above
-            assert got[f"{key}_accuracy"] == pytest.approx(
-                100 * np.mean(np.array(labels) == tags), abs=1e-9)
-        assert got[f"{key}_clips"] == len(labels)
-    assert got["within_1s"] == pytest.approx(100 * np.mean(np.array(errors) <= 1))
-    assert got["mean_error_s"] == pytest.approx(np.mean(errors), abs=1e-6)
-    middle = [min(abs(v.note.len / 2 - t) for t in v.note.t) <= 1 for v in videos]
-    assert got["middle_within_1s"] == pytest.approx(100 * np.mean(middle))
-    with open(tmp_path / "e" / "predictions_step_1s.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == got["step_1s_clips"]
-    assert {r["filename"] for r in rows} == {f"{v.name}.mp4" for v in videos}
-    from PIL import Image
-    assert Image.open(tmp_path / "e" / "timeline.png").width == 900
+@pytest.mark.parametrize("name", ["clip", "crf", "ce", "regression", "ahead"])
+def test_evaluation_scores_each_clip_as_the_definition_says(name, chain, feats, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    (one / "other.csv").write_text("of another run")
+    for n, out, stage in ((1, one, "evaluate"), (2, two, "localize")):
+        run(out, "--workers", 0, *feats, "--stage", stage, "--init", chain / name / "best.pt", n=n)
+    assert (one / "other.csv").read_text() == "of another run"
+    assert {*metrics(one)} == {*metrics(two)} and metrics(one)["videos"] == 13
+    for k, v in metrics(one).items():
+        assert v == metrics(two)[k] or v == pytest.approx(metrics(two)[k], abs=1e-3), k
+    assert ("within_1s" in metrics(one)) == (one / "localization.csv").exists() == (name != "ahead")
+    if name in ("clip", "crf", "ce"):
+        args = f.parse_args([*map(str, feats)])
+        video = f.label_videos(args, f.read_videos(args, "val", 1, f.read_annotations(args.data)), 0.25)[3]
+        with open(one / "predictions.csv", newline="") as file:
+            rows = [r for r in csv.DictReader(file) if r["filename"] == video.path.name]
+        got = [[float(r[label]) for label in f.LABELS] for r in rows]
+        assert np.allclose(got, slow_scores(chain, name, video), atol=1e-4)
+        assert [int(r["label"]) for r in rows] == [*video.labels]
+        assert metrics(one)["clips_1s"] == 13 * 8 and metrics(one)["clips_0.25s"] == 13 * len(rows)
+        assert (np.array(got).argmax(1) == [int(r["predicted"]) for r in rows]).all() or name == "crf"
+    if name == "ahead":
+        assert metrics(one)["clips_oops_0.25s"] == metrics(one)["clips_paper_0.25s"] - 2 * 13
 
 
-@pytest.mark.parametrize("stage, name", [("evaluate", "video"), ("evaluate", "crf"),
-                                         ("evaluate", "ahead"), ("localize", "clip")])
-def test_evaluation_does_not_depend_on_the_number_of_processes(stage, name, chain, feats,
-                                                               tmp_path):
-    flags = [*MINI[:3], *feats, "--stage", stage, "--init", chain / name / "best.pt"]
-    run(tmp_path / "1", *flags)
-    run(tmp_path / "2", *flags, n=2)
-    one, two = contents(tmp_path / "1"), contents(tmp_path / "2")
-    assert set(one) == set(two) and len(one) >= 3
-    for file in set(one) - {"args.json"}:
-        assert one[file] == two[file], file
-
-
-def test_anticipation_is_evaluated_by_both_protocols(chain, feats, tmp_path):
-    run(tmp_path / "e", *MINI[:3], *feats, "--stage", "evaluate", "--init",
-        chain / "ahead" / "best.pt")
-    got = metrics(tmp_path / "e")
-    assert got["anticipate_s"] == 0.5 and "within_1s" not in got
-    assert got["oops_step_0.25s_clips"] < got["paper_step_0.25s_clips"]
-    assert metrics(chain / "ahead")["val_top1"] * 100 <= got["paper_step_0.25s_accuracy"] + 1e-6
-
-
-@pytest.mark.parametrize("stage, flags", [
-    ("f2c", []), ("f2c2v", []), ("classify", ["--batch_size", 64]),
-    ("classify", ["--level", "video"]), ("classify", ["--level", "video", "--loss", "crf"])])
-def test_two_processes_train_as_one_does(stage, flags, chain, feats, tmp_path):
-    before = {"f2c": [], "f2c2v": ["--init", chain / "f2c" / "best.pt"],
-              "classify": ["--init", chain / ("f2c2v" if "video" in flags else "f2c") / "best.pt"]}
-    flags = [*MINI, *feats, "--stage", stage, *before[stage], *flags, "--epochs", 1]
-    for n in (1, 2):
-        run(tmp_path / str(n), *flags, n=n)
-    logs = [[json.loads(x) for x in contents(tmp_path / n)["log.jsonl"].splitlines()]
-            for n in "12"]
-    assert len(logs[0]) == len(logs[1]) >= 2
-    for a, b in zip(*logs):
-        for key in ("loss", "gradient", "val_loss"):
-            if key in a:
-                assert a[key] == pytest.approx(b[key], rel=1e-4), (key, a["step"])
-    one, two = (metrics(tmp_path / n) for n in "12")
-    assert one["val_top1"] == pytest.approx(two["val_top1"], abs=1e-6)
-
-
-@pytest.mark.parametrize("name, n", [("f2c", 2), ("f2c2v", 1), ("crf", 2)])
-def test_a_killed_run_ends_in_the_same_bytes(name, n, chain, feats, tmp_path):
-    flags = {"f2c": [], "f2c2v": ["--stage", "f2c2v", "--init", chain / "f2c" / "best.pt"],
-             "crf": ["--stage", "classify", "--level", "video", "--loss", "crf", "--init",
-                     chain / "f2c2v" / "best.pt", "--save_every", 1]}[name]
-    flags = [*MINI, *feats, *flags, "--dropout", 0.1]
-    run(tmp_path / "whole", *flags, n=n)
-    for kill in (("step", 2), ("torn:last.pt", 2), ("line", 1), ("torn:metrics.json", 1)):
-        r = quick(tmp_path / "q", *flags, "--out", tmp_path / "killed", n=n, die=kill)
-        assert r.code == -9, (kill, r)
-    run(tmp_path / "killed", *flags, n=n)
-    whole, own = contents(tmp_path / "whole"), contents(tmp_path / "killed")
-    for file in ("last.pt", "best.pt", "metrics.json"):
-        assert own[file] == whole[file], file
-
-
-# ---- checkpoints and wrong input -----------------------------------------------------------------
-
-def released(model, two, path):
-    """A checkpoint as the release would write it: its names, DataParallel's prefix, dead layers."""
-    names = {}
-    for theirs, ours in (("local_model.", "frames."), ("global_model.", "clips.")) if two else (
-            ("", "frames."),):
-        names |= f.released_names(theirs, ours, 2)
-    names |= {("global_model." if two else "") + "mlp_head.": "head."}
-    state = {}
-    for k, v in model.state_dict().items():
-        theirs, ours = next(((a, b) for a, b in names.items() if k.startswith(b)), (k, k))
-        state[f"module.{theirs}{k[len(ours):]}"] = v
-    dead = "module.local_model." if two else "module."
-    state |= {f"{dead}lin_projector.weight": torch.zeros(8, 4), f"{dead}mlp_head.9.bias":
-              torch.zeros(3), f"{dead}temporal_encoder.embeddings.position_ids": torch.zeros(1, 9)}
-    torch.save({"epoch": 7, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}},
-               path)
+def released(model, path):
+    """Save weights under the release's names, with what it has besides.   -> path"""
+    two, state = hasattr(model, "clip_encoder"), {}
+    for key, x in model.state_dict().items():
+        level, _, rest = key.partition(".")
+        prefix = {"clip_encoder": "global_model."}.get(level, "local_model." if two else "")
+        if level == "head":
+            prefix, rest = "global_model." if two else "", f"mlp_head.{rest}"
+        elif rest != "cls_token":
+            rest = f"temporal_encoder.{rest}"
+            for ours, theirs in (("layers.", "encoder.layer."), (".out.", ".attention.output.dense."),
+                                 (".norm1.", ".attention.output.LayerNorm."),
+                                 (".fc1.", ".intermediate.dense."), (".fc2.", ".output.dense."),
+                                 (".norm2.", ".output.LayerNorm."),
+                                 ("encoder.norm.", "encoder.embeddings.LayerNorm."),
+                                 ("encoder.position.", "encoder.embeddings.position_embeddings."),
+                                 ("encoder.token_type.", "encoder.embeddings.token_type_embeddings.")):
+                rest = rest.replace(ours, theirs)
+            rest = re.sub(r"(layer\.\d+\.)((query|key|value)\w*)", r"\1attention.self.\2", rest)
+        state[f"module.{prefix}{rest}"] = x
+    unused = "module.local_model." if two else "module."
+    state |= {f"{unused}lin_projector.weight": torch.zeros(8, 4),
+              f"{unused}temporal_encoder.embeddings.position_ids": torch.zeros(1, 9)}
+    if two:
+        state["module.local_model.mlp_head.0.weight"] = torch.zeros(192)
+    torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, path)
+    return path
 
 
 @pytest.mark.parametrize("two", [False, True])
-def test_released_checkpoints_are_evaluated(two, feats, tmp_path):
+def test_both_released_layouts_load_strictly(two, feats, tmp_path):
     torch.manual_seed(0)
-    size = {"layers": 2, "heads": 4, "window": 32, "ff": 24, "positions": 600}
-    model = f.F2C2V(128, 3, 16, True, per_clip=True, **size) if two else f.F2C(
-        128, 3, 16, True, **size)
-    released(model, two, tmp_path / "x.pth.tar")
-    flags = [*MINI[:3], *feats, "--stage", "evaluate", "--init", tmp_path / "x.pth.tar", "--heads",
-             4, "--compat", "released"]
-    r = run(tmp_path / "e", *flags)
+    size = {**f.TINY_SIZES, "layers": 2, "as_released": True}
+    model = f.F2C2V(192, 3, per_clip=True, **size) if two else f.F2C(192, 3, **size)
+    path = released(model, tmp_path / "epoch7.pth.tar")
+    flags = ["--tiny", "--workers", 0, *feats, "--as_released", "--stage"]
+    level = ["--level", "video", "--loss", "ce"] if two else []
+    r = run(tmp_path / "out", *flags, "evaluate", "--init", path, *level)
     assert f"{len(model.state_dict())} tensors loaded" in r.out and "lin_projector" in r.out
-    assert 0 <= metrics(tmp_path / "e")["step_1s_accuracy"] <= 100
+    train = [*flags, "classify", "--level", "video", "--epochs", 1, "--batch_size", 13]
+    r = run(tmp_path / "train", *train, "--init", path)       # new head and CRF; F2C: new Enc_clip
+    encoders = [k for k in model.state_dict() if "encoder" in k]
+    assert f"{len(encoders)} tensors loaded" in r.out
+    state = torch.load(path, weights_only=True)
+    del state["state_dict"][next(k for k in state["state_dict"] if k.endswith("1.output.dense.bias"))]
+    torch.save(state, path)
+    for stage in ("evaluate", "classify"):
+        r = run(tmp_path / stage, *flags, stage, "--init", path, *level, code=1)
+        assert "1 tensors are missing, such as frame_encoder.layers.1.fc2.bias" in r.err
 
 
-def test_labels_that_are_lost_are_counted_and_contradictions_named(chain, feats, tmp_path):
-    data = tmp_path / "oops"
-    shutil.copytree(feats[1] / "annotations", data / "annotations")
-    path = data / "annotations" / "transition_times.json"
-    table = json.loads(path.read_text())
-    val = set(f.read_names(data / "annotations" / "val.txt"))
-    notes = f.read_notes(path)
-    good = [n for n in sorted(val & set(table)) if f.usable(notes[n], "val", "clip")]
-    del table[good[0]]
-    table[good[1]]["t"] = [-1, -1, 2.0]
-    table[good[2]]["len"] += 3
-    path.write_text(json.dumps(table))
-    r = run(tmp_path / "o", *MINI[:3], "--data", data, *feats[2:], "--stage", "localize", "--init",
-            chain / "clip" / "best.pt")
-    assert f"{len(val & set(table))} annotated, {len(good) - 2} usable" in r.out
-    assert "2 videos contradict each other" in r.out and "not as long as annotated" in r.out
-    assert not (tmp_path / "o" / "predictions_step_1s.csv").exists()
-
-
-def test_f2c_fills_the_frames_and_f2c2v_both(chain, feats, tmp_path):
-    one = run(tmp_path / "a", *MINI, *feats, "--stage", "classify", "--level", "video", "--init",
-              chain / "f2c" / "best.pt", "--epochs", 1)
-    assert "left fresh (clips" in one.out.replace("head.0, head.1, head.4, ", "")
-    both = torch.load(chain / "f2c2v" / "best.pt", weights_only=True)["model"]
-    two = run(tmp_path / "b", *MINI, *feats, "--stage", "classify", "--level", "video", "--init",
-              chain / "f2c2v" / "best.pt", "--epochs", 1)
-    loaded = sum(k.startswith(("frames.", "clips.")) for k in both)
-    assert f"{loaded} tensors loaded" in two.out and "left fresh (head" in two.out
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--transforms", "normal,x3"], "--transforms"), (["--transforms", "normal"], "--transforms"),
-    (["--clip_len", 4], "--clip_len"), (["--step", 0.3], "--step"), (["--anticipate", 0], "--ant"),
-    (["--step", 0.0], "--step"), (["--positions", 2], "--positions"),
-    (["--tolerance", "nan", -1], "--tolerance"), (["--transforms", "normal,normal"], "--transf"),
-    (["--stage", "classify", "--anticipate", 0.4, "--anticipate_protocol", "oops"], "multiple"),
-    (["--stage", "localize", "--anticipate", 1], "--anticipate"),
-    (["--stage", "classify", "--finetune_frames"], "--finetune_frames"),
-    (["--stage", "classify", "--loss", "crf", "--class_weights", "computed"], "--class_weights"),
-    (["--stage", "classify", "--level", "video", "--unbalanced"], "--unbalanced"),
-    (["--freeze", "--finetune_frames"], "--freeze"),
-    (["--stage", "localize", "--init", "none"], "--init"),
-    (["--stage", "classify", "--loss", "regression", "--anticipate", 1], "regression"),
-    (["--dropout", 1.0], "--dropout"), (["--lr", "nan"], "--lr"), (["--nonsense"], "--nonsense")])
-def test_a_wrong_flag_is_one_line(flags, words, oops, capsys):
-    with pytest.raises(SystemExit) as e:
-        f.parse_args(["--data", str(oops), *map(str, flags)])
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and words in err and err.count("\n") == 1
-
-
-def test_what_the_user_can_mend_is_one_line(chain, feats, oops, tmp_path):
-    video = feats[3] / "val"
-    part = tmp_path / "features"
-    shutil.copytree(feats[3], part)
-    notes = f.read_notes(oops / "annotations" / "transition_times.json")
-    lost = next(n for n in f.read_names(oops / "annotations" / "val.txt")
-                if n in notes and f.usable(notes[n], "val", "clip"))
-    (part / "val" / f"{lost}.npz").unlink()
-    wide = tmp_path / "wide"
-    shutil.copytree(feats[3], wide)
-    for p in wide.rglob("*.npz"):
-        z = dict(np.load(p))
-        np.savez(p, **{**z, "arr_0": z["arr_0"][:, :100]})
-    assert video.is_dir()
-    clip, data = ["--init", chain / "clip" / "best.pt"], ["--data", oops]
-    state = torch.load(chain / "clip" / "best.pt", weights_only=True)
-    torch.save({**state, "args": {**state["args"], "heads": 0}}, tmp_path / "odd.pt")
-    state["model"]["head.4.bias"][1] = math.inf
-    torch.save(state, tmp_path / "nan.pt")
-    cases = [
-        (["--data", tmp_path / "no"], "no such folder"),
-        ([*data, "--features", tmp_path], "--stage features"),
-        ([*feats, "--stage", "f2c2v", "--init", tmp_path / "x.pt"], "x.pt"),
-        ([*feats, "--stage", "f2c2v", "--init", chain / "f2c" / "best.pt", "--layers", 3],
-         "--layers"),
-        ([*feats, "--stage", "localize", *clip, "--compat", "released"], "--compat"),
-        ([*feats, "--stage", "localize", *clip, "--level", "video"], "--level"),
-        ([*feats, "--stage", "localize", "--init", chain / "ahead" / "best.pt"], "foresees"),
-        ([*feats, "--stage", "classify", "--init", chain / "f2c" / "best.pt", "--anticipate", 50,
-          "--anticipate_protocol", "oops"], "no training video"),
-        (["--data", tmp_path, "--stage", "features"], "holds no .mp4"),
-        ([*data, "--features", part, "--stage", "localize", *clip], lost),
-        ([*data, "--features", wide, "--stage", "localize", *clip], "100"),
-        ([*feats, "--stage", "localize", "--init", tmp_path / "nan.pt"], "not finite"),
-        ([*feats, "--stage", "localize", "--init", tmp_path / "odd.pt"], "--heads 0"),
-        ([*feats, "--heads", 3], "--heads 3"),
-        ([*feats, "--batch_size", 400], "--batch_size"),
-        ([*feats, "--stage", "features", "--weights", tmp_path / "w.pth"], "--weights none")]
-    for flags, words in cases:
-        r = quick(tmp_path / "q", "--tiny", "--workers", 0, *flags, "--out", tmp_path / "out")
-        assert r.code == 1, (flags, r)
-        assert words in r.err and r.err.startswith("error: ") and r.err.count("\n") == 1, r.err
-    r = quick(tmp_path / "q", *MINI[:3], *feats, "--stage", "evaluate", *clip, "--out",
-              chain / "clip")
-    assert r.code == 1 and "training run" in r.err
-    run(tmp_path / "ok", "--tiny", "--workers", 0, *data, "--features", part, "--stage",
-        "localize", *clip, "--allow_missing")
-
-
-def test_training_replaces_a_broken_file_and_counts_it(feats, oops, tmp_path):
-    part = tmp_path / "features"
-    shutil.copytree(feats[3], part)
-    names = f.read_names(oops / "annotations" / "splits" / "train_all_org.csv")
-    first, second = (part / "train" / f"{n}.npz" for n in names[:2])
-    z = dict(np.load(first))
-    np.savez(first, **{**z, "arr_0": np.full_like(z["arr_0"], np.nan)})
-    second.write_bytes(b"PK")
-    r = run(tmp_path / "o", *MINI, "--data", oops, "--features", part)
-    assert f"train: {len(names) - 1} of {len(names)} videos" in r.out and str(second) in r.out
-    assert metrics(tmp_path / "o")["training_samples_broken"] >= 1 and str(first) in r.err
+def test_defaults_are_the_published_recipe():
+    keys = "epochs", "batch_size", "level", "loss", "spacing", "init", "out"
+    f2c = "f2c_oops_oops_"
+    for flags, expected in {
+            "": (100, 128, "clip", "ce", 0.25, "none", f"{f2c}f2c"),
+            "--stage f2c2v": (100, 16, "video", "ce", 1, f"{f2c}f2c", f"{f2c}f2c2v"),
+            "--stage classify": (50, 256, "clip", "ce", 0.25, f"{f2c}f2c", f"{f2c}classify"),
+            "--stage classify --level video":
+                (50, 8, "video", "crf", 1, f"{f2c}f2c2v", f"{f2c}classify_video"),
+            "--stage classify --loss regression":
+                (50, 8, "video", "regression", 1, f"{f2c}f2c2v", f"{f2c}classify_video_regression"),
+            "--stage classify --anticipate 1.5":
+                (50, 256, "clip", "ce", 0.25, f"{f2c}f2c", f"{f2c}classify_anticipate1.5"),
+            "--stage classify --backbone r2plus1d_18":
+                (50, 256, "clip", "ce", 0.25, "none", f"{f2c}classify_r2plus1d_18"),
+            "--stage evaluate --level video":
+                (None, None, "video", "crf", 1, f"{f2c}classify_video", f"{f2c}evaluate"),
+            "--stage features": (None, None, "clip", "ce", 0.25, "none", f"{f2c}features")}.items():
+        args = f.parse_args(flags.split())
+        init = str(args.init).removeprefix("runs/").removesuffix("/best.pt")
+        assert tuple(getattr(args, k) for k in keys[:5]) == expected[:5], flags
+        assert (init, args.out.name.replace("__main__", "f2c_oops")) == expected[5:], flags
+        assert (args.layers, args.window, args.lr, args.transforms) == (3, 32, 1e-4, ",".join(
+            VIDEO if args.stage == "f2c2v" else CLIP))
+        assert args.weights == ("timm" if args.backbone == "vit_b16" else "torchvision")
+    assert len(f.parse_args([]).__dict__) <= 34
+    assert [f.learning_rate(1e-4, e, 50) for e in (0, 25, 50)] == pytest.approx([1e-4, 5.05e-5, 1e-6])
 
 
 @pytest.mark.parametrize("flags", [
-    ["--transforms", "x2,x4,x8"], ["--compat", "released"], ["--crops", "full"],
-    ["--stage", "f2c2v", "--init", "none", "--heads", 4, "--transforms", "speed,point",
-     "--batch_size", 2],
-    ["--stage", "f2c2v", "--init", "none", "--heads", 4, "--finetune_frames"],
-    ["--stage", "f2c2v", "--init", "none", "--heads", 4, "--compat", "released"],
-    ["--stage", "classify", "--init", "none", "--loss", "crf"],
-    ["--stage", "classify", "--init", "none", "--loss", "crf", "--compat", "released"],
-    ["--stage", "classify", "--init", "none", "--level", "video", "--freeze", "--compat",
-     "released"],
-    ["--stage", "classify", "--init", "none", "--loss", "regression", "--select", "last"],
-    ["--stage", "classify", "--init", "none", "--level", "video", "--anticipate", 2,
-     "--anticipate_protocol", "oops"]])
+    "--transforms x2,x4", "--as_released", "--stage f2c2v --transforms normal,warp",
+    "--stage f2c2v --finetune_frames", "--stage f2c2v --as_released",
+    "--stage classify --level video --freeze --as_released", "--stage classify --level video "
+    "--finetune_frames --window 4", "--stage classify --loss regression --select last",
+    "--stage classify --level video --anticipate 2 --spacing 0.5 --layers 1"])
 def test_every_switch_trains(flags, feats, tmp_path):
-    run(tmp_path / "o", *MINI, *feats, "--epochs", 1, *flags)
+    run(tmp_path / "out", *SHORT, *feats, *(["--init", "none"]), *flags.split())
 
 
-def test_features_of_clips_train_the_baseline(oops, tmp_path):
-    flags = ["--tiny", "--workers", 0, "--data", oops, "--backbone", "r2plus1d_18", "--features",
-             tmp_path / "f", "--limit", 8]
-    run(tmp_path / "x", "--stage", "features", *flags)
-    assert all("spans" in np.load(p) for p in (tmp_path / "f").rglob("*.npz"))
-    everything = [*flags[:-2], "--allow_missing"]
-    run(tmp_path / "c", *MINI, *everything, "--stage", "classify", "--batch_size", 16)
-    run(tmp_path / "e", *MINI[:3], *everything, "--stage", "evaluate", "--init",
-        tmp_path / "c" / "best.pt")
-    assert "step_1s_accuracy" in metrics(tmp_path / "e")
+def test_features_of_clips_and_their_classifier(data, tmp_path):
+    flags = ["--tiny", "--workers", 0, "--data", data / "oops", "--backbone", "r2plus1d_18",
+             "--features", tmp_path / "features"]
+    run(tmp_path / "made", "--stage", "features", *flags)
+    run(tmp_path / "clip", "--stage", "classify", *flags, "--epochs", 1, "--batch_size", 16)
+    run(tmp_path / "out", "--stage", "evaluate", *flags, "--init", tmp_path / "clip" / "best.pt")
+    assert metrics(tmp_path / "out")["clips_1s"] == 13 * 8
 
 
-def test_help_answers_with_the_method_and_all_flags():
-    r = command("--help", timeout=60, script="f2c_oops")
-    assert r.code == 0 and "L_F2C2V" in r.out
-    for flag in ("--transforms", "--level", "--anticipate", "--weights", "--compat"):
-        assert flag in r.out
+def test_training_replaces_broken_features_and_evaluation_names_them(chain, feats, data, tmp_path):
+    folder = tmp_path / "features"
+    shutil.copytree(feats[3], folder)
+    flags = [*SHORT, "--data", data / "oops", "--features", folder]
+    for split in ("train", "val"):
+        nan, text, gone = sorted((folder / split).glob("*.npz"))[:3]
+        np.savez(nan, **{**np.load(nan), "arr_0": np.full((126, 192), np.nan, np.float32)})
+        text.write_bytes(b"PK") if split == "train" else None
+        gone.rename(folder / gone.name)
+    evaluate = [*flags, "--stage", "evaluate", "--init", chain / "clip" / "best.pt"]
+    r = run(tmp_path / "evaluate", *evaluate, code=1)
+    assert r.err.startswith(f"error: {nan}: ") and r.err.count("\n") == 1
+    nan.unlink()
+    r = run(tmp_path / "out", *flags)
+    assert metrics(tmp_path / "out")["broken_training_samples"] >= 1
+    assert f"warning: {folder}/train/" in r.out and "train: 11 of 13 videos, 1 are without features" in r.out
+    r = run(tmp_path / "some", *evaluate)                     # of what is there
+    assert metrics(tmp_path / "some")["videos"] == 11 and "val: 11 of 13 videos, 2 are without" in r.out
 
 
-@pytest.mark.parametrize("flags, want", [
-    ("", {"stage": "f2c", "epochs": 100, "batch_size": 128, "lr": 1e-4, "weight_decay": 1e-4,
-          "clip_len": 20, "dropout": 0.1, "weights": "timm"}),
-    ("--stage f2c2v", {"batch_size": 16, "init": "runs/f2c_oops_oops_f2c/best.pt"}),
-    ("--stage classify", {"batch_size": 256, "epochs": 50, "step": 0.25, "class_weights": "none"}),
-    ("--stage classify --level video", {"batch_size": 8, "step": 1.0, "class_weights": "computed",
-                                        "init": "runs/f2c_oops_oops_f2c2v/best.pt"}),
-    ("--stage classify --level video --compat released", {"class_weights": "published"}),
-    ("--stage features --backbone resnet50", {"weights": "torchvision"}),
-    ("--stage classify --level video --loss crf --anticipate 1",
-     {"out": Path("runs/f2c_oops_oops_classify_video_crf_anticipate1")}),
-    ("--stage evaluate --level video --loss crf",
-     {"init": "runs/f2c_oops_oops_classify_video_crf/best.pt"})])
-def test_defaults_are_those_of_the_published_recipe(flags, want):
-    args = f.parse_args(flags.split())
-    assert {k: getattr(args, k) for k in want} == want
-    if args.stage == "f2c":
-        f.prepare(args, None)
-        assert (args.layers, args.heads, args.window, args.ff, args.mlp, args.positions) == (
-            3, 16, 32, 3072, 1024, 7200)
-
-
-def test_bf16_stays_near_fp32():
-    torch.manual_seed(0)
-    for model, x in ((f.F2C(32, 3, 16, **{**SIZE, "layers": 3}), (torch.randn(4, 20, 32),)),
-                     (f.F2C2V(32, 3, 16, per_clip=True, crf=True, **SIZE),
-                      (torch.randn(5, 16, 32), torch.tensor([[0, 1, 2], [3, 4, -1]])))):
-        model.eval()
-        with torch.autocast("cpu", torch.bfloat16):
-            low = model(*x)
-        assert torch.allclose(low.float(), model(*x), atol=0.05)
+@pytest.mark.parametrize("flags, words, code", [
+    ("--features OUT", "--stage features", 1), ("--stage f2c2v --init OUT/x.pt", "x.pt", 1),
+    ("--stage evaluate --init F2C", "tensors", 1), ("--stage f2c2v --init F2C --freeze", "--freeze", 2),
+    ("--stage classify --level clip --loss crf", "--level video", 2), ("--level video", "--level", 2),
+    ("--transforms normal,x3", "--transforms", 2), ("--transforms x2,x2", "--transforms", 2),
+    ("--stage classify --spacing 0.3", "--spacing", 2),
+    ("--stage classify --loss regression --anticipate 1", "--loss regression", 2),
+    ("--backbone r3d_18", "--backbone", 2)])
+def test_a_mistake_is_one_line(flags, words, code, chain, feats, tmp_path):
+    flags = [x.replace("OUT", str(tmp_path)).replace("F2C", str(chain / "f2c/best.pt"))
+             for x in flags.split()]
+    r = run(tmp_path / "out", "--tiny", "--workers", 0, *feats, *flags, code=code)
+    assert r.err.startswith("error: ") and r.err.count("\n") == 1 and words in r.err
