@@ -538,9 +538,6 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
         packets, ticks, count = find_frames(c, v, low, high + 1.5 / fps / tick)
-        last = (ticks[-1] - start) * tick
-        if last + 0.5 < min((high - start) * tick, (v.frames - 1.5) / fps):   # frames 0: unknown
-            raise VideoError(f"{path}: ends at {last:.2f} s, before its header says")
         picks = [ticks[np.searchsorted(ticks, x, "right").clip(1) - 1] for x in clips]
         return decode_picks(path, v, packets, count, picks, short_side)
 
@@ -622,10 +619,13 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
         if (avi or cc.name == "mpeg4") and not packets[0].is_keyframe:
             raise ValueError("it does not begin with a key frame")
         packets = packets[next((k for k, p in enumerate(packets) if p.is_keyframe), 0):]
-    if avi and counted:
-        return packets, np.arange(len(packets)), np.arange(len(packets))
-    ticks = np.sort([p.pts for p in packets if not p.is_discard])          # hidden by an edit list
-    ticks = ticks[ticks >= packets[0].pts]                    # no B-frames before the key frame
+    ticks = np.arange(len(packets))
+    if not (avi and counted):
+        ticks = np.sort([p.pts for p in packets if not p.is_discard])      # hidden by an edit list
+        ticks = ticks[ticks >= packets[0].pts]                # no B-frames before the key frame
+    start, second = v.start_time or 0, 1 / v.time_base
+    if ticks[-1] + second / 2 < min(high, start + (v.frames - 2) / v.average_rate * second):
+        raise ValueError(f"ends at {(ticks[-1] - start) / second:.2f} s, before its header says")
     return packets, ticks, ticks if counted else None
 
 

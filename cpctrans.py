@@ -1,24 +1,24 @@
 """CPCTrans: Contrastive Predictive Coding with Transformer for Video Representation Learning (Liu
 et al.), Neurocomputing 482 (2022).   Official code: QiyueShang666/SSL-for-Video, commit ce2d518,
-a fork of yliu1229/CPCTR, commit 66fcd33.
+a fork of yliu1229/CPCTR, commit 66fcd33.   After CPC, arXiv 1807.03748, and DPC, 1909.04656.
 
 The network sees a few frames of an unlabelled video and predicts the features of every spatial cell
 of the next frames. For each prediction it must find the true cell among all cells of all predicted
 frames in the batch. To do so it must model motion. Then it is fine-tuned to recognise actions.
 
-    f_n = ResNet(x_n)                   frame n = 1 ... N; M = S·S cells of 32 x 32 pixels     (1)
-    z_1 ... z_N = Enc(f_1 ... f_N)      attention among all N·M cells, no positional encoding  (2)
-    h = GRU(relu z_1 ... relu z_{N-P})  context; one GRU, applied to each cell on its own      (3)
-    ẑ_1 = φ(h),  h <- GRU(relu ẑ_p, h),  ẑ_{p+1} = φ(h)      ẑ_p predicts z_{N-P+p}, p = 1 ... P (4)
-    L = -1/BPM Σ_i log [ exp(ẑ_i·z_i) / Σ_j exp(ẑ_i·z_j) ]   i, j: cells of the whole batch       (5)
-    logits = W dropout(BN(mean over the cells of GRU(relu Enc(relu f_1 ... f_N))))   fine-tuning (6)
+    f_n = ResNet(x_n)                   frame n = 1 ... N; M = S·S cells of 32 x 32 pixels    (1)
+    z_1 ... z_N = Enc(f_1 ... f_N)      attention among all N·M cells, no positional encoding (2)
+    h = GRU(relu z_1 ... relu z_{N-P})  context; one GRU, applied to each cell on its own     (3)
+    ẑ_1 = φ(h),  h <- GRU(relu ẑ_p, h),  ẑ_{p+1} = φ(h)     ẑ_p predicts z_{N-P+p}, p = 1 ... P (4)
+    L = -1/BPM Σ_i log [ exp(ẑ_i·z_i) / Σ_j exp(ẑ_i·z_j) ]  i, j: cells of the whole batch      (5)
+    logits = W dropout(BN(mean over cells of GRU(relu Enc(relu f_1 ... f_N))))  in fine-tuning  (6)
 
 "5pred3" means N = 5 frames in all, of which P = 3 are predicted. As released, B = 16 videos of 224
 pixels have M = 49 cells of 256 channels, and chance level is L = ln BPM = ln 2352 = 7.76.
 
 Pre-train    torchrun --nproc_per_node 8 cpctrans.py --dataset ucf101 --data data/ucf101
 Fine-tune    python cpctrans.py --dataset hmdb51 --pretrain FILE
-Probe        python cpctrans.py --train_what last --pretrain FILE
+Probe        python cpctrans.py --train_what last --pretrain FILE --out runs/probe
 Test         python cpctrans.py --test FILE
 Try it       python cpctrans.py --data data/toy/ucf101 --tiny      (CPU, minutes; `make toy` first)
 
@@ -49,14 +49,12 @@ from torchvision.transforms.v2 import functional as TF
 import common
 from common import UserError, VideoError
 
-# Defaults of main.py and test.py. NOTE: there, the pre-training ends after 299 epochs.
+# Defaults of main.py and test.py, frames of the README. NOTE: main.py stops after 299 epochs.
 PUBLISHED = {
-    "pretrain": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-5,
-                 "num_frames": 5},
-    "finetune": {"epochs": 300, "batch_size": 16, "lr": 1e-3, "weight_decay": 1e-3,
-                 "num_frames": 7, "train_what": "ft"},
-    "test": {"num_frames": 7}}
-# The checkpoint of --init replaces these defaults by those that it was trained with.
+    "pretrain": dict(num_frames=5, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-5),
+    "finetune": dict(num_frames=7, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-3),
+    "test": dict(num_frames=7)}
+# If --init is a checkpoint, the values that it was trained with replace these defaults.
 NETWORK = {"net": "resnet18", "width": 64, "layers": 2, "heads": 4, "attn": "full", "pos": "none",
            "stride": 3, "crop": 224, "img_dim": 224, "split": 1}
 TINY = {"pretrain": {"epochs": 60}, "test": {},
@@ -64,7 +62,7 @@ TINY = {"pretrain": {"epochs": 60}, "test": {},
 
 
 # ---- 1. network (official files: Backbone/transformer_encoder.py, convrnn.py, model_3d.py) -------
-# Submodules have the names of the released checkpoints.
+# Names are those of the released checkpoints, sizes and dropout (0.1) those of the release.
 
 class LayerNorm(nn.Module):
     """a (x - mean) / (std + ε) + b over the last dimension.
@@ -203,9 +201,9 @@ class Pretrained(nn.Module):
 
     def encode(self, clip, relu):
         """z of all cells: (B, N, 3, H, W) -> (B, N, D, S, S), S = ⌈H/32⌉"""
-        f = self.backbone(clip.flatten(0, 1))                 # (B·N, D, S, S)                   (1)
+        f = self.backbone(clip.flatten(0, 1))                 # (B·N, D, S, S)               # (1)
         f = F.relu(f) if relu else f
-        return self.encoder(f.unflatten(0, clip.shape[:2]))   # (2)
+        return self.encoder(f.unflatten(0, clip.shape[:2]))                                  # (2)
 
 
 class CPC(Pretrained):
@@ -219,7 +217,7 @@ class CPC(Pretrained):
 
     def predict(self, h):
         """P predictions from a context.    (B, D, S, S) -> (B, P, D, S, S)"""
-        z_hat = [self.network_pred(h)]                        # ẑ_1 = φ(h)                       (4)
+        z_hat = [self.network_pred(h)]                        # ẑ_1 = φ(h)                   # (4)
         while len(z_hat) < self.pred_step:
             h = self.agg(F.relu(z_hat[-1]), h)
             z_hat.append(self.network_pred(h))
@@ -228,9 +226,9 @@ class CPC(Pretrained):
     def forward(self, clip):
         z = self.encode(clip, relu=False)                     # (B, N, D, S, S)
         seen, target = z[:, :-self.pred_step], z[:, -self.pred_step:]
-        h = self.agg.last_state(F.relu(seen))                 # (3)
+        h = self.agg.last_state(F.relu(seen))                 # (B, D, S, S)                 # (3)
         z_hat = self.predict(h)                               # (B, P, D, S, S)
-        return z_hat.flatten(3).mT, target.flatten(3).mT      # NOTE: no stop-gradient on z
+        return z_hat.flatten(3).mT, target.flatten(3).mT      # NOTE: gradients reach z, too
 
 
 # ---- 2. loss (official files: CPCTrans/model_3d.py, main.py) -------------------------------------
@@ -243,8 +241,7 @@ def similarity(z_hat, z):
 def info_nce(z_hat, z):
     """{"loss": L, "top1", "top3", "top5": accuracy in %}.    z_hat, z: (B, P, M, D)
 
-    NOTE: the negatives are the cells of all processes, because the release has the whole batch on
-    one GPU.
+    NOTE: the negatives are the cells of all processes: the release has its batch on one GPU.
     """
     logits = similarity(z_hat, common.gather_rows(z.float()))                 # (BPM, world·BPM)
     target = common.rank() * len(logits) + torch.arange(len(logits), device=logits.device)
@@ -476,7 +473,8 @@ def normalize(clips):
 def jitter_batch(batch, device):
     """The clips of a training batch on the device, jittered and normalised: (B, N, 3, S, S)."""
     clip, factors = (batch[k].to(device, non_blocking=True) for k in ("clip", "factors"))
-    x = jitter(clip.flatten(0, 1) / 255, factors.flatten(0, 1), batch["order"].numpy().reshape(-1, 4))
+    order = batch["order"].numpy().reshape(-1, 4)
+    x = jitter(clip.flatten(0, 1) / 255, factors.flatten(0, 1), order)
     return TF.normalize(x, *common.IMAGENET).view(clip.shape)
 
 
@@ -486,7 +484,7 @@ NAME = r"([^/\\]*\w[^/\\]*)"               # of a class or a video
 
 
 def fields(pattern, form):
-    """A parser of lines: the groups of the pattern."""
+    """A function from a line to the groups of the pattern; a line of another form is an error."""
     def parse(line):
         match = re.fullmatch(pattern, line)
         if not match:
@@ -498,7 +496,7 @@ def fields(pattern, form):
 def read_ucf101(folder, split, fold):
     """([(class, video), ...], [class, ...]) of trainlist0K.txt or testlist0K.txt.
 
-    The numbers of classInd.txt, from 1, order the classes.
+    The classes are in the order of their numbers in classInd.txt, which begin at 1.
     """
     numbers = common.read_lines(folder / "classInd.txt",
                                 fields(rf"(\d{{1,4}})[ ,]+{NAME}", "<number> <Class>"))
@@ -510,10 +508,10 @@ def read_ucf101(folder, split, fold):
 
 
 def read_hmdb51(folder, split, fold):
-    """The same from all <class>_test_splitK.txt, which mark 1: train, 2: test, 0: unused.
+    """The same of all <class>_test_splitK.txt; marks are 1: train, 2: test, 0: unused.
 
-    NOTE: the class numbers of the release are in a file that was not published. Here the sorted
-    names of the classes are numbered.
+    NOTE: the authors' file with the numbers of the classes was not published. Here the classes are
+    in the order of their names.
     """
     ending, mark = f"_test_split{fold}.txt", {"train": "1", "test": "2"}[split]
     classes = sorted(f.name.removesuffix(ending) for f in folder.glob(f"*{ending}"))
@@ -579,10 +577,10 @@ def choose_videos(args, split):
 
 
 def count_frames(args, videos, i, rng):
-    """(number of frames, "") of a video, or (0, error). The author's csv knows it of folders."""
-    path, known = videos[i].path, videos[i].length
+    """(number of frames, "") of a video, or (0, error). Of a folder, the csv may have told it."""
+    path, told = videos[i].path, videos[i].length
     try:
-        return known if known and path.is_dir() else common.count_frames(path), ""
+        return told if told and path.is_dir() else common.count_frames(path), ""
     except VideoError as e:
         return 0, str(e)
 
@@ -618,7 +616,7 @@ def read_videos(args, split):
 
 # ---- 7. training (official files: CPCTrans/main.py, Evaluate/test.py) ----------------------------
 
-SCHEDULE = {"pretrain": (100, 0.5), "finetune": (100, 0.1)}   # every 100 epochs, multiply lr
+SCHEDULE = {"pretrain": (100, 0.5), "finetune": (100, 0.1)}   # every n epochs: lr *= factor
 
 
 def learning_rate(args, step, per_epoch):
@@ -648,7 +646,7 @@ def make_parallel(args, device, model):
     """
     if device.type == "cuda" and common.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(memory_format=torch.channels_last)               # 0.8 of the time
+    model.to(memory_format=torch.channels_last)               # a step takes 0.8 of the time
     if args.compile:
         model.compile()
     return DDP(model)
@@ -661,6 +659,9 @@ def train(args, device):
     pretraining = args.stage == "pretrain"                    # which does not use the labels
     make = make_pretrain_clip if pretraining else make_finetune_clip
     dataset = common.Samples(args, videos, make)
+    least = 2 if device.type == "cuda" else 2 * common.world_size()
+    if not pretraining and args.batch_size < least:
+        raise UserError("--batch_size: batch norm needs two videos, on CPUs two per process")
     torch.manual_seed(args.seed)                              # the same weights on every process
     model = (CPC(args) if pretraining else Classifier(args, len(classes))).to(device)
     load_init(args, model)
@@ -731,9 +732,8 @@ def validate(args, device, model, videos):
 
 def mean_of_videos(batches, as_released):
     """Mean over all videos. NOTE: in pre-training, the release averages its last five batches."""
-    if as_released:
-        return float(torch.stack([x.mean() for x in batches[-5:]]).mean())
-    return float(torch.cat(batches).mean())
+    batches = batches[-5:] if as_released else [torch.cat(batches)]
+    return float(torch.stack([x.mean() for x in batches]).mean())
 
 
 # ---- 8. test (official file: Evaluate/test.py) ---------------------------------------------------
@@ -754,7 +754,7 @@ def video_metrics(prob, logits, label):
     confusion = torch.zeros(prob.shape[1], prob.shape[1], dtype=torch.int64)
     confusion.index_put_((logits.argmax(1), label), torch.tensor(1), accumulate=True)
     rows = cross_entropy(prob, label) | {"loss": cross_entropy(logits, label)["loss"]}
-    return {k: float(rows[k].mean()) for k in ("top1", "top5", "loss")}, confusion
+    return {k: float(rows[k].double().mean()) for k in ("top1", "top5", "loss")}, confusion
 
 
 def evaluate(args, device):
@@ -763,18 +763,16 @@ def evaluate(args, device):
     NOTE: a checkpoint of pre-training has no classifier and gives retrieval alone. Its features,
     too, are those of a `Classifier`, with the ReLU before Enc.
     """
-    history, known = read_history(args)
+    history, trained = read_history(args)
     (videos, classes), (gallery, _) = read_videos(args, "test"), read_videos(args, "train")
-    if known and known != classes:
-        raise UserError(f"{args.init}: was trained on {len(known)} other classes than the "
-                        f"{len(classes)} of {args.data}")
+    if trained and trained != classes:
+        raise UserError(f"{args.init}: its classes ({trained[0]}, ...) are not those of {args.data} "
+                        f"({classes[0]}, ...)")
     model = Classifier(args, len(classes)).to(device).eval()
-    trained = "final_fc.1.weight" in common.read_weights(Path(args.init))
-    common.load_weights(model, Path(args.init), LAYOUTS, [""] if trained else PRETRAINED)
+    tuned = "final_fc.1.weight" in common.read_weights(Path(args.init))
+    common.load_weights(model, Path(args.init), LAYOUTS, [""] if tuned else PRETRAINED)
 
-    metrics = {}
-    if trained:
-        metrics = evaluate_accuracy(args, device, model, videos, classes)
+    metrics = evaluate_accuracy(args, device, model, videos, classes) if tuned else {}
     metrics |= evaluate_retrieval(args, device, model, videos, gallery, classes)
     listed, _ = read_list(args, "test", args.split)
     finish(args, {**metrics, "videos": len(videos)}, [
@@ -816,7 +814,7 @@ def evaluate_retrieval(args, device, model, videos, gallery, classes):
     hit = torch.tensor([v.label for v in gallery])[nearest] == label[:, None]
     if common.rank() == 0:
         draw_retrieval(args, videos, gallery, nearest, classes)
-    return {f"retrieval_top{k}": 100 * float(hit[:, :k].any(1).float().mean()) for k in (1, 5, 20)}
+    return {f"retrieval_top{k}": 100 * float(hit[:, :k].any(1).double().mean()) for k in (1, 5, 20)}
 
 
 def draw_retrieval(args, videos, gallery, nearest, classes, rows=6, side=72):
@@ -842,7 +840,7 @@ LAYOUTS = [(), *(((r"^transEnc\.transEncoder\.", "encoder."), (rf"^agg\.{gru}\."
 
 
 def load_init(args, model):
-    """Fill the network from --init; the last layers of a classifier stay random."""
+    """Fill the network from --init. The last layers of a classifier stay random."""
     path = common.init_path(args, args.init)
     if path:
         common.load_weights(model, path, LAYOUTS, PRETRAINED, skip=("final_bn.", "final_fc."))
@@ -851,13 +849,12 @@ def load_init(args, model):
 def read_settings(path):
     """{flag: value} that a checkpoint was made with, its "history" and its "classes".
 
-    For checkpoints of others, the tensors show the network.
-    NOTE: but not the number of heads: 4 in the release, 2 in CPCTR, which has a single layer.
+    The tensors of other checkpoints show the network. NOTE: they do not show the number of heads,
+    which is 4 in the release and 2 in CPCTR, whose transformer has a single layer.
     """
-    saved = common.load_checkpoint(path)
+    tensors, saved = common.read_weights(path), common.load_checkpoint(path)
     if "history" in saved:
         return {**saved["args"], "history": saved["history"], "classes": saved["classes"]}
-    tensors = common.read_weights(path)
     layers = {m[1] for name in tensors if (m := re.search(r"ncoder\.layers\.(\d+)\.", name))}
     blocks = sum(f"backbone.layer1.{n}.conv1.weight" in tensors for n in range(3))
     if "backbone.conv1.weight" not in tensors or not blocks:
@@ -868,10 +865,10 @@ def read_settings(path):
 
 
 def read_history(args):
-    """([sentence, ...], classes): what the checkpoint of --init was trained on.
+    """([sentence, ...], [class, ...] or None): what the checkpoint of --init was trained on.
 
-    Each test list lies within the train lists of the other splits. So it is an error if the
-    checkpoint was trained on another split.
+    It is an error if it was trained on another split, whose train list holds test videos of this
+    one (of UCF101 all, of HMDB51 three of four).
     """
     if args.init == "none":
         return ["not pre-trained"] if args.stage == "finetune" else [], None
@@ -920,7 +917,7 @@ def recipe(chosen):
                    "workers": 2, "log_every": 5, "save_every": 50, **TINY[stage]}
     if chosen.as_released and stage == "pretrain":
         values["split"] = 3                                   # NOTE: whatever split is tested
-    with contextlib.suppress(UserError):                      # `main` meets the error again
+    with contextlib.suppress(UserError):                      # `read_history` reports the error
         made = {} if init == "none" else read_settings(Path(init))
         names = {*NETWORK} | ({"num_frames"} if stage == "test" else set())
         if made.get("dataset") != chosen.dataset or (
@@ -939,18 +936,18 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, [*STAGES], ["ucf101", "hmdb51"])
     p.set_defaults(stage=None)                                # --pretrain and --test name one
     p.flag("split", int, "official split, the same in all stages (test.py)", [1, 2, 3])
-    p.group("clips", "a checkpoint of ours sets the defaults, but for --num_frames of a training")
+    p.group("clips", "defaults: those of a checkpoint of ours; of --num_frames only in the test")
     p.flag("num_frames", int, "frames per clip, N, predicted ones included (README)",
            also=["num_seq"])
     p.flag("stride", int, "frames from one frame of a clip to the next (main.py)", also=["ds"])
     p.flag("crop", int, "height and width of a training clip in pixels; frames are scaled to a "
            "short side of 15/14 of it (main.py)")
     p.flag("img_dim", int, "size the crop is scaled to; 128, 196 and 224 are published (README)")
-    p.group("method", "a checkpoint sets the defaults from --net to --pos")
+    p.group("method", "defaults from --net to --pos: those of the checkpoint")
     p.flag("init", str, "weights to start from: a checkpoint of ours, the release's or CPCTR's, or "
            "none", type=weights, metavar="FILE")
-    p.flag("pretrain", str, "the same as --stage finetune --init FILE; none or random: from scratch "
-           "(test.py)", type=weights, metavar="FILE")
+    p.flag("pretrain", str, "the same as --stage finetune --init FILE; none or random: from "
+           "scratch (test.py)", type=weights, metavar="FILE")
     p.flag("net", str, "backbone (main.py)", ["resnet10", "resnet18", "resnet34"])
     p.flag("layers", int, "layers of the transformer; CPCTR has 1 (transformer_encoder.py)")
     p.flag("heads", int, "heads of its attention; CPCTR has 2 (transformer_encoder.py)")
@@ -963,7 +960,7 @@ def parse_args(argv=None):
            "choose the checkpoint on test videos, leave out short videos")
     p.flag("gpu", str, argparse.SUPPRESS)                     # of the original commands, ignored
     p.group("optimization", "Adam")
-    p.flag("train_what", str, "fine-tuning. ft: backbone and transformer learn at a tenth of --lr; "
+    p.flag("train_what", "ft", "fine-tuning. ft: backbone and transformer at a tenth of --lr; "
            "last: linear probe; all: all at --lr (test.py)", ["ft", "last", "all"])
     p.flag("epochs", int, "passes over the training samples (main.py, test.py)")
     p.flag("batch_size", int, "samples per step over all processes; batch norm sees all of them, "

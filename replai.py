@@ -7,18 +7,18 @@ clip after each moment. A video and an audio network are trained on them with tw
 Audio-visual correspondence (AVC): each clip must match its own sound. Audible state change (AStC):
 the change from before to after must match the sound, and the reversed change must not.
 
-    c_k        = mean_f [(L_fk - mean_k L_f) / std_k L_f],  L = log spectrogram               (1)
-                 a moment t is a peak of the curve c over the time bins k
-    v_l, v_r   = clips [t-d-0.5, t-d] and [t+d, t+d+0.5] s,  a = sound [t-1, t+1] s           (2)
-    z, y       = n(h(f_V(v))), n(h'(f_A(a)))                       with n(x) = x / |x|        (3)
-    L_AVC      = ½ mean -log softmax_m(z_i·y_m / τ)_i         clip i against all sounds m
-               + ½ mean -log softmax_m(y_i·z_m / τ)_i         sound i against all clips m     (4)
-    p_fwd      = n(g(s_r - s_l))·n(q) / κ,   s = s(f_V(v)),   q = q(f_A(a))
-    p_bwd      = n(g(s_l - s_r))·n(q) / κ                                                     (5)
-    L_AStC     = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]                                   (6)
-    L          = ½ L_AVC + ½ L_AStC                                                           (7)
+    c_k       = mean_f [(L_fk - mean_k L_f) / std_k L_f]      L: log spectrogram, bins f and k  (1)
+                A moment t is a peak of the curve c.
+    v_l, v_r  = clips [t-d-0.5, t-d] and [t+d, t+d+0.5] s;    a = sound [t-1, t+1] s            (2)
+    z, y      = h_z(f_V(v)), h_y(f_A(a))                                                        (3)
+    L_AVC     = ½ mean -log softmax_m(n(z_i)·n(y_m) / τ)_i    clip i against all sounds m
+              + ½ mean -log softmax_m(n(y_i)·n(z_m) / τ)_i    sound i against all clips m       (4)
+    s, q      = h_s(f_V(v)), h_q(f_A(a))                      n(x) = x / |x|
+    p_fwd     = n(g(s_r - s_l))·n(q) / κ,     p_bwd = n(g(s_l - s_r))·n(q) / κ                  (5)
+    L_AStC    = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]                                      (6)
+    L         = ½ L_AVC + ½ L_AStC                                                              (7)
 
-The line of code that computes a formula ends in its number. h, h', s, q and g are heads of two
+The line that computes a formula ends in its number. h_z, h_y, h_s, h_q and g are heads of two
 layers, in the code video_clr, audio_clr, video_aot, audio_aot and aot_diff.
 
 Pre-train    torchrun --nproc_per_node 8 replai.py --dataset ego4d --data data/ego4d
@@ -171,7 +171,7 @@ def training_files(args):
                    "found")
     if not videos:
         raise UserError(f"{root}: no training videos (*.mp4) here; see README for the layout")
-    return list(videos.values())
+    return [videos[name] for name in sorted(videos)]
 
 
 def find_segments(args):
@@ -316,8 +316,8 @@ class RepLAI(nn.Module):
                                        "audio": common.SpectrogramCNN(width)})        # f_A
         d = self.backbone["video"].out_dim                                            # 512
         self.mlp = nn.ModuleDict({
-            "video_clr": head(d, d, out_dim), "audio_clr": head(d, d, out_dim),       # h, h'
-            "video_aot": head(d, d, out_dim), "audio_aot": head(d, d, out_dim),       # s, q
+            "video_clr": head(d, d, out_dim), "audio_clr": head(d, d, out_dim),       # h_z, h_y
+            "video_aot": head(d, d, out_dim), "audio_aot": head(d, d, out_dim),       # h_s, h_q
             "aot_diff": head(out_dim, d, out_dim)})                                   # g
 
     def change(self, s_l, s_r):
@@ -799,13 +799,13 @@ class LinearProbe(nn.Module):
         return {k: x.clamp_min(1e-30).log() for k, x in scores.items()}
 
     def metrics(self, args, actions, verb, noun):
-        def column(name, key, kind):
+        def column(name, key, kind=int):
             path = args.data / "annotations" / f"EPIC_100_{name}.csv"
-            return set(common.read_table(path, lambda row: kind(row[key])))
+            return common.read_table(path, lambda row: kind(row[key]))
         return epic_metrics(
             verb, noun, [a.verb for a in actions], [a.noun for a in actions],
-            [a.id.split("_")[0] for a in actions], column("tail_verbs", "verb", int),
-            column("tail_nouns", "noun", int),
+            [a.id.split("_")[0] for a in actions], column("tail_verbs", "verb"),
+            column("tail_nouns", "noun"),
             column("unseen_participant_ids_validation", "participant_id", str))
 
     def submission(self, actions, missing, verb, noun):
@@ -824,10 +824,9 @@ class LinearProbe(nn.Module):
 def epic_metrics(verb, noun, verb_class, noun_class, participant, tail_verbs, tail_nouns, unseen):
     """Accuracies in percent: the benchmark's (all_verb_accuracy_at_1), the paper's (verb@1).
 
-    verb (R, 97) and noun (R, 300): scores. The benchmark's tail rows have their class in the tail
-    list, for actions one of the two. NOTE: the paper's tail rows are those of actions; the
-    release's `head` overlaps with them and its `unseen` keeps all rows. Ours: head is what is not
-    tail, unseen are the rows of unseen participants.
+    verb (R, 97) and noun (R, 300): scores. Tail rows have their class in the tail list, rows of
+    the paper's tail the verb or the noun. NOTE: the release's `head` overlaps with it and its
+    `unseen` keeps all rows; ours are the rows that are not tail and those of unseen participants.
     """
     tail = {"verb": np.isin(verb_class, list(tail_verbs)),
             "noun": np.isin(noun_class, list(tail_nouns))}
@@ -1188,8 +1187,7 @@ class StateChange(StateHeads):
         return self.heads(self.backbone(clip))
 
     def read(self, args, path, testing):
-        """NOTE: the release takes null, as everything but `false`, for a change; --as_released.
-        """
+        """NOTE: the release takes null, and all but `false`, for a change; --as_released."""
         videos = common.find_videos(args.data, "videos", "full_scale")
 
         def parse(entry):
@@ -1231,8 +1229,7 @@ class StateChange(StateHeads):
                 "PNR err (s)": float(error.mean()) if len(error) else math.nan}
 
     def submission(self, changes, missing, keyframe, state):
-        """NOTE: key frames count from the start of the video; the challenge's rule is unverified.
-        """
+        """NOTE: key frames count from the start of the video; the rule could not be verified."""
         start, stop = np.array([c.frames for c in changes]).T
         frame = start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
         return {"oscc.json": json.dumps([{"unique_id": c.id, "state_change": bool(x)}
@@ -1265,10 +1262,9 @@ def make_task(args):
 
 # ---- 12. sound: reading, resampling, mel bands ---------------------------------------------------
 
-# Decoders that return the same samples after a seek, one second on (AAC except for its artificial
-# noise, which is another one every time). Sound of others is decoded from the start of the file.
-SEEKABLE = ("aac", "mp3", "opus", "flac", "alac", "pcm")
-RUN_UP = 1                      # seconds
+# A second after a seek these decoders return the same samples as without one (AAC apart from its
+# artificial noise, which is random by design). For others the file is decoded from its start.
+SEEKABLE, RUN_UP = ("aac", "mp3", "opus", "flac", "alac", "pcm"), 1
 
 
 def audio_window(start, stop, sample_rate, total=None):
@@ -1278,9 +1274,8 @@ def audio_window(start, stop, sample_rate, total=None):
 
 
 def read_audio(path, start=0.0, stop=1e6):
-    """Sound between two times: ((channels, n) float32 in [-1, 1], samples per second).
-
-    Times count from the first frame of the video. Shorter where the file begins or ends within.
+    """Sound between two times, in seconds from the first frame: ((channels, n) float32 in [-1, 1],
+    samples per second). Shorter where the file ends within.
     """
     return next(read_sounds(path, [(start, stop)]))
 
@@ -1288,7 +1283,7 @@ def read_audio(path, start=0.0, stop=1e6):
 def read_sounds(path, windows):
     """Yield what `read_audio` returns for each of several windows, ascending (start, stop).
 
-    Every window equals its part of the whole sound, decoded in one go; gaps are silent.
+    A window equals its part of the whole sound, decoded in one go. Gaps are silent.
     """
     with common.opened(path) as c:
         if not c.streams.audio:
@@ -1315,9 +1310,8 @@ def read_sounds(path, windows):
 def decode_sound(c, a, origin, first):
     """(place, (channels, n) float32) of the frames of sound from before sample `first` on.
 
-    Frames stand where their time stamps say, if these are exact to a sample. If not, as in mkv and
-    webm, the file is decoded from its start, and a frame follows the one before it unless its
-    stamp is more than 30 ms away.
+    Frames stand where their time stamps say if these are exact to a sample. If not, as in mkv and
+    webm, all are decoded, and one follows the other unless its stamp is more than 30 ms away.
     """
     exact = a.time_base * a.rate <= 1
     if exact and a.codec_context.name.startswith(SEEKABLE) and first > 2 * RUN_UP * a.rate:
@@ -1409,7 +1403,7 @@ def draw_moments(args, segments):
     image.paste(Image.fromarray(level.byte().numpy()).resize((810, 160)), (70, 34))
     image.paste(strip, (70, 420))
     draw = ImageDraw.Draw(image)
-    draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: mel bands up to 8 kHz, curve c and its "
+    draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: mel bands up to 8 kHz, curve c with "
               f"moments, four frames before and four after {t:.2f} s", "black")
     common.plot(draw, (70, 222, 880, 376), times, {"c, over seconds": curve}, s.moments - s.start)
     common.write_figure(args.out / "moments.png", image)
@@ -1457,10 +1451,10 @@ def parse_args(argv=None):
     p.flag("crop", 112, "height and width of a clip in pixels (configs/data_augm)")
     p.group("method")
     p.flag("init", "avid", "weights to start from: avid (AudioSet, fetched once; the paper's), "
-           "none (its row `scratch`; with --tiny the default), or a file: ours, RepLAI's, AVID's, "
-           "a linear probe's, or bare weights of f_V")
-    p.flag("moi", "peaks", "moments of interaction: peaks in the sound, or random times, the "
-           "ablation w/o MoI (the paper; how it drew them is inferred)", ["peaks", "random"])
+           "none (its row `scratch`; default of --tiny), or a file: ours, RepLAI's, AVID's, a "
+           "linear probe's, or bare weights of f_V")
+    p.flag("moi", "peaks", "moments of interaction: peaks in the sound, or random times, the row "
+           "w/o MoI (inferred)", ["peaks", "random"])
     p.flag("prominence", 1.0, "least height of a peak above its surroundings, in z-scores "
            "(official audio_event_prominence)")
     p.flag("delta_non_overlap", 0.1, "seconds from the moment to each clip, d (commands/*.sh)")
@@ -1469,31 +1463,30 @@ def parse_args(argv=None):
     p.flag("tau", 0.07, "temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)")
     p.flag("as_released", False, "with the faults of the authors' code: width and height exchanged "
            "in training (pretrain, linear), frozen batch norm in training mode (linear, "
-           "anticipation), one random clip of an action in evaluation whatever --clips says "
-           "(linear, recognition, anticipation), pixels of 0 to 255, and null counts as a change "
-           "(statechange)")
+           "anticipation), one random clip per action in evaluation (all but statechange), pixels "
+           "of 0 to 255, and null as a change (statechange)")
     p.group("optimization", "SGD with momentum; Adam for anticipation")
     p.flag("epochs", int, "passes over the training samples (commands/*.sh)")
-    p.flag("batch_size", int, "samples per step over all processes; batch norm and L_AVC's "
-           "gradient see those of one process (commands/*.sh)")
-    p.flag("lr", float, "learning rate: pretrain the peak of OneCycle; linear x0.1 at 3/5 and 4/5 "
-           "of the epochs; Ego4D's tasks half a cosine from it, after at most 1000 steps of "
-           "warm-up, none in statechange (commands/*.sh)")
-    p.flag("weight_decay", float, "weight decay; Ego4D's tasks: not on parameters named bn "
+    p.flag("batch_size", int, "samples per step over all processes; batch norm sees those of one "
+           "(commands/*.sh)")
+    p.flag("lr", float, "learning rate: peak of OneCycle (pretrain); x0.1 at 3/5 and 4/5 of the "
+           "epochs (linear); half a cosine after a warm-up (Ego4D's tasks) (commands/*.sh)")
+    p.flag("weight_decay", float, "weight decay; not on parameters named bn in the tasks "
            "(configs/optim)")
     p.group("evaluation")
-    p.flag("clips", 1, "clips per action in evaluation, evenly spaced, scores averaged (linear, "
-           "recognition); 1 is the centre (ours)")
+    p.flag("clips", 1, "clips per action in evaluation, evenly spaced, scores averaged; 1 is the "
+           "centre (linear, recognition) (ours)")
     p.flag("aggregator", "transformer", "how anticipation joins its 4 clips (lta_models.py)",
            ["transformer", "concat", "mean"])
-    p.flag("futures", 5, "number of predicted futures, K; the best one counts; 1: the most "
-           "probable one (ego4d-forecasting/)")
+    p.flag("futures", 5, "number of predicted futures, K; the best one counts; 1: the most likely "
+           "(ego4d-forecasting/)")
     args = common.parse(p, recipe, argv)
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:
         p.error(f"--stage {args.stage} needs --dataset {fitting[0]}")
-    if args.tau <= 0:
-        p.error("--tau must be above 0")
+    for name in ("num_frames", "crop", "tau", "clips", "futures"):
+        if not getattr(args, name) > 0:
+            p.error(f"--{name} must be above 0")
     return args
 
 

@@ -669,8 +669,7 @@ def finetune(args, device):
 
 def validate(args, device, model, videos, names):
     """Metrics of the test split, which chooses best.pt, as in the papers' code."""
-    predictions = detect(args, device, [model], videos, names, "validate")
-    metrics, *_ = detection_metrics(args, videos, predictions, len(names))
+    metrics, *_ = evaluate_detector(args, device, [model], videos, names, "validate")
     return {f"val_{name}": x for name, x in metrics.items()}
 
 
@@ -746,18 +745,10 @@ def chunks(T, limit=1000):
     return [(0, T)] if T < limit + 5 else [(a, min(a + limit, T)) for a in range(0, T, limit)]
 
 
-class Prediction(NamedTuple):
-    """What a detector says of one video."""
-    logits: torch.Tensor                                      # (K, T)
-    loss: float
-    grid_times: torch.Tensor                                  # of Grid Pool, in sampled frames
-    video_frames: int
-    label_frames: int                                         # that the logits cover
-    seconds: float
-
-
 def detect(args, device, models, videos, names, what):
-    """[Prediction] of whole videos; logits are averaged over the models of an ensemble."""
+    """{name: of every video}: logits (K, T), averaged over the models of an ensemble, their loss,
+    Grid Pool's times in sampled frames, numbers of frames, and seconds.
+    """
     def network(batch):
         T, logits, times = batch["clip"].shape[2], [], []
         for a, b in chunks(T):
@@ -776,26 +767,24 @@ def detect(args, device, models, videos, names, what):
                 **{k: batch[k] for k in ("video_frames", "label_frames", "seconds")}}
 
     make = functools.partial(make_clip, classes=len(names), whole=True)
-    found = common.predict(args, device, common.Samples(args, videos, make), network, what,
-                           batch_size=1, collate=collate)
-    columns = [found[field] for field in Prediction._fields]
-    return [Prediction(z, float(loss), times, int(n), int(m), float(seconds))
-            for z, loss, times, n, m, seconds in zip(*columns)]
+    return common.predict(args, device, common.Samples(args, videos, make), network, what,
+                          batch_size=1, collate=collate)
 
 
-def detection_metrics(args, videos, predictions, classes):
-    """({metric: percent}, AP by class, [(K, frames) logits], [(25, K) scores]).
+def evaluate_detector(args, device, models, videos, names, what):
+    """({metric: percent}, AP by class, [(K, frames) logits], [(25, K) scores], detect's result).
 
     mAP: over every frame (NOTE: which frames of MultiTHUMOS the papers use is unverified);
     mAP_25, wAP_25: the official protocol of Charades.
     """
+    found, classes = detect(args, device, models, videos, names, what), len(names)
     logits, labels, scores_25, labels_25 = [], [], [], []
-    for video, p in zip(videos, predictions):
-        seconds = video.seconds or p.seconds
-        z = resize_logits(p.logits[None], p.label_frames, args.stream == "fine")[0]
-        y = frame_labels(video.actions, p.video_frames, seconds, classes)[:, :p.label_frames]
-        frames_25 = charades_frames(p.label_frames, seconds, p.video_frames / seconds,
-                                    args.as_released)
+    for k, video in enumerate(videos):
+        total, end = int(found["video_frames"][k]), int(found["label_frames"][k])
+        seconds = video.seconds or float(found["seconds"][k])
+        z = resize_logits(found["logits"][k][None], end, args.stream == "fine")[0]
+        y = frame_labels(video.actions, total, seconds, classes)[:, :end]
+        frames_25 = charades_frames(end, seconds, total / seconds, args.as_released)
         logits.append(z)
         labels.append(torch.from_numpy(y).bool())
         scores_25.append(z[:, frames_25].T.sigmoid().numpy())
@@ -803,12 +792,11 @@ def detection_metrics(args, videos, predictions, classes):
     z, y = torch.cat(logits, 1), torch.cat(labels, 1)
     mine = range(classes)[common.rank()::common.world_size()]
     ap = common.gather({c: 100 * average_precision(z[c], y[c]) for c in mine}, expect=classes)
-    metrics = {"mAP": float(np.mean([*ap.values()])),
-               "loss": float(np.mean([p.loss for p in predictions]))}
+    metrics = {"mAP": float(np.mean([*ap.values()])), "loss": float(found["loss"].mean())}
     if args.dataset == "charades":
         _, mean, weighted = charades_localize(labels_25, scores_25)
         metrics |= {"mAP_25": 100 * mean, "wAP_25": 100 * weighted}
-    return metrics, ap, logits, scores_25
+    return metrics, ap, logits, scores_25, found
 
 
 def evaluate(args, device):
@@ -828,10 +816,10 @@ def evaluate(args, device):
         load_network(models[-1], Path(path), strict=True)
     args = runs[0]
     check_features(args)
-    predictions = detect(args, device, models, videos, names, "evaluate")
-    metrics, ap, logits, scores = detection_metrics(args, videos, predictions, len(names))
+    metrics, ap, logits, scores, found = evaluate_detector(args, device, models, videos, names,
+                                                           "evaluate")
     if common.rank() == 0:
-        draw_timeline(args, videos, predictions, logits, names)
+        draw_timeline(args, videos, logits, found, names)
         if args.dataset == "charades":                        # official form: id, frame, scores
             common.write(args.out / "localization.txt", "".join(
                 f"{video.name} {j} " + " ".join(f"{p:.9g}" for p in row) + "\n"
@@ -860,20 +848,21 @@ def read_submission(path, videos, classes):
     return [*scores.values()]
 
 
-def draw_timeline(args, videos, predictions, logits, names, most=6):
+def draw_timeline(args, videos, logits, found, names, most=6):
     """timeline.png: annotated classes of the video with most actions, and Grid Pool's times."""
     from PIL import Image, ImageDraw
-    video, p, z = max(zip(videos, predictions, logits), key=lambda row: len(row[0].actions))
-    shown, probability = sorted({c for c, *_ in video.actions})[:most], z.sigmoid().numpy()
-    x = np.arange(p.label_frames) * p.seconds / p.video_frames
-    labels = frame_labels(video.actions, p.video_frames, p.seconds, len(names))
-    marks = p.grid_times.numpy() * args.stride * p.seconds / p.video_frames
-    image = Image.new("RGB", (900, 30 + 150 * max(1, len(shown))), "white")
+    k = max(range(len(videos)), key=lambda k: len(videos[k].actions))
+    total, seconds = int(found["video_frames"][k]), float(found["seconds"][k])
+    labels = frame_labels(videos[k].actions, total, seconds, len(names))
+    probability, shown = logits[k].sigmoid().numpy(), sorted({c for c, *_ in videos[k].actions})
+    x = np.arange(probability.shape[1]) * seconds / total
+    marks = found["grid_times"][k].numpy() * args.stride * seconds / total
+    image = Image.new("RGB", (900, 30 + 150 * max(1, len(shown[:most]))), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((60, 8), f"{video.name}, seconds", "black")
-    for k, c in enumerate(shown):
-        common.plot(draw, (60, 50 + 150 * k, 880, 140 + 150 * k), x, {
-            "annotated": labels[c, :p.label_frames], names[c]: probability[c]}, marks, (0, 1))
+    draw.text((60, 8), f"{videos[k].name}, seconds", "black")
+    for n, c in enumerate(shown[:most]):
+        common.plot(draw, (60, 50 + 150 * n, 880, 140 + 150 * n), x, {
+            "annotated": labels[c, :len(x)], names[c]: probability[c]}, marks, (0, 1))
     common.write_figure(args.out / "timeline.png", image)
 
 
@@ -891,7 +880,9 @@ def extract(args, device):
     args.stream = "fine"
     model = make_model(args, len(names)).to(device).eval()
     load_network(model, path, strict=True)
-    common.claim(args.features, {"stride": args.stride, "crop": args.crop, "init": path})
+    weights = sum(float(p.double().abs().sum()) for p in model.parameters())
+    common.claim(args.features, {"stride": args.stride, "crop": args.crop,
+                                 "sum_of_weights": f"{weights:.8g}"})
     videos = [v for split in ("train", "test") for v in read_videos(args, split, names)]
     todo = [v for v in videos if not all(
         (args.features / level / v.name).is_file() for level in LEVELS)]
@@ -1041,7 +1032,6 @@ def fair_rates(schedule, gamma=0.1):
 
 # ---- 8. clips (charades_fine.py, charades.py, temporal_transforms.py, spatial_transforms.py) -----
 
-FPS = {"charades": 24.0}             # of its folders of frames; the others keep the file's rate
 FRAMES = {"kinetics400": "frame_{:05d}.jpg", "charades": "{id}-{:06d}.jpg",
           "multithumos": "{id}-{:06d}.jpg"}                   # names in folders of frames, from 1
 # Random crop sizes as a fraction of the short side. Kinetics and --stream x3d use only the first.
@@ -1203,7 +1193,7 @@ def make_clip(args, videos, i, rng, classes, whole=False):
     frames' labels, and what --stream gets of the fine stream.
     """
     video, span, stride = videos[i], args.num_frames * args.stride, args.stride
-    film = Film(video.path, FRAMES[args.dataset], FPS.get(args.dataset))
+    film = Film(video.path, FRAMES[args.dataset], 24.0 if args.dataset == "charades" else None)
     if not (video.seconds or film.fps):
         raise UserError(f"{video.path}: frames without a rate; multithumos.json has the duration")
     seconds = video.seconds or film.length / film.fps
@@ -1382,7 +1372,7 @@ def read_kinetics_rows(path):
 
 HEADS = ("fc2.", "rw6.", "head.projection.")                  # classifiers
 FUSION = ("pool_1.", "rw", "mix")                             # layers that Coarse-Fine adds to X3D
-PARTS = {"coarse": ("coarse.", "model_l_state_dict."), "fine": ("fine.", "model_g_state_dict.")}
+PREFIXES = ("fine.", "model_g_state_dict."), ("coarse.", "model_l_state_dict.")   # of both streams
 NETWORK_FLAGS = ("stream", "version", "pool", "fusion", "num_frames", "stride", "crop",
                  "feature_cap", "bn_splits")                  # that a checkpoint brings along
 
@@ -1408,24 +1398,22 @@ def convert_names(tensors, own):
     """A checkpoint's tensors under our names; classifiers of other classes are removed."""
     slowfast = any(".pathway1_" in name for name in own)
     ours = (common.slowfast_tensors if slowfast else common.x3d_tensors)(tensors, own)
-    other = tuple(head for head in HEADS if any(
-        name.startswith(head) and name in own and own[name].shape != x.shape
-        for name, x in ours.items()))
-    return {name: x for name, x in ours.items() if not name.startswith(other)}
+    other = {name.split(".")[0] for name, x in ours.items()
+             if name.startswith(HEADS) and name in own and own[name].shape != x.shape}
+    return {name: x for name, x in ours.items() if name.split(".")[0] not in other}
 
 
-def load_network(model, path, strict=False, heads=True, part=None):
-    """Load a checkpoint of ours, the release, SlowFast's zoo or pytorchvideo.
-
-    The backbone must be complete. Classifiers and Coarse-Fine's layers may be missing unless
-    strict. heads=False: do not load classifiers. part: coarse or fine, if the file holds both.
+def load_network(model, path, strict=False, heads=True):
+    """Load a checkpoint of ours, the release, SlowFast's zoo or pytorchvideo; of a file with both
+    streams each network takes its own. The backbone must be complete; classifiers and Coarse-Fine's
+    layers may be missing unless strict. heads=False: do not load classifiers.
     """
     if isinstance(model, TwoStream):
-        load_network(model.coarse, path, strict, heads, "coarse")
-        return load_network(model.fine, path, strict, heads, "fine")
+        load_network(model.coarse, path, strict, heads)
+        return load_network(model.fine, path, strict, heads)
 
     def adapt(tensors, own):
-        mine = {name.removeprefix(prefix): x for prefix in PARTS.get(part, ())
+        mine = {name.removeprefix(prefix): x for prefix in PREFIXES[isinstance(model, Coarse)]
                 for name, x in tensors.items() if name.startswith(prefix)}
         return convert_names(mine or tensors, own)
 
@@ -1439,13 +1427,10 @@ def load_init(args, model):
     published = {"fair": f"{zoo}/pyslowfast/x3d_models/x3d_{args.version.lower()}.pyth",
                  "pytorchvideo": f"{zoo}/pytorchvideo/model_zoo/kinetics/SLOWFAST_8x8_R50.pyth"}
     paths = [common.init_path(args, init, published) for init in args.init]
-    if None in paths:                                         # random, or the run continues
-        return
-    if len(paths) == 2:                                       # --stream two
-        load_network(model.coarse, paths[0], part="coarse")
-        load_network(model.fine, paths[1], part="fine")
-    else:
-        load_network(model, paths[0], heads=args.stream == "two")
+    parts = [model] if len(paths) == 1 else [model.coarse, model.fine]
+    for part, path in zip(parts, paths):
+        if path:                                              # else random, or the run continues
+            load_network(part, path, heads=args.stream == "two")
 
 
 def with_flags_of(args, path):
@@ -1520,8 +1505,8 @@ def parse_args(argv=None):
     p.group("method")
     p.flag("task", "detect", "pretrain: detect (SSDet) or classify", ["detect", "classify"])
     p.flag("version", "M", "size of X3D", ["XS", "S", "M", "L", "XL", "tiny"])
-    p.flag("augment", str, "volume augmentations; sliding is CutMix as the released code has it. "
-           "Each published model has one (x3d.py)", [*AUGMENTATIONS], nargs="*")
+    p.flag("augment", str, "volume augmentations; each published model has one; sliding is CutMix "
+           "as released (x3d.py)", [*AUGMENTATIONS], nargs="*")
     p.flag("aug_prob", 0.5, "probability of each augmentation, drawn per batch (x3d.py)")
     p.flag("stream", str, "network to train: fine; coarse, on stored fine features; two, both end "
            "to end; x3d and slowfast are baselines", ["fine", "coarse", "two", "x3d", "slowfast"])
@@ -1545,8 +1530,7 @@ def parse_args(argv=None):
            "SlowFast's authors do", ["off", "x3d", "fair"])
     p.group("evaluation")
     p.flag("submission", Path, "score this file in Charades' official form instead of a network")
-    p.flag("as_released", False, "with the faults of the authors' code: Charades' 25 frames drift "
-           "to earlier times")
+    p.flag("as_released", False, "with the fault of the release: Charades' 25 frames drift")
     args = common.parse(p, recipe, argv)
     check(p, args)
     return args

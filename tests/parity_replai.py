@@ -57,8 +57,9 @@ def backbone(case, network, stages):
 
 
 def video_backbone(case):
+    stages = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
     network = common.R2Plus1D(width_of(shapes(case)), case.config["depth"])
-    return backbone(case, network, {k: k for k in ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")})
+    return backbone(case, network, dict(zip(stages, stages)))
 
 
 def audio_backbone(case):
@@ -121,7 +122,7 @@ def criterion_sgd_steps(case):
     return twice(outputs, replai_model(case).train())
 
 
-def own_avc(video_l, video_r, audio, tau):
+def avc_of(video_l, video_r, audio, tau):
     return replai.avc_loss(torch.stack([video_l, video_r]), audio, tau)
 
 
@@ -130,7 +131,7 @@ def avc(case):
         return avc_processes(case)
     x, tau = case.inputs(), case.config["temperature"]
     x = {k: torch.from_numpy(v).requires_grad_() for k, v in x.items()}
-    loss = own_avc(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
+    loss = avc_of(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
     loss.backward()
     return {"loss": loss, **{f"grad:{k}": v.grad for k, v in x.items()}}
 
@@ -142,7 +143,7 @@ def avc_process(rank, world_size, folder, tau):
                             world_size=world_size)
     x = torch.load(Path(folder) / f"in{rank}.pt")
     x = {k: v.requires_grad_() for k, v in x.items()}
-    loss = own_avc(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
+    loss = avc_of(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
     loss.backward()
     result = {f"loss_rank{rank}": loss.detach(), **{f"grad:{k}": v.grad for k, v in x.items()}}
     common.write(Path(folder) / f"out{rank}.pt", lambda f: torch.save(result, f))
@@ -260,14 +261,17 @@ def one_cycle(case):
 def per_epoch(case):
     c = case.config
     if c["cos"]:
-        return {"lr": [replai.warmup_cosine(c["lr"], i, 0, c["epochs"]) for i in range(c["epochs"])]}
+        return warmup_cosine_of(c["lr"], 0, c["epochs"])
     return {"lr": [replai.step_lr(c["lr"], i, c["milestones"]) for i in range(c["epochs"])]}
+
+
+def warmup_cosine_of(lr, warmup, steps):
+    return {"lr": [replai.warmup_cosine(lr, i, warmup, steps) for i in range(steps)]}
 
 
 def warmup_cosine(case):
     c = case.config
-    return {"lr": [replai.warmup_cosine(c["base_lr"], i, c["warmup_steps"], c["total_steps"])
-                   for i in range(c["total_steps"])]}
+    return warmup_cosine_of(c["base_lr"], c["warmup_steps"], c["total_steps"])
 
 
 def linear_classifier(case):

@@ -91,8 +91,8 @@ def quick(script, *flags, n=1, before=None, cwd=None, timeout=100):
     while None in (codes := [p.exitcode for p in forks]) and not any(codes):
         assert time.monotonic() < until, f"{script} {' '.join(flags)} took too long"
         time.sleep(0.01)
-    for p in forks:                                           # those that hear of the failure end
-        p.join(5 if n > 1 else None)                          # by themselves, the others here
+    for p in forks:                                           # like torchrun: one has failed, all
+        p.join(None if not any(codes) else 1)                 # are ended
         with contextlib.suppress(ProcessLookupError):
             os.killpg(p.pid, signal.SIGKILL)
         p.join()

@@ -27,7 +27,7 @@ BOUND = rf"(?:rtol {NUMBER})?(?:, )?(?:atol {NUMBER})?"
 # Outputs that are deliberately not reproduced: {file stem: {family: {output: reason}}}.
 NOT_REPRODUCED = {"replai": {"audio_window": {
     "first_last_length": "a fault of the released decoder, which drops the partial first codec "
-                         "frame and then as many samples again; common.audio_window is exact to "
+                         "frame and then as many samples again; replai.audio_window is exact to "
                          "the sample, which `recommended_first_last_length` checks"}},
     "f2c_oops": {
         "clip_frames": {"frames_read_by_original": "a fault of the release, which rounds times "

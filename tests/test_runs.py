@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+import zipfile
 from functools import partial
 
 import numpy as np
@@ -34,8 +35,8 @@ TRAIN = {          # name: script and flags; DATA, RUNS and OUT are folders
     "pretrain": EGO4D,
     "pretrain_epic": EPIC,
     "linear": f"{EPIC} --stage linear --init RUNS/pretrain/last.pt",
-    "recognition": f"{EGO4D} --stage recognition --init none",
-    "anticipation": f"{EGO4D} --stage anticipation --init none",
+    "recognition": f"{EGO4D} --stage recognition --init none --limit 13",
+    "anticipation": f"{EGO4D} --stage anticipation --init none --limit 13",
     "statechange": f"{EGO4D} --stage statechange --init none",
     "cpc": UCF101,
     "cpc_hmdb51": "cpctrans {} --dataset hmdb51 --data DATA/hmdb51",
@@ -108,6 +109,9 @@ def contents(folder, *without):
             found[path.name] = json.loads(path.read_text())
         elif path.suffix == ".npz":
             found[path.name] = {k: v.tolist() for k, v in np.load(path).items()}
+        elif path.suffix == ".zip":
+            with zipfile.ZipFile(path) as z:
+                found[path.name] = {k: json.loads(z.read(k)) for k in z.namelist()}
         else:
             found[path.name] = path.read_bytes()
     return found
@@ -151,7 +155,7 @@ def test_a_killed_training_ends_in_the_same_weights(name, data, runs, tmp_path):
     assert r.code == 0 and "continuing" in r.out, r
     assert_same(contents(runs / name), contents(out, "last.pt.tmp"))
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2, 3]
+    assert len(steps) >= 4 and steps == [*range(len(steps))]
 
 
 @pytest.mark.parametrize("name", PRETRAINING)
@@ -166,10 +170,11 @@ def test_so_does_a_training_on_two_processes(name, data, runs, tmp_path):
 
 @pytest.mark.parametrize("name", ["features", "extract"])
 def test_a_killed_preparation_goes_on_where_it_was(name, data, runs, tmp_path):
-    kill = partial(running.kill_while_writing, ".npz" if name == "features" else ".npy", 3)
+    kill = partial(running.kill_while_writing, ".npz" if name == "features" else "TR004", 1)
     out = tmp_path / name
     assert run(name, out, data, runs, before=kill).code == -9
-    done = {path: path.stat().st_mtime_ns for path in out.rglob("*.np?")}
+    done = {path: path.stat().st_mtime_ns for path in out.rglob("*.npz" if "f" in name else "T*0*")}
+    assert done
     r = run(name, out, data, runs, n=3)
     assert r.code == 0 and done.items() <= {p: p.stat().st_mtime_ns for p in out.rglob("*")}.items()
     assert_same(contents(runs / name), contents(out), 1e-5)
@@ -244,17 +249,18 @@ BROKEN = [("linear", "epic/videos/P01/P01_03.mp4", "epic/videos/P02/P02_03.mp4")
 @pytest.mark.parametrize("name, train, val", BROKEN)
 def test_a_broken_video_is_replaced_in_training_and_named_in_evaluation(name, train, val, data,
                                                                         runs, tmp_path):
-    """Its header is whole: what it lacks is found when its frames are read."""
-    def half(content):
-        at = content.index(b"mdat") if b"mdat" in content else content.index(b"movi")
-        return content[:at + 200] + bytes(len(content) // 2) + content[at + 200 + len(content) // 2:]
+    """Header, first frame and index are whole, so the fault is found when frames are read."""
+    def damaged(content):
+        first = max(content.find(b"mdat"), content.find(b"movi")) + 1500
+        last = len(content) * 9 // 10
+        return content[:first] + bytes(last - first) + content[last:]
 
-    copy, path = world_with(data, tmp_path / "train", train, half)
+    copy, path = world_with(data, tmp_path / "train", train, damaged)
     r = run(name, tmp_path / "out", copy, runs)
     assert r.code == 0 and f"warning: {path}" in r.err, r
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["broken_training_samples"] == r.err.count("sample replaced") > 0
-    copy, path = world_with(data, tmp_path / "val", val, half)
+    copy, path = world_with(data, tmp_path / "val", val, damaged)
     assert str(path) in one_error(run(name, tmp_path / "no", copy, runs))
 
 

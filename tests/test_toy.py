@@ -43,10 +43,10 @@ def stills(clips):
 
 @pytest.fixture(scope="module")
 def struck():
-    """[frames (N, 6, ...) from before to after a strike, verbs (N,)] of 12 videos, and of 8 more."""
+    """[frames (N, 6, ...) from before to after a strike, verbs (N,)] of 12 videos, and of 8."""
     rng, moments, found = np.random.default_rng(0), [-0.35, -0.05, 0.15, 0.35, 0.55, 0.75], []
     for numbers in (range(12), range(100, 108)):
-        videos = [toy.plan_strikes("test", k, 11, "dense", 0, 8)[0] for k in numbers]
+        videos = [toy.plan_strikes("test", k, 11, "dense", 0, 8) for k in numbers]
         toy.deal_strikes(videos, rng)
         frames = [frames_at(v, [round(8 * (t + m)) for t, *_ in v["strikes"] for m in moments])
                   for v in videos]
@@ -71,7 +71,7 @@ def near(times, strikes, before, after):
 def test_the_sound_tells_the_moments_of_strikes_and_motion_alone_does_not():
     hits = total = 0
     for k, kind in enumerate(["normal", "calm"] * 2):
-        video = toy.plan_strikes("test", k, 21, kind, 18, 30)[0]
+        video = toy.plan_strikes("test", k, 21, kind, 18, 30)
         toy.deal_strikes([video], np.random.default_rng(0))
         times = np.array([t for t, *_ in video["strikes"]])
         loud = np.flatnonzero(abs(toy.make_sound(video)[0]) > 0.15) / video["rate"]
@@ -133,8 +133,8 @@ def test_a_frame_of_an_action_does_not_tell_it_and_the_order_of_two_does():
     for groups in (range(10, 30), range(10)):
         x, inside = [], []
         for c, g in itertools.product(range(8), groups):
-            video = toy.plan_action("test", 100 * c + g, 7, names[c], g, 25, (68, 92))[0]
-            x.append(frames_at(video | {"seconds": 26 / 25}, range(0, 26, 5)))
+            video = toy.plan_action("test", 100 * c + g, 7, names[c], g, 25, (68, 92), 26, "")
+            x.append(frames_at(video, range(0, 26, 5)))
             rng = np.random.default_rng((*video["key"], 4))
             turn = toy.states(rng, names[c], np.arange(26) / 25)[1][::5]
             inside.append(turn[2:] == turn[:-2])              # no round ends between the two
@@ -169,7 +169,7 @@ def test_a_frame_of_a_mishap_does_not_tell_before_from_after_and_a_second_does(t
     for split in ("train", "val"):
         x, y, moves = [], [], []
         for video in videos:
-            if video["files"][0][0].parent.name != split or video["truth"] == np.inf:
+            if video["paths"][0].parent.name != split or video["truth"] == np.inf:
                 continue
             rng, times = np.random.default_rng(video["key"]), toy.frame_times(video)
             sides = [np.flatnonzero(times < video["truth"]), np.flatnonzero(times > video["truth"])]
@@ -208,7 +208,7 @@ def test_a_frame_of_a_deed_does_not_tell_it_and_its_motion_does(tmp_path):
         x, motion = [], []
         for label in toy.KINETICS:
             folder = tmp_path / split / label.replace(" ", "_")
-            for video in [v for v in videos if v["files"][0][0].parent == folder][:n]:
+            for video in [v for v in videos if v["paths"][0].parent == folder][:n]:
                 frames = list(toy.draw(video))
                 x.append([shrunk(f) for f in frames[5:55:10]])
                 motion.append(statistics(frames))
@@ -252,8 +252,8 @@ FORMS = {  # dataset: form of the files' names, {list: its first line}
 @pytest.mark.parametrize("name", toy.MAKERS)
 def test_files_have_the_official_form_and_no_video_is_made_twice(name, tmp_path):
     videos, (form, lists) = toy.MAKERS[name](tmp_path, 0, 1.0), FORMS[name]
-    assert len({v["key"] for v in videos}) == len(videos)
-    paths = [p for v in videos for p in [*(p for p, _ in v["files"]), *v["links"]]]
+    assert len({(v["key"], v["cut"]) for v in videos}) == len(videos)
+    paths = [p for v in videos for p in v["paths"]]
     assert len(set(paths)) == len(paths)
     for path in paths:
         assert re.fullmatch(form, path.relative_to(tmp_path).as_posix()), path
@@ -266,6 +266,8 @@ def test_files_have_the_official_form_and_no_video_is_made_twice(name, tmp_path)
 def test_train_and_test_share_no_group_and_no_film(tmp_path):
     toy.make_ucf101(tmp_path, 0, 1.0)
     toy.make_hmdb51(tmp_path, 0, 1.0)
+    classes = (tmp_path / "ucfTrainTestlist/classInd.txt").read_text().splitlines()
+    assert len(classes) == 101 and {f"{c} {name}" for c, name in toy.UCF_MOTIONS} < set(classes)
     for i in (1, 2, 3):
         groups = [set(re.findall(r"_g(\d\d)_", (
             tmp_path / f"ucfTrainTestlist/{split}list{i:02d}.txt").read_text()))
@@ -274,8 +276,8 @@ def test_train_and_test_share_no_group_and_no_film(tmp_path):
         films = {}
         for path in tmp_path.glob(f"testTrainMulti_7030_splits/*_test_split{i}.txt"):
             for line in path.read_text().splitlines():
-                file, code = line.split()
-                films.setdefault(file.split(f"_{path.name.split('_test_')[0]}_")[0], set()).add(code)
+                film, code = line.split(f"_{path.name.split('_test_')[0]}_")[0], line.split()[1]
+                films.setdefault(film, set()).add(code)
         assert len(films) == 11 and all(len(codes) == 1 for codes in films.values())
 
 
@@ -285,7 +287,7 @@ def test_the_same_seed_makes_the_same_files_which_hold_the_frames_as_drawn(
     plain = toy.MAKERS[name]
 
     def shortest(*args):                                      # two videos are enough
-        videos = sorted(plain(*args), key=lambda v: v["seconds"] * len(v["files"]))[:2]
+        videos = sorted(plain(*args), key=lambda v: v["seconds"])[:2]
         return [v | {"seconds": min(v["seconds"], 5.0), "strikes": v.get("strikes", [])[:1]}
                 for v in videos]
     monkeypatch.setitem(toy.MAKERS, name, shortest)
@@ -295,7 +297,7 @@ def test_the_same_seed_makes_the_same_files_which_hold_the_frames_as_drawn(
         (tmp_path / f).rglob("*.*")) if p.is_file()} for f in ("one", "two", "other"))
     assert len(one) > 4 and one == two and one != other
     for video in shortest(tmp_path / "plan", 3, 0.01):
-        path = tmp_path / "one" / name / video["files"][0][0].relative_to(tmp_path / "plan")
+        path = tmp_path / "one" / name / video["paths"][0].relative_to(tmp_path / "plan")
         with av.open(str(path)) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         drawn = list(toy.draw(video))

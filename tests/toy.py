@@ -7,54 +7,24 @@ Every dataset shows one of four worlds. In each of them a single frame tells not
 class: place, size, angle, colours and ground are random, and alike for all classes. What tells the
 class is how something moves, how it changes and how it sounds.
 
-strikes (EPIC-KITCHENS-100, Ego4D). A wandering camera; a hand comes in, strikes an object, and the
-object changes, with a sound. Seconds of silence follow, in which other objects may slide in.
-
-    verb     the change                    the ring after the click
-    up       moves up                      rising glide
-    down     moves down                    falling glide
-    grow     1.8 times as large            low, swelling
-    shrink   1.8 times as small            high, fading
-    shake    swings sideways, comes back   tremolo
-    spin     turns, either way             vibrato
-
-    noun     course of the change          the ring after the click
-    rigid    ever faster, over 0.5 s       short and pure
-    viscous  steadily, over 0.8 s          noisy
-    elastic  overshoots and swings, 0.8 s  beats 5 times a second, dying down
-    brittle  three steps, 0.25 s apart     three clicks and three short rings
-
-Most videos take verbs and nouns at random. Some of Ego4D are routines, for long-term anticipation:
-two verbs take turns, so four actions tell the next twenty. Others are quiet, for the change of
-state: one strike in ten seconds. Both have no sound and are no part of pre-training.
-
-actions (UCF101, HMDB51). Classes are pairs, and each is the other one played backwards. Three
-objects have a height, a size, a distance from their middle and a length. One of the four runs
-through its range in about a second; then three other objects begin anew. The others stand anywhere.
-
-    UCF101            HMDB51        the change                  the same played backwards
-    JumpingJack       climb         rise over the frame         JumpRope          climb_stairs
-    BabyCrawling                    approach: 2.8 times as big  Bowling
-    HammerThrow       kick          scatter from one place      Hammering         kick_ball
-    HandstandPushups  brush_hair    unfold: round, then long    BodyWeightSquats  push
-
-mishaps (Oops!). An object rolls, walks or carries another one, steadily. From a known moment on
-kicks throw it about. Places and angles are numbers on a circle that start anywhere, so every frame
-has the same distribution before and after that moment; a second of motion tells which it is.
-
-deeds (Kinetics-400, Charades, MultiTHUMOS). Objects appear, rest, do one of eight things, rest and
-fade. In Kinetics one object does the same again and again; in the long videos two objects act at a
-time, and nothing tells which action comes next.
-
-    Kinetics-400                       Charades  MultiTHUMOS  the change
-    climbing a rope                    c000      PickUp       rise, steadily
-    abseiling                          c001      Fall         sink
-    inflating balloons                 c002      StandUp      grow: 1.85 times as large
-    folding paper                      c003      Squat        shrink
-    skiing (not slalom or cross...)    c004      Run          drift sideways, either way
-    swinging legs                      c005      Walk         sway: sideways, there and back
-    spinning poi                       c006      BodyRoll     spin, either way
-    massaging person's back            c007      Jump         pulse: grow, shrink, and so on
+strikes   EPIC-KITCHENS-100, Ego4D. A wandering camera; a hand comes in, strikes an object, and the
+          object changes, with a sound. The verb is what changes (it moves up or down, grows,
+          shrinks, shakes, spins) and the pitch of the sound; the noun is the course of the change
+          (ever faster, steady, swinging, in three steps) and the timbre. Seconds of silence
+          follow, in which other objects may slide in. Some videos of Ego4D are routines, for
+          long-term anticipation: two verbs take turns, so four actions tell the next twenty.
+          Others are quiet, for the change of state: one strike in ten seconds. Both have no sound
+          and are no part of pre-training.
+actions   UCF101, HMDB51. Classes are pairs, and each is the other one played backwards. Three
+          objects have a height, a size, a distance from their middle and a length. One of the four
+          runs through its range in about a second; then three other objects begin anew.
+mishaps   Oops!. An object rolls, walks or carries another one, steadily. From a known moment on
+          kicks throw it about. Places and angles are numbers on a circle that start anywhere, so
+          every frame has the same distribution before and after that moment; a second of motion
+          tells which it is.
+deeds     Kinetics-400, Charades, MultiTHUMOS. Objects appear, rest, do one of eight things, rest
+          and fade. In Kinetics one object does the same again and again; in the long videos two
+          objects act at a time, and nothing tells which action comes next.
 
 Videos share objects and ground within a group of UCF101 or a film of HMDB51 only, and all routines
 are in one room. All random numbers come from (seed, dataset, number of the video): the same seed
@@ -87,31 +57,27 @@ RATES = [Fraction(25), Fraction(30000, 1001), Fraction(30)]       # frames per s
 
 # ---- writing a video ---------------------------------------------------------------------------
 
-def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", options=None,
-                audio_codec="aac", container_format=None, gop=None, pix_fmt="yuv420p", tag=None):
+def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", options=None, gop=None,
+                tag=None):
     """Write frames, an iterable of (H, W, 3) uint8, and audio, float32 (channels, n) or None.
 
-    One thread per video: more threads would write other bytes on other machines.
+    gop: frames from one key frame to the next. One thread: more would write other bytes elsewhere.
     """
-    path, fps = Path(path), Fraction(fps)
+    path, fps, frames = Path(path), Fraction(fps), iter(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if options is None and codec == "libx264":
-        options = {"preset": "ultrafast", "crf": "27"}
-    frames = iter(frames)
     first = next(frames)
-    with av.open(str(path), "w", format=container_format) as container:
+    with av.open(str(path), "w") as container:
         video = container.add_stream(codec, rate=fps, options=dict(options or {}))
         video.height, video.width = first.shape[:2]
-        video.pix_fmt, video.codec_context.thread_count = pix_fmt, 1
+        video.pix_fmt, video.codec_context.thread_count = "yuv420p", 1
         video.gop_size = gop or round(fps)
         if tag:
             video.codec_context.codec_tag = tag
         sound, done = None, 0
         if audio is not None:
             fast = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_pns": "0"}
-            sound = container.add_stream(
-                audio_codec, rate=rate, layout=("mono", "stereo")[len(audio) - 1],
-                options=fast if audio_codec == "aac" else {})
+            sound = container.add_stream("aac", rate=rate, options=fast,
+                                         layout=("mono", "stereo")[len(audio) - 1])
             sound.bit_rate = 40000
         for i, pixels in enumerate(itertools.chain([first], frames)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
@@ -162,7 +128,14 @@ def write_lines(path, lines, end="\n"):
 
 # ---- drawing: one engine for the four worlds ---------------------------------------------------
 
-KINDS = ["disc", "box", "triangle", "cross", "star", "ring"]
+SHAPES = {  # inside of a shape in the unit circle, at (u, v) = r (cos a, sin a)
+    "disc": lambda u, v, r, a: r < 0.9,
+    "box": lambda u, v, r, a: np.maximum(abs(u), abs(v)) < 0.72,
+    "triangle": lambda u, v, r, a: np.maximum(v, abs(u) * 0.87 - v / 2) < 0.5,
+    "cross": lambda u, v, r, a: (np.minimum(abs(u), abs(v)) < 0.32) & (r < 0.98),
+    "star": lambda u, v, r, a: r < 0.68 + 0.28 * np.cos(5 * a),
+    "ring": lambda u, v, r, a: (r < 0.95) & (r > 0.4),
+    "hand": lambda u, v, r, a: np.hypot(np.maximum(abs(u) - 0.72, 0), v) < 0.26}
 OBJECT, HAND, GROUND = (215, 236), (60, 120), 55                  # grey levels
 CAMERA = {  # world: pixels the camera strays from the middle, does the light change
     "strikes": (16, True), "actions": (6, False), "mishaps": (4, False), "deeds": (2, False)}
@@ -181,16 +154,16 @@ class Thing(NamedTuple):
     solid: np.ndarray | float = 1.0                           # 0 to 1, while it appears or fades
 
 
-def plan(name, k, seed, world, size, fps, seconds, coding=None, **details):
-    """A video: number k of a dataset. What happens in it is in `details`, a key or more per world.
+def plan(name, k, seed, world, size, fps, seconds, coding, **details):
+    """Video number k of a dataset. What happens in it is in `details`, other ones in each world.
 
     key: seed of its random numbers; size: (height, width); coding: keywords of `write_video`;
-    files: [(path, seconds that are cut off)], links: paths that show the first of these files.
+    cut: seconds that the file leaves out at the beginning; paths: all names of the file.
     """
     fps = Fraction(fps)
     return {"key": (seed, crc32(name.encode()), k), "world": world, "size": size, "fps": fps,
-            "seconds": float(round(seconds * fps) / fps), "coding": coding, "files": [],
-            "links": [], **details}
+            "seconds": float(round(seconds * fps) / fps), "coding": coding, "cut": 0.0,
+            "paths": [], **details}
 
 
 def random_of(seed, name, *numbers):
@@ -261,36 +234,19 @@ def turned(sprite, radius, angle, length):
     return sprite[64 * v.astype(int).clip(0, 63) + u.astype(int).clip(0, 63)]
 
 
-def shape_mask(kind, u, v):
-    """Inside of a shape that fits into the unit circle."""
-    distance, angle = np.hypot(u, v), np.arctan2(v, u)
-    if kind == "box":
-        return np.maximum(abs(u), abs(v)) < 0.72
-    if kind == "triangle":
-        return np.maximum(v, abs(u) * 0.87 - v / 2) < 0.5
-    if kind == "cross":
-        return (np.minimum(abs(u), abs(v)) < 0.32) & (distance < 0.98)
-    if kind == "star":
-        return distance < 0.68 + 0.28 * np.cos(5 * angle)
-    if kind == "ring":
-        return (distance < 0.95) & (distance > 0.4)
-    if kind == "finger":                                 # a hand or tool, its tip at u = -1
-        return np.hypot(np.maximum(abs(u) - 0.72, 0), v) < 0.26
-    return distance < 0.9                                # disc
-
-
 def make_sprite(rng, kind=None):
     """A shape with a two-coloured texture.   -> (64 * 64, 4): colour times alpha, 1 - alpha"""
-    kind = kind or rng.choice(KINDS)
     v, u = np.mgrid[-1.05:1.05:64j, -1.05:1.05:64j]
-    colours = rng.uniform(*(OBJECT if kind in KINDS else HAND)) + np.zeros((2, 3))
-    if kind in KINDS:                                    # two tones, so that turning can be seen
-        colours[1] -= 75
-        colours *= rng.uniform(0.75, 1, 3)
+    if kind == "hand":
+        colours = rng.uniform(*HAND) + np.zeros((2, 3))
+    else:                                                # two tones, so that turning can be seen
+        kind = rng.choice([*SHAPES][:-1])
+        colours = (rng.uniform(*OBJECT) - np.array([[0], [75]])) * rng.uniform(0.75, 1, 3)
     field = gaussian_filter(rng.normal(size=(64, 64)), rng.uniform(3, 7))
     field += field.std() * rng.uniform(0.5, 1.5) * np.where(u * rng.normal() + v > 0, 1, -1)
     mix = 1 / (1 + np.exp(-4 * field / field.std()))[..., None]
-    alpha = gaussian_filter(shape_mask(kind, u, v).astype(float), 0.8)[..., None]
+    inside = SHAPES[kind](u, v, np.hypot(u, v), np.arctan2(v, u))
+    alpha = gaussian_filter(inside.astype(float), 0.8)[..., None]
     colour = np.clip(colours[0] * mix + colours[1] * (1 - mix), 16, 236)
     return np.concatenate([colour * alpha, 1 - alpha], -1).astype(np.float32).reshape(4096, 4)
 
@@ -429,7 +385,7 @@ def strike_things(rng, room, video, times, pan):
         if len(near):
             way, length = rng.uniform(-0.3, np.pi + 0.3), h * rng.uniform(0.2, 0.26)
             out, at = radius[near] * 0.8 + length + 1.1 * h * away, first + near
-            yield Thing(make_sprite(rng, "finger"), at[0],
+            yield Thing(make_sprite(rng, "hand"), at[0],
                         y[near] + np.sin(way) * out - 0.2 * pan[0][at],
                         x[near] + np.cos(way) * out - 0.2 * pan[1][at],
                         length + 0 * out, way + 0 * out)
@@ -491,7 +447,7 @@ def plan_strikes(name, k, seed, kind, seconds, fps, sound="on", count=None):
     return plan(name, k, seed, "strikes", sizes[rng.integers(len(sizes))], fps, seconds,
                 {"options": {"preset": preset, "crf": "27"}}, kind=kind, sound=sound,
                 times=[t for t in times if t < seconds - 1.1],
-                rate=int(rng.choice([44100, 48000])), channels=int(rng.choice([1, 2]))), rng
+                rate=int(rng.choice([44100, 48000])), channels=int(rng.choice([1, 2])))
 
 
 def deal_strikes(videos, rng):
@@ -538,22 +494,19 @@ def stamp(seconds, digits):
 
 def epic_rows(video, rng):
     """One annotation per strike, which is about in the middle of its time span."""
-    rows, name = [], video["id"]
+    rows, name, end = [], video["id"], video["seconds"]
     for i, (t, verb, noun) in enumerate(video["strikes"]):
         start, stop = t - rng.uniform(0.25, 0.45), t + rng.uniform(0.6, 0.95)
-        if rng.random() < 0.06:                          # a few overlap the next one
-            stop += 1.8
-        start, stop = round(max(start, 0), 2), round(min(stop, video["seconds"]), 2)
-        if video["overrun"] and i + 1 == len(video["strikes"]):
-            stop = round(video["seconds"] + 3.3, 2)      # as in the real files
+        stop += 1.8 * (rng.random() < 0.06)              # a few overlap the next one
+        start, stop = round(max(start, 0), 2), round(min(stop, end), 2)
+        if video["overrun"] and t == video["strikes"][-1][0]:
+            stop = round(end + 3.3, 2)                   # as in the real files
         (verb_class, verbs), (noun_class, nouns) = VERBS[verb][0], NOUNS[noun][0]
-        verb, noun = rng.choice(verbs), rng.choice(nouns)
-        words = rng.choice([f"{verb} {noun}", f"{verb}, gently, {noun}"], p=[0.85, 0.15])
+        verb, noun = str(rng.choice(verbs)), str(rng.choice(nouns))
         rows.append(dict(zip(EPIC_COLUMNS, [
-            f"{name}_{i}", name[:3], name, stamp(max(0, start - rng.uniform(-0.3, 0.3)), 3),
-            stamp(start, 2), stamp(stop, 2), int(start * video["fps"]), int(stop * video["fps"]),
-            str(words).replace("-", " "), str(verb), verb_class, str(noun), noun_class,
-            [str(noun)], [noun_class]])))
+            f"{name}_{i}", name[:3], name, stamp(start, 3), stamp(start, 2), stamp(stop, 2),
+            int(start * video["fps"]), int(stop * video["fps"]), f"{verb}, gently, {noun}",
+            verb, verb_class, noun, noun_class, [noun], [noun_class]])))
     return rows
 
 
@@ -566,28 +519,25 @@ def make_epic(root, seed, scale):
               "test_timestamps": ["P04", "P27"]}
     counts = counted(14, scale, 3), counted(8, scale, 2), counted(2, scale, 1)
     for s, (split, names) in enumerate(people.items()):
-        mine, rows = [], []
+        mine = []
         for k in range(counts[s] + (s == 0)):
             fps = {3: Fraction(50), 5: Fraction(60000, 1001)}.get(k, RATES[1])
-            video, own = plan_strikes("epic", 1000 * s + k, seed, "normal", rng.uniform(39, 48),
-                                      fps, "none" if (s, k) == (0, 2) else "on")
-            number = 10 * s + k // len(names) + 1
-            person = names[k % len(names)]
-            name = f"{person}_{number + 100 * (k % 2):0{2 + k % 2}d}"
-            path = root / "videos" / person / f"{name}.MP4"
+            video = plan_strikes("epic", 1000 * s + k, seed, "normal", rng.uniform(39, 48), fps,
+                                 "none" if (s, k) == (0, 2) else "on")
+            person, number = names[k % len(names)], 10 * s + k // len(names) + 1 + 100 * (k % 2)
+            name = f"{person}_{number:02d}"
             # The last training video is listed, but its file is missing.
-            mine.append((video | {"id": name, "channels": 2, "overrun": (s, k) == (0, 1),
-                                  "files": [(path, 0.0)] * (k < counts[s])}, own))
-        deal_strikes([video for video, _ in mine], rng)
-        for video, own in mine:
-            rows += epic_rows(video, own)
-            videos.append(video)
-        write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15], rows)
+            paths = [root / "videos" / person / f"{name}.MP4"] * (k < counts[s])
+            mine.append(video | {"id": name, "overrun": (s, k) == (0, 1), "paths": paths})
+        deal_strikes(mine, rng)
+        write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15],
+                  [row for video in mine for row in epic_rows(video, rng)])
+        videos += mine
     write_csv(folder / "EPIC_100_video_info.csv", ["video_id", "duration", "fps", "resolution"], [
         {"video_id": v["id"], "duration": v["seconds"], "fps": float(v["fps"]),
          "resolution": "{1}x{0}".format(*v["size"])} for v in videos])
     write_epic_classes(folder)
-    return [video for video in videos if video["files"]]
+    return [video for video in videos if video["paths"]]
 
 
 def write_epic_classes(folder):
@@ -636,24 +586,23 @@ def action_entries(video, k, rng, labels):
     for i, (t, verb, noun) in enumerate(struck):
         if video["kind"] == "routine":
             length = rng.uniform(2.4, 3.0)
-            start = round(t - length / 2 - rng.uniform(-0.35, 0.15), 2)
+            start = t - length / 2 - rng.uniform(-0.35, 0.15)
         else:
             length = 8.0 if rng.random() < 0.15 else rng.uniform(2.4, 4.0)
-            start = max(0.0, round(t - length * rng.uniform(0.4, 0.6), 2))
-        stop = round(min(end, start + length), 2)
+            start = max(0.0, t - length * rng.uniform(0.4, 0.6))
+        stop = min(end, start + length)
         if video["overrun"] and i + 1 == len(struck):
-            stop = round(end + 2.5, 2)                   # as in the real files
+            stop = end + 2.5                             # as in the real files
         (verb_label, verb), (noun_label, noun) = VERBS[verb][1], NOUNS[noun][1]
         answer = {"verb": verb, "noun": noun, "verb_label": verb_label, "noun_label": noun_label}
         entries.append({
             "video_uid": video["video_uid"], "clip_uid": video["clip_uid"], "clip_id": k,
-            **span("clip_parent", video["cut"], video["seconds"]),
-            **span("interval", video["cut"], video["seconds"]),
-            **span("action_clip", start, stop), "action_idx": i, **(answer if labels else {})})
+            **span("clip_parent", video["cut"], video["seconds"]), "action_idx": i,
+            **span("action_clip", round(start, 2), round(stop, 2)), **(answer if labels else {})})
     return entries
 
 
-def state_entries(video, k, rng, labels):
+def state_entries(video, rng, labels):
     """fho_oscc-pnr: [(change?, entry)] of windows of up to 8 s with exactly one strike or none."""
     entries, times = [], [-CHANGE, *(t for t, *_ in video["strikes"]), video["seconds"] + REACH]
     pairs = 3 * [(i, i + 1) for i in range(len(times) - 1)]
@@ -668,19 +617,17 @@ def state_entries(video, k, rng, labels):
         start = math.ceil(rng.uniform(low, max(low, high)) * 10) / 10
         if length < 4 or start + length > last:
             continue
-        name, stop = f"{k}{len(entries):03d}", round(start + length, 1)
-        place = f"{start:g}-{stop:g}".replace(".", "_")
-        known = start >= video["cut"] and rng.random() < 0.8
-        entry = {"clip_id": name, "video_uid": video["video_uid"], **span("parent", start, stop),
-                 "unique_id": f"{make_uuid(rng)}-{place}" if labels else f"{name}-{place}-{name}"}
+        stop, known = round(start + length, 1), start >= video["cut"] and rng.random() < 0.8
+        entry = {"video_uid": video["video_uid"], **span("parent", start, stop),
+                 "unique_id": f"{make_uuid(rng)}-{start:g}-{stop:g}".replace(".", "_")}
         if change or not labels:
             entry["clip_uid"] = video["clip_uid"] if known else None
+        if labels:
+            entry |= {"state_change": change, "pnr_frame": None}
         if labels and change:
             pnr, cut = round(times[i + 1] * 30), video["cut"] if known else 0
-            entry |= {**span("clip", start - cut, stop - cut), "state_change": True,
-                      "clip_pnr_frame": pnr - round(30 * cut), "parent_pnr_frame": pnr}
-        elif labels:
-            entry |= {"state_change": False, "pnr_frame": None}
+            entry |= {**span("clip", start - cut, stop - cut), "parent_pnr_frame": pnr,
+                      "clip_pnr_frame": pnr - round(30 * cut)}
         entries.append((change, entry))
     return entries
 
@@ -695,58 +642,54 @@ def balanced(entries, rng):
     return [keep[i] for i in rng.permutation(len(keep))]
 
 
-def plan_ego4d(seed, scale, s, split, rng):
-    """[(video, its random numbers)] of a split: general ones, quiet ones, routines."""
-    found, kinds = [], EGO4D[split]
-    n = counted(len(kinds), scale, (4, 2, 2)[s])
+def plan_ego4d(seed, scale, s, kinds, rng):
+    """The videos of split s: general ones, quiet ones, routines."""
+    found, n = [], counted(len(kinds), scale, (4, 2, 2)[s])
     for k in range(n + (s == 0)):                        # the last one's file is missing
-        kind = kinds[k % len(kinds)] if k < n else "normal"
+        kind = kinds[k] if k < n else "normal"
         sound = {2: "none", 3: "silent", 5: "none"}.get(k, "on") if s == 0 else "none"
         seconds = rng.uniform(52, 60) if kind == "calm" else rng.uniform(30, 38)
-        video, own = plan_strikes("ego4d", 1000 * s + k, seed, kind, seconds, 30, sound)
+        video = plan_strikes("ego4d", 1000 * s + k, seed, kind, seconds, 30, sound)
         # One clip is a part of its video, which starts 8 s earlier.
-        found.append((video | {"cut": 8.0 * (k == 1), "overrun": (s, k) == (0, 2),
-                               "missing": k == n}, own))
-    deal_strikes([video for video, _ in found], rng)
+        found.append(video | {"cut": 8.0 * (k == 1), "overrun": (s, k) == (0, 2),
+                              "missing": k == n})
+    deal_strikes(found, rng)
     quiet = [plan_strikes("quiet", 1000 * s + k, seed, "quiet", 20, 30, "none")
              for k in range(counted((24, 8, 1)[s], scale, 1))]
-    deal_strikes([video for video, _ in quiet], random_of(seed, "quiet", s))
+    deal_strikes(quiet, rng)
     # 12, 12 and 2 clips with 10, 4 and 4 windows of 24 actions, all in one room: the ground would
     # else tell which routine it is.
     count = 26 + 2 * round(min(scale, 1) * (4, 1, 1)[s])
     routines = [plan_strikes("routine", 1000 * s + k, seed, "routine", 0, 30, "none", count)
                 for k in range(counted((12, 12, 2)[s], scale, 1))]
-    deal_routines([video for video, _ in routines], random_of(seed, "routines", s))
-    for video, _ in routines:
-        video["room"] = (seed, crc32(b"room"))
-    plain = {"cut": 0.0, "overrun": False, "missing": False}
-    return found + [(video | plain, own) for video, own in quiet + routines]
+    deal_routines(routines, rng)
+    routines = [video | {"room": (seed, crc32(b"room"))} for video in routines]
+    return found + [video | {"overrun": False, "missing": False} for video in quiet + routines]
 
 
 def make_ego4d(root, seed, scale):
     """Write the annotations of the toy Ego4D.   -> the videos to draw"""
     rng, videos, folder = random_of(seed, "ego4d"), [], root / "annotations"
     folder.mkdir(parents=True)
-    for s, split in enumerate(EGO4D):
-        actions, states, labels = [], [], split != "test_unannotated"
-        for k, (video, own) in enumerate(plan_ego4d(seed, scale, s, split, rng)):
-            video |= {"clip_uid": make_uuid(own), "video_uid": make_uuid(own)}
+    for s, (split, kinds) in enumerate(EGO4D.items()):
+        actions, windows, labels = [], [], split != "test_unannotated"
+        for k, video in enumerate(plan_ego4d(seed, scale, s, kinds, rng)):
+            video |= {"clip_uid": make_uuid(rng), "video_uid": make_uuid(rng)}
             if video["kind"] != "quiet":
-                actions += action_entries(video, 100 * s + k, own, labels)
+                actions += action_entries(video, 100 * s + k, rng, labels)
             if video["missing"]:
                 continue
             if video["kind"] not in ("dense", "routine"):
-                states += state_entries(video, 100 * s + k, own, labels)
-            clip, whole = (root / folder / f"{video[key]}.mp4" for folder, key in (
-                ("clips", "clip_uid"), ("videos", "video_uid")))
-            pretrain = s == 0 and video["kind"] not in ("routine", "quiet")
-            pool = [root / clip.name] if pretrain else []                # to pre-train on
+                windows += state_entries(video, rng, labels)
+            clip = [root / "clips" / f"{video['clip_uid']}.mp4"]
+            whole = [root / "videos" / f"{video['video_uid']}.mp4"]
+            if s == 0 and video["kind"] not in ("routine", "quiet"):
+                clip.append(root / clip[0].name)         # to pre-train on
             if video["cut"]:
-                video |= {"files": [(clip, video["cut"]), (whole, 0.0)], "links": pool}
+                videos += [video | {"paths": clip}, video | {"paths": whole, "cut": 0.0}]
             else:
-                video |= {"files": [(clip, 0.0)], "links": [whole, *pool]}
-            videos.append(video)
-        for name, entries in (("lta", actions), ("oscc-pnr", balanced(states, rng))):
+                videos.append(video | {"paths": clip + whole})
+        for name, entries in (("lta", actions), ("oscc-pnr", balanced(windows, rng))):
             (folder / f"fho_{name}_{split}.json").write_text(json.dumps({
                 "version": "v1", "date": "220101", "description": "toy copy of Ego4D FHO",
                 "manifest": "toy", "split": split, "clips": entries}))
@@ -800,16 +743,16 @@ def action_things(rng, room, video, times, pan):
                         x + h * spread * np.cos(side), h * radius, tilt + 0 * radius, length)
 
 
-def plan_action(name, k, seed, motion, place, fps, size):
-    """Video number k of one action, not yet its length; `place` is its group or film."""
+def plan_action(name, k, seed, motion, place, fps, size, frames, path):
+    """Video number k of one action; `place` is its group or film."""
     rng = random_of(seed, name, k, 3)
     options = {"qmin": (quantiser := str(rng.integers(5, 11))), "qmax": quantiser}
     if rng.random() < 0.15:                              # B-frames: not in the order of time
         options["bf"] = "2"
     coding = {"codec": "mpeg4", "tag": "XVID", "gop": int(rng.integers(12, 51)),
               "options": options}
-    return plan(name, k, seed, "actions", size, fps, 1, coding, motion=motion,
-                room=(seed, crc32(f"{name} room".encode()), place)), rng
+    return plan(name, k, seed, "actions", size, fps, Fraction(int(frames), fps), coding,
+                motion=motion, room=(seed, crc32(f"{name} room".encode()), place), paths=[path])
 
 
 # ---- UCF101 and HMDB51 -------------------------------------------------------------------------
@@ -827,21 +770,19 @@ FILMS = ["Harbour_Lights", "(Night)_Train_No_7!", "Two_Rivers_[Part_1]_2", "#4_D
 
 def make_ucf101(root, seed, scale):
     """Write the lists of the toy UCF101.   -> the videos to draw"""
-    folder, videos, rows = root / "ucfTrainTestlist", [], []
+    rng, folder, videos, rows = random_of(seed, "ucf101"), root / "ucfTrainTestlist", [], []
     order = [1, 8, 15, 22, 24, 25]                       # one of each list, and some of training
     order += [g for g in range(25, 0, -1) if g not in order]
     groups = sorted(order[:counted(25, min(scale, 1), 6)])
     for ((c, name), motion), group in itertools.product(UCF_MOTIONS.items(), groups):
         word = name.replace("Handst", "HandSt")          # its files are so called
         for clip in range(1, counted(2 - group % 2, scale, 1) + 1):
-            video, own = plan_action("ucf101", 100000 * c + 1000 * group + clip, seed, motion,
-                                     group, 25, (68, 92))
-            frames = int(own.integers(30, 51)) if videos else 29           # one is short
             path = f"{name}/v_{word}_g{group:02d}_c{clip:02d}.avi"
-            videos.append(video | {"seconds": frames / 25,
-                                   "files": [(root / "UCF-101" / path, 0.0)]})
+            frames = rng.integers(30, 51) if videos else 29                # one is short
+            videos.append(plan_action("ucf101", 100000 * c + 1000 * group + clip, seed, motion,
+                                      group, 25, (68, 92), frames, root / "UCF-101" / path))
             rows.append((group, path, c))
-    names = {c: f"Class{c}" for c in range(1, 102)} | dict(UCF_MOTIONS)
+    names = {c: f"Class{c}" for c in range(1, 102)} | dict(UCF_MOTIONS.keys())
     write_lines(folder / "classInd.txt", [f"{c} {name}" for c, name in names.items()], "\r\n")
     for i in (1, 2, 3):                                  # groups 1-7, 8-14 and 15-21 are tested
         test = range(7 * i - 6, 7 * i + 1)
@@ -861,15 +802,13 @@ def make_hmdb51(root, seed, scale):
     for c, (name, motion) in enumerate(HMDB_MOTIONS.items()):
         rows = []
         for film, clip in itertools.product(range(films), range(clips)):
-            video, own = plan_action("hmdb51", 100000 * c + 1000 * film + clip, seed, motion, film,
-                                     30, sizes[film])
-            short = own.random() < 0.04 or (c, film, clip) == (0, 0, 0)
-            frames = int(own.integers(17, 25)) if short else 40 + int(40 * own.beta(1, 4))
-            tags = [own.choice(x.split()) for x in (
+            short = rng.random() < 0.04 or (c, film, clip) == (0, 0, 0)
+            frames = rng.integers(17, 25) if short else 40 + int(40 * rng.beta(1, 4))
+            tags = [rng.choice(x.split()) for x in (
                 "h u f l", "cm nm", "np1 np2", "fr ba le ri", "bad med goo")]
             file = "_".join([FILMS[film], name, *tags, f"{clip}.avi"])
-            videos.append(video | {"seconds": frames / 30,
-                                   "files": [(root / "hmdb51_org" / name / file, 0.0)]})
+            videos.append(plan_action("hmdb51", 100000 * c + 1000 * film + clip, seed, motion, film,
+                                      30, sizes[film], frames, root / "hmdb51_org" / name / file))
             rows.append((file, film))
         for i in range(3):
             test = range(tested * i, tested * (i + 1))
@@ -950,7 +889,7 @@ def plan_mishap(k, seed, kind, seconds):
     truth = {"never": math.inf, "early": 0.02, "late": seconds - 0.02}.get(kind, truth)
     return plan("oops", k, seed, "mishaps", size, fps, seconds, even_quality(k, 60), kind=kind,
                 truth=truth, gait=str(rng.choice(["roll", "walk", "carry"])),
-                radius=rng.uniform(0.12, 0.15) * math.sqrt(size[0] * size[1])), rng
+                radius=rng.uniform(0.12, 0.15) * math.sqrt(size[0] * size[1]))
 
 
 # ---- Oops! -------------------------------------------------------------------------------------
@@ -1004,15 +943,14 @@ def make_oops(root, seed, scale, seconds=(5, 9)):
     for split, n in counts.items():
         names = []
         for kind in oops_kinds(rng, n, round(n * {"train": 0.69, "val": 0.8}[split])):
-            video, own = plan_mishap(len(videos), seed, kind, seconds)
-            name = f"{TITLES[len(videos) % len(TITLES)]}{numbers.pop()}"
-            videos.append(video | {"files": [(root / "oops_video" / split / f"{name}.mp4", 0.0)]})
-            names.append(name)
+            video = plan_mishap(len(videos), seed, kind, seconds)
+            names.append(f"{TITLES[len(videos) % len(TITLES)]}{numbers.pop()}")
+            path = root / "oops_video" / split / f"{names[-1]}.mp4"
+            videos.append(video | {"paths": [path]})
             if kind != "unlabelled":
-                times[name] = oops_entry(video, own)
+                times[names[-1]] = oops_entry(video, rng)
                 if split == "val":
-                    heldout[name] = heldout_entry(video, own)
-        names = [names[i] for i in rng.permutation(n)]
+                    heldout[names[-1]] = heldout_entry(video, rng)
         write_lines(folder / f"{split}.txt", names)
         (folder / "splits").mkdir(exist_ok=True)
         write_csv(folder / "splits" / f"{split}_all_org.csv", ["filename"],
@@ -1087,13 +1025,14 @@ def plan_scene(name, k, seed, fps, seconds):
     """Video number k without its objects, about `seconds` long."""
     rng = random_of(seed, name, k, 3)
     return plan(name, k, seed, "deeds", SCENES[rng.integers(len(SCENES))], fps, seconds,
-                even_quality(k, int(rng.integers(60, 121))), actors=[]), rng
+                even_quality(k, int(rng.integers(60, 121))), actors=[])
 
 
 def plan_clip(k, seed, deed, short):
     """Clip number k of Kinetics: one object does the same again and again."""
-    seconds = random_of(seed, "length", k).uniform(*((2.2, 2.6) if short else (3.8, 4.2)))
-    video, rng = plan_scene("kinetics400", k, seed, RATES[k % 3], seconds)
+    rng = random_of(seed, "clip", k)
+    seconds = rng.uniform(*((2.2, 2.6) if short else (3.8, 4.2)))
+    video = plan_scene("kinetics400", k, seed, RATES[k % 3], seconds)
     t = -rng.random() * ANEW[0]
     while t < video["seconds"]:
         end = t + rng.uniform(*ANEW)
@@ -1107,7 +1046,7 @@ def plan_clip(k, seed, deed, short):
 
 def plan_untrimmed(name, k, seed, fps, seconds, idle):
     """Video number k of the long ones; nothing happens in an idle one. No classes yet."""
-    video, rng = plan_scene(name, k, seed, fps, seconds)
+    video, rng = plan_scene(name, k, seed, fps, seconds), random_of(seed, name, k, 5)
     rest, after, empty = rng.uniform(*LEISURE) * np.array([REST, AFTER, EMPTY])
     actors, seconds = [], video["seconds"]
     while not actors:
@@ -1180,7 +1119,7 @@ def make_kinetics400(root, seed, scale):
                          "time_end": start + 10, "split": subset})
             if i <= n * len(KINETICS):
                 video = plan_clip(10000 * s + i, seed, KINETICS[label], i == n * len(KINETICS))
-                videos.append(video | {"files": [(path, 0.0)]})
+                videos.append(video | {"paths": [path]})
         rows.sort(key=lambda r: (r["label"], r["youtube_id"]))
         write_csv(root / f"{split}.csv", list(rows[0]), rows)
     return videos
@@ -1214,7 +1153,7 @@ def make_charades(root, seed, scale):
             if k % 20 == 0 and mine:                     # as in the real file: behind the end
                 mine[-1][2] = round(video["seconds"] + rng.uniform(0.2, 1), 2)
             rows.append(charades_row(name, video, mine, rng))
-            drawn.append(video | {"files": [(root / "Charades_v1" / f"{name}.mp4", 0.0)]})
+            drawn.append(video | {"paths": [root / "Charades_v1" / f"{name}.mp4"]})
         write_csv(folder / f"Charades_v1_{split}.csv", CHARADES_COLUMNS, rows)
     return drawn
 
@@ -1231,7 +1170,7 @@ def make_multithumos(root, seed, scale):
         for number, video in zip(numbers, videos):
             name = f"video_{split}_{number:07}"
             found += [(name, *interval) for interval in intervals(video, THUMOS, 1)]
-            drawn.append(video | {"files": [(root / "videos" / f"{name}.mp4", 0.0)]})
+            drawn.append(video | {"paths": [root / "videos" / f"{name}.mp4"]})
     write_lines(root / "class_list.txt", [f"{c} {x}" for c, x in enumerate(THUMOS, 1)])
     for c, word in enumerate(THUMOS):
         write_lines(root / "annotations" / f"{word}.txt",
@@ -1249,19 +1188,17 @@ MAKERS = {"epic": make_epic, "ego4d": make_ego4d, "ucf101": make_ucf101, "hmdb51
 
 
 def build(video):
-    """Draw one video and write its files."""
-    sound = make_sound(video)
-    for path, start in video["files"]:
-        frames = itertools.islice(draw(video), round(start * video["fps"]), None)
-        rate = video.get("rate", 44100)
-        audio = None if sound is None else sound[:, round(start * rate):]
-        write_video(path, frames, video["fps"], audio, rate, **video["coding"])
-    for link in video["links"]:                          # the same file under another name
+    """Draw a video and write its file, under all its names."""
+    sound, rate, (path, *links) = make_sound(video), video.get("rate", 44100), video["paths"]
+    frames = itertools.islice(draw(video), round(video["cut"] * video["fps"]), None)
+    audio = None if sound is None else sound[:, round(video["cut"] * rate):]
+    write_video(path, frames, video["fps"], audio, rate, **video["coding"])
+    for link in links:
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(video["files"][0][0], link)
+            os.link(path, link)
         except OSError:                                  # no hard links on this file system
-            shutil.copyfile(video["files"][0][0], link)
+            shutil.copyfile(path, link)
 
 
 def make(names, out, seed=0, scale=1.0, workers=1):
