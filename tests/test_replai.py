@@ -156,18 +156,25 @@ def test_two_processes_compare_with_both_and_take_what_they_gather_as_constant(t
 
 def test_the_networks_have_their_official_sizes_and_shapes():
     with torch.device("meta"):
-        model, recognition, change = replai.RepLAI(), replai.Recognition(), replai.StateChange()
-        lta = replai.Anticipation().eval()
-        clip, few = torch.empty(2, 3, 32, 224, 224), torch.empty(2, 3, 16, 225, 225)
-        assert [x.shape for x in recognition(clip)] == [(2, 115), (2, 478)]
-        assert [x.shape for x in change(few)] == [(2, 16), (2, 2)]        # 16 frames stay 16
-        assert [x.shape for x in lta(torch.empty(1, 4, 3, 32, 224, 224))] == [(1, 20, 115),
-                                                                              (1, 20, 478)]
+        model, recognition, lta = replai.RepLAI(), replai.Recognition(), replai.Anticipation()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (
         model.backbone["video"], model.backbone["audio"], model, recognition)]
     assert sizes == [15_379_136, 4_725_696, 21_549_824, 15_683_345]
     assert round(sum(p.numel() for p in lta.parameters()) / 1e4) == 19185
     assert len(model.state_dict()) == 275
+    small = replai.Anticipation(2, 10, (115, 478), features=8, layers=1)
+    assert [x.shape for x in small(random(1, 4, 3, 8, 32, 32))] == [(1, 20, 115), (1, 20, 478)]
+    change = replai.StateChange(2, 10)(random(2, 3, 16, 225, 225))        # 16 frames stay 16
+    assert [x.shape for x in change] == [(2, 16), (2, 2)]
+
+
+def test_scores_that_are_ranked_are_float32_under_autocast():
+    small = replai.Anticipation(2, 10, (7, 9), features=8, layers=1)
+    clip = random(1, 4, 3, 8, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [*replai.LinearProbe(2, 10)(clip[0]), *replai.Recognition(2, 10)(clip[0]),
+                   *replai.StateChange(2, 10, 32)(clip[0]), *small(clip)]
+    assert {x.dtype for x in outputs} == {torch.float32}
 
 
 def test_one_batch_can_be_learned_by_heart():
