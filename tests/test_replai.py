@@ -105,11 +105,6 @@ def test_astc_loss_is_the_sum_in_the_paper(b, d, kappa):
         slow_astc(g_fwd, g_bwd, q, kappa), rel=2e-5)
 
 
-def test_astc_prefers_the_true_order():
-    q = random(4, 8)
-    assert replai.astc_loss(q, -q, q, 0.2) < 0.01 < 4 < replai.astc_loss(-q, q, q, 0.2)
-
-
 B, D_IN, D = 3, 6, 5
 
 
@@ -161,29 +156,25 @@ def test_two_processes_compare_with_both_and_take_what_they_gather_as_constant(t
 
 def test_the_networks_have_their_official_sizes_and_shapes():
     with torch.device("meta"):
-        model, recognition, change = replai.RepLAI(), replai.Recognition(), replai.StateChange()
-        lta = replai.Anticipation().eval()
-        clip, few = torch.empty(2, 3, 32, 224, 224), torch.empty(2, 3, 16, 225, 225)
-        assert [x.shape for x in recognition(clip)] == [(2, 115), (2, 478)]
-        assert [x.shape for x in change(few)] == [(2, 16), (2, 2)]        # 16 frames stay 16
-        assert [x.shape for x in lta(torch.empty(1, 4, 3, 32, 224, 224))] == [(1, 20, 115),
-                                                                              (1, 20, 478)]
+        model, recognition, lta = replai.RepLAI(), replai.Recognition(), replai.Anticipation()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (
         model.backbone["video"], model.backbone["audio"], model, recognition)]
     assert sizes == [15_379_136, 4_725_696, 21_549_824, 15_683_345]
     assert round(sum(p.numel() for p in lta.parameters()) / 1e4) == 19185
     assert len(model.state_dict()) == 275
-    heads = {k: tuple(x.shape) for m in (replai.LinearProbe(), recognition, change)
-             for k, x in m.state_dict().items() if not k.startswith(("backbone", "conv"))}
-    assert heads == {
-        "fc.verb_class.weight": (97, 512), "fc.verb_class.bias": (97,),
-        "fc.noun_class.weight": (300, 512), "fc.noun_class.bias": (300,),
-        "head.projections.0.weight": (115, 512), "head.projections.0.bias": (115,),
-        "head.projections.1.weight": (478, 512), "head.projections.1.bias": (478,),
-        "Keyframe_localisation_head.projection.weight": (1, 2048),
-        "Keyframe_localisation_head.projection.bias": (1,),
-        "State_detection_head.projection.weight": (2, 2048),
-        "State_detection_head.projection.bias": (2,)}
+    small = replai.Anticipation(2, 10, (115, 478), features=8, layers=1)
+    assert [x.shape for x in small(random(1, 4, 3, 8, 32, 32))] == [(1, 20, 115), (1, 20, 478)]
+    change = replai.StateChange(2, 10)(random(2, 3, 16, 225, 225))        # 16 frames stay 16
+    assert [x.shape for x in change] == [(2, 16), (2, 2)]
+
+
+def test_scores_that_are_ranked_are_float32_under_autocast():
+    small = replai.Anticipation(2, 10, (7, 9), features=8, layers=1)
+    clip = random(1, 4, 3, 8, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [*replai.LinearProbe(2, 10)(clip[0]), *replai.Recognition(2, 10)(clip[0]),
+                   *replai.StateChange(2, 10, 32)(clip[0]), *small(clip)]
+    assert {x.dtype for x in outputs} == {torch.float32}
 
 
 def test_one_batch_can_be_learned_by_heart():
@@ -246,14 +237,6 @@ def test_every_layout_of_a_file_fills_every_network(make, name, weights, tmp_pat
         replai.load_init(args, model, replai.PRETRAIN_LAYOUTS, "backbone.")
         for k, x in model.state_dict().items():
             assert torch.equal(x, weights[k]) or name == "AVID" and k.startswith("mlp."), k
-
-
-def test_a_missing_tensor_of_a_backbone_is_an_error(weights, tmp_path):
-    lost = "backbone.audio.block4.conv2.weight"
-    torch.save({"model": {k: v for k, v in weights.items() if k != lost}}, tmp_path / "c.pt")
-    with pytest.raises(UserError, match=f"1 tensors are missing, such as {lost}"):
-        replai.load_init(arguments("--init", tmp_path / "c.pt"), replai.RepLAI(8, 10),
-                         replai.PRETRAIN_LAYOUTS, "backbone.")
 
 
 def test_convert_writes_f_v_even_into_the_folder_of_its_run(weights, tmp_path):
@@ -331,7 +314,7 @@ def sounding(path, name, **how):
 @pytest.mark.parametrize("name", SOUNDS)
 def test_any_window_of_sound_equals_its_part_of_a_sequential_decode(name, tmp_path):
     path = sounding(tmp_path / "a", name)
-    with av.open(str(path)) as c:                             # the reference: one frame after another
+    with av.open(str(path)) as c:                             # the reference: one by one
         a, floats, pieces = c.streams.audio[0], av.AudioResampler("fltp"), []
         rate, delay = a.rate, float((a.start_time or 0) * a.time_base)
         for frame in c.decode(a):
@@ -547,9 +530,9 @@ def stamp(t):
     return f"{int(t // 3600):02}:{int(t // 60 % 60):02}:{t % 60:05.2f}"
 
 
-def epic_row(video, k, start, stop, verb=0, noun=0, words='put, "gently"'):
-    return [f"{video}_{k}", video[:3], video, "00:00:01.000", stamp(start), stamp(stop), 1, 2, words,
-            "put", verb, "cup", noun, ["cup", "big 'red' cup"], [noun, 13]]
+def epic_row(video, k, start, stop, verb=0, noun=0):
+    return [f"{video}_{k}", video[:3], video, "00:00:01.000", stamp(start), stamp(stop), 1, 2,
+            'put, "gently"', "put", verb, "cup", noun, ["cup", "big 'red' cup"], [noun, 13]]
 
 
 def write_epic(root, **splits):
@@ -685,29 +668,6 @@ def test_epic_metrics_equal_slow_ones_on_hand_made_subsets():
     assert math.isnan(empty["unseen verb@1"])
 
 
-def test_the_official_validation_split_is_divided_as_published(tmp_path):
-    rng = np.random.default_rng(0)
-    kinds = rng.permutation([(1, 1)] * 555 + [(1, 0)] * 1205 + [(0, 1)] * 1345 + [(0, 0)] * 6563)
-    people = rng.permutation(["P18"] * 739 + ["P32"] * 326 + ["P01"] * 5000 + ["P22"] * 3603)
-    rows = [epic_row(f"{p}_101", k, 2 * k, 2 * k + 1.5, 96 if v else 10, 299 if n else 71)
-            for k, ((v, n), p) in enumerate(zip(kinds.tolist(), people.tolist()))]
-    write_epic(tmp_path, validation=rows)
-    args, task = epic_args(tmp_path), replai.LinearProbe(2, 10)
-    actions = task.read(args, tmp_path / "annotations" / "EPIC_100_validation.csv", False)
-    assert len(actions) == 9668 and actions[1].spans == [(2.0, 3.5)]
-    hit = np.zeros(9668, bool)                                # one right verb in each subset
-    for tail in (True, False):
-        hit[next(k for k, a in enumerate(actions) if a.id[:3] == "P18" and (
-            a.verb > 10) == tail and a.noun < 72)] = True
-    verb = np.zeros((9668, 97), np.float32)
-    verb[range(9668), [a.verb if h else 5 for a, h in zip(actions, hit)]] = 1
-    m = task.metrics(args, actions, torch.from_numpy(verb), torch.zeros(9668, 300))
-    assert [round(100 / m[k]) for k in ("tail_verb_accuracy_at_1", "tail verb@1", "head verb@1")
-            ] == [1760, 3105, 6563]
-    assert m["unseen verb@1"] == pytest.approx(200 / 1065)
-    assert m["verb@1"] == pytest.approx(200 / 9668)
-
-
 # ---- Ego4D: recognition and anticipation ---------------------------------------------------------
 
 def lta_entry(clip, i, start, stop, verb=0, noun=0):
@@ -742,7 +702,8 @@ def test_actions_are_ordered_by_action_idx_and_labels_checked(bare, ego):
     write_ego4d(ego, "fho_lta_val", rows, bare)
     args = arguments("--stage", "recognition", "--data", ego)
     actions, left_out = replai.read_split(args, replai.Recognition(2, 10), "val")
-    assert [(a.id, a.verb, a.noun) for a in actions] == [("b_0", 0, 0), ("b_2", 6, 8), ("a_1", 1, 2)]
+    assert [(a.id, a.verb, a.noun) for a in actions] == [("b_0", 0, 0), ("b_2", 6, 8),
+                                                         ("a_1", 1, 2)]
     assert left_out == ["gone_0", "a_5"]
     write_ego4d(ego, "fho_lta_val", [*rows, lta_entry("a", 3, 1, 2, verb=7)])
     with pytest.raises(UserError, match="fho_lta_val.json:5: verb 7 or noun 0 is not in the tax"):
@@ -773,7 +734,7 @@ def cross_entropy(logits, label):
 
 
 def test_losses_of_actions_are_means_or_sums_over_the_steps():
-    verb, noun, y, z = random(3, 20, 7), random(3, 20, 9), torch.arange(60) % 7, torch.arange(60) % 9
+    verb, noun, y, z = random(3, 20, 7), random(3, 20, 9), *(torch.arange(60) % n for n in (7, 9))
     pairs = [(verb.flatten(0, 1).tolist(), y.tolist()), (noun.flatten(0, 1).tolist(), z.tolist())]
     sums = [sum(map(cross_entropy, x, t)) for x, t in pairs]
     batch = {"verb": y.view(3, 20), "noun": z.view(3, 20)}
@@ -931,13 +892,16 @@ def test_state_metrics_and_submissions_follow_from_the_scores():
 
 # ---- recipes -------------------------------------------------------------------------------------
 
+EGO4D = "runs/replai_ego4d_pretrain/last.pt"
+
+
 @pytest.mark.parametrize("stage, dataset, want", [
     ("pretrain", "ego4d", (100, 512, 0.05, 1e-4, 8, 112, "avid")),
     ("pretrain", "epic", (100, 128, 0.005, 1e-4, 8, 112, "avid")),
     ("linear", "epic", (30, 128, 0.005, 0.0, 8, 112, "runs/replai_epic_pretrain/last.pt")),
-    ("recognition", "ego4d", (30, 32, 0.01, 1e-4, 32, 224, "runs/replai_ego4d_pretrain/last.pt")),
-    ("anticipation", "ego4d", (50, 32, 0.01, 1e-4, 32, 224, "runs/replai_ego4d_pretrain/last.pt")),
-    ("statechange", "ego4d", (100, 256, 1e-4, 1e-4, 16, 225, "runs/replai_ego4d_pretrain/last.pt"))])
+    ("recognition", "ego4d", (30, 32, 0.01, 1e-4, 32, 224, EGO4D)),
+    ("anticipation", "ego4d", (50, 32, 0.01, 1e-4, 32, 224, EGO4D)),
+    ("statechange", "ego4d", (100, 256, 1e-4, 1e-4, 16, 225, EGO4D))])
 def test_defaults_are_those_of_the_published_recipe(stage, dataset, want, capsys):
     args = replai.parse_args(["--stage", stage, "--dataset", dataset])
     assert tuple(getattr(args, k) for k in (*replai.RECIPE, "init")) == want
@@ -945,7 +909,8 @@ def test_defaults_are_those_of_the_published_recipe(stage, dataset, want, capsys
     assert shared == (0.5, 0.5, 0.07, 0.1, 1.0) and args.moi == "peaks"
     if stage != "pretrain":
         with pytest.raises(SystemExit):
-            replai.parse_args(["--stage", stage, "--dataset", {"epic": "ego4d"}.get(dataset, "epic")])
+            other = {"epic": "ego4d", "ego4d": "epic"}[dataset]
+            replai.parse_args(["--stage", stage, "--dataset", other])
         assert f"--stage {stage} needs --dataset {dataset}" in capsys.readouterr().err
 
 
