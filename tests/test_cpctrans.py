@@ -400,7 +400,7 @@ def test_pretraining_chooses_the_best_epoch_of_the_validation_set(pre):
 def test_the_test_is_the_mean_over_all_clips_and_retrieval_by_cosine(ucf, tuned, tmp_path):
     """A slow evaluation, from the checkpoint and the reader alone, finds the same numbers."""
     assert not run(tmp_path / "out", "--data", ucf, "--test", tuned / "best.pt")
-    args = cpctrans.parse_args(["--data", str(ucf), "--test", str(tuned / "best.pt")])
+    args = arguments("--data", ucf, "--test", tuned / "best.pt")
     model = cpctrans.Classifier(args, 101).eval()
     model.load_state_dict(torch.load(tuned / "best.pt", weights_only=True)["model"])
     (videos, classes), (gallery, _) = read_videos(args, "test"), read_videos(args, "train")
