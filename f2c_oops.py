@@ -605,11 +605,8 @@ def bottleneck_r2plus1d(layers):
 
 
 def headless(net):
-    """A torchvision network without its classifier; `out_dim` is the width of its features."""
-    head = "heads" if hasattr(net, "heads") else "fc"
-    classifier = getattr(net, head)
-    net.out_dim = (classifier if head == "fc" else classifier[-1]).in_features
-    setattr(net, head, nn.Identity())
+    """A torchvision network without its classifier."""
+    setattr(net, "heads" if hasattr(net, "heads") else "fc", nn.Identity())
     return net.eval()
 
 
@@ -624,16 +621,15 @@ def make_feature_network(name):
 
 
 def load_feature_network(args):
-    """(φ with its weights, mean and standard deviation of its frames). With --tiny φ makes a frame
-    of 8 x 8 pixels, or two of a clip.
+    """(φ with its weights, mean and standard deviation of its frames). With --tiny φ is a small
+    random network, see `calibrate`.
     """
     name, weights, clips = args.backbone, args.weights, args.backbone in CLIP_NETS
-    if args.tiny:
-        pool = nn.AdaptiveAvgPool3d((2, 8, 8)) if clips else nn.AdaptiveAvgPool2d(8)
-        net = nn.Sequential(pool, nn.Flatten())
-        net.out_dim = 3 * 64 * (1 + clips)
-        return net, HALF
     torch.manual_seed(args.seed)
+    if args.tiny:
+        net = common.R2Plus1D(16, 10) if clips else common.PredictiveResNet("resnet10", 32)
+        pool = nn.AdaptiveAvgPool3d(1) if clips else nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(net, pool, nn.Flatten(), nn.BatchNorm1d(128, 1e-12, None)), HALF
     net = make_feature_network(name)
     if weights == "none":
         return net, KINETICS if clips else HALF
@@ -695,14 +691,33 @@ def make_frames(args, paths, i, rng):
         return {"error": str(e)}
 
 
+def network_inputs(args, device, video, norm):
+    """(batches of frames (64, 3, H, W) or clips (8, 3, 16, H, W) of a video, their times)"""
+    x, times = video["frames"].to(device), video["times"]
+    if args.backbone not in CLIP_NETS:
+        return (normalize(frames, *norm) for frames in x.split(64)), times
+    rows, times = cut_clips(len(x), video["fps"], times, GRID)
+    return (x[row].transpose(1, 2) for row in torch.from_numpy(rows).split(8)), times
+
+
+@torch.no_grad()
+def calibrate(args, device, net, norm, paths):
+    """Set the batch norm at the end of the tiny φ by some frames of some videos: features of random
+    weights hardly change from one frame to the next.
+    """
+    videos = [make_frames(args, paths, i, None) for i in range(len(paths))]
+    batches = [next(network_inputs(args, device, video, norm)[0]) for video in videos
+               if "error" not in video]
+    nn.init.constant_(net[-1].weight, 0.1)                    # about the embeddings of positions
+    net[-1].train()
+    net(torch.cat(batches))
+    net[-1].eval()
+
+
 def extract(args, device):
     """Features of every video in oops_video/train and val as NAME.npz: arr_0 (T, D), times and fps.
     Existing files are skipped, so a killed run goes on.
     """
-    net, norm = load_feature_network(args)
-    net, clips = net.to(device).eval(), args.backbone in CLIP_NETS
-    if args.compile:
-        net.compile()
     common.claim(args.features, {k: getattr(args, k) for k in ("backbone", "weights", "tiny")})
     videos = [path for split in ("train", "val") for path in common.spread(
         sorted((args.data / "oops_video" / split).glob("*.mp4")), args.limit)]
@@ -712,23 +727,24 @@ def extract(args, device):
     todo = [path for path in videos if not files[path].exists()]
     common.say(f"{len(videos)} videos, {len(todo)} without features")
     common.barrier()                                          # before a process writes a file
+    net, norm = load_feature_network(args)
+    net = net.to(device).eval()
+    if args.tiny:
+        calibrate(args, device, net, norm, videos[:16])
+    if args.compile:
+        net.compile()
+
     todo = todo[common.rank()::common.world_size()]
     items = common.read_items(args, common.Samples(args, todo, make_frames), "videos")
     for path, video in zip(todo, items):
         if "error" in video:
             print(f"warning: {video['error']}; skipped", flush=True)
             continue
-        times, fps, x = video["times"], video["fps"], video["frames"]
-        if clips:                                             # (8, 3, 16, H, W) each
-            rows, times = cut_clips(len(x), fps, times, GRID)
-            batches = (x[some].transpose(1, 2) for some in torch.from_numpy(rows).split(8))
-        else:                                                 # (64, 3, H, W) each
-            batches = (normalize(some.to(device), *norm) for some in x.split(64))
-        z = [torch.empty(0, net.out_dim)]                     # a video may be too short for a clip
+        batches, times = network_inputs(args, device, video, norm)
         with torch.inference_mode(), common.autocast(device, args.precision):
-            z += [net(batch.to(device)).float().cpu() for batch in batches]               # (1)
-        common.write(files[path], lambda f, z=z, times=times, fps=fps: np.savez(
-            f, arr_0=torch.cat(z).numpy(), times=np.asarray(times), fps=fps))
+            z = [net(batch).float().cpu().numpy() for batch in batches]                   # (1)
+        common.write(files[path], lambda f, z=z, times=times, fps=video["fps"]: np.savez(
+            f, arr_0=np.concatenate(z), times=np.asarray(times), fps=fps))
     common.barrier()
     common.finish(args, {"videos": len(videos), "with_features": sum(
         file.exists() for file in files.values())})
@@ -1232,7 +1248,6 @@ def load_init(args, model):
 
 STAGES = {"f2c": pretrain, "f2c2v": pretrain, "features": extract, "classify": classify,
           "localize": evaluate, "evaluate": evaluate}
-PRETRAINING, EVALUATIONS = ("f2c", "f2c2v"), ("localize", "evaluate")
 
 
 def recipe(chosen):
@@ -1240,7 +1255,7 @@ def recipe(chosen):
     stage, tiny, backbone = chosen.stage, chosen.tiny, chosen.backbone
     level = chosen.level or ("video" if chosen.loss in ("crf", "regression") else "clip")
     level = {"f2c": "clip", "f2c2v": "video"}.get(stage, level)
-    video_level, pretraining = level == "video", stage in PRETRAINING
+    video_level, pretraining = level == "video", stage in ("f2c", "f2c2v")
     usual_loss = "crf" if video_level and not pretraining else "ce"       # transformer2x/main.py
     loss = chosen.loss or usual_loss
     epochs, batch_size = (TINY if tiny else PUBLISHED).get(
@@ -1316,10 +1331,10 @@ def parse_args(argv=None):
 
 def main(args):
     if args.init != "none" and args.stage != "features":      # what belongs to the weights
-        last, evaluating = args.out / "last.pt", args.stage in EVALUATIONS
-        path = last if last.exists() and not evaluating else Path(args.init)
-        common.adopt(args, common.saved_flags(path), ["tiny", "layers", "window", "as_released", *(
-            ["level", "loss", "spacing", "anticipate"] if evaluating else [])])
+        names = ["tiny", "layers", "window", "as_released"]
+        if args.stage in ("localize", "evaluate"):
+            names += ["level", "loss", "spacing", "anticipate"]
+        common.adopt(args, common.saved_flags(Path(args.init)), names)
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 
