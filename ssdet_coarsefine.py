@@ -880,7 +880,7 @@ def extract(args, device):
     args.stream = "fine"
     model = make_model(args, len(names)).to(device).eval()
     load_network(model, path, strict=True)
-    weights = sum(float(p.double().abs().sum()) for p in model.parameters())
+    weights = sum(p.detach().double().abs().sum().item() for p in model.parameters())
     common.claim(args.features, {"stride": args.stride, "crop": args.crop,
                                  "sum_of_weights": f"{weights:.8g}"})
     videos = [v for split in ("train", "test") for v in read_videos(args, split, names)]
