@@ -40,7 +40,6 @@ Where paper, official code and this file differ: grep NOTE in this file.
 
 import itertools
 import math
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -520,8 +519,8 @@ def validate(args, device, model, val):
 
 
 def make_pretext(args, videos, i, rng):
-    """Sample of f2c: up to six transformed clips of a video. Of f2c2v: up to six versions of it;
-    they share most clips, so each distinct clip is read and encoded once.
+    """Sample of f2c: up to six transformed clips of a video. Of f2c2v: up to six versions of it,
+    which share most clips, so each distinct clip is read and encoded once.
     """
     names = args.transforms.split(",")
     transform = transform_video if args.stage == "f2c2v" else transform_clips
@@ -566,6 +565,46 @@ def pretrain(args, device):
     model = make_model(args, val_videos[0].dim, len(names)).to(device)
     load_init(args, model)
     train(args, device, model, common.Samples(args, train_videos, make_pretext), val_videos)
+
+
+TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
+              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
+
+RELEASED = (                         # regular expressions: names of official checkpoints -> ours
+    (r"^local_model\.mlp_head", "unused"), (r"^(global_model\.)?mlp_head", "head"),
+    (r"^(local_model\.)?(?=cls_token|temporal_encoder)", "frame_encoder."),
+    (r"^global_model\.", "clip_encoder."), (r"temporal_encoder\.", ""),
+    (r"encoder\.layer\.", "layers."), (r"embeddings\.position_embeddings", "position"),
+    (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.token_type_embeddings", "token_type"),
+    (r"attention\.self\.", ""), (r"attention\.output\.dense", "out"),
+    (r"attention\.output\.LayerNorm", "norm1"), (r"intermediate\.dense", "fc1"),
+    (r"output\.dense", "fc2"), (r"output\.LayerNorm", "norm2"))
+
+
+def make_model(args, dim, classes):
+    """The network of a stage, on random weights."""
+    torch.manual_seed(args.seed)                              # the same on every process
+    sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
+             "as_released": args.as_released}                 # and the defaults, as in configs/
+    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
+            nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
+    if args.level == "clip":
+        return F2C(dim, classes, **sizes)
+    per_clip = args.stage != "f2c2v" and args.loss != "regression"
+    return F2C2V(dim, classes, per_clip=per_clip, crf=args.loss == "crf",
+                 finetune_frames=args.finetune_frames, **sizes)
+
+
+def load_init(args, model):
+    """Load the encoders of --init: one from F2C, two from F2C2V. Heads and CRF stay random."""
+    path = common.init_path(args, args.init)
+    if path:
+        common.load_weights(model, path, [(), RELEASED], ["frame_encoder."], ["head.", "crf."])
+    if args.freeze:
+        for part in model.children():
+            part.requires_grad_(not isinstance(part, Encoder))
 
 
 # ---- 7. features (official files: feat_exteact/, r21d/extr_r21d_feats.py) -----------------------
@@ -628,8 +667,8 @@ def load_feature_network(args):
     torch.manual_seed(args.seed)
     if args.tiny:
         net = common.R2Plus1D(16, 10) if clips else common.PredictiveResNet("resnet10", 32)
-        pool = nn.AdaptiveAvgPool3d(1) if clips else nn.AdaptiveAvgPool2d(1)
-        return nn.Sequential(net, pool, nn.Flatten(), nn.BatchNorm1d(128, 1e-12, None)), HALF
+        return nn.Sequential(net, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+                             nn.BatchNorm1d(128, 1e-12, None)), HALF
     net = make_feature_network(name)
     if weights == "none":
         return net, KINETICS if clips else HALF
@@ -746,8 +785,7 @@ def extract(args, device):
         common.write(files[path], lambda f, z=z, times=times, fps=video["fps"]: np.savez(
             f, arr_0=np.concatenate(z), times=np.asarray(times), fps=fps))
     common.barrier()
-    common.finish(args, {"videos": len(videos), "with_features": sum(
-        file.exists() for file in files.values())})
+    common.finish(args, {"videos": len(videos), "made": sum(f.exists() for f in files.values())})
 
 
 # ---- 8. clips and labels of Oops! (official files: transformer2x/my_oops_loader.py, dataloader.py)
@@ -757,7 +795,7 @@ GRID = 0.25                          # seconds between labelled clips, at the le
 
 class Annotation(NamedTuple):
     """t: transition times in seconds of three annotators, sorted, -1 where one found none; length
-    of the video in seconds; rel_t: t / length.
+    of the video in seconds; rel_t: t / length, sorted.
     """
     t: tuple
     length: float
@@ -767,7 +805,7 @@ class Annotation(NamedTuple):
 def has_labels(annotation, split, level):
     """True if the middle annotation lies inside the video and its length is allowed."""
     shortest, longest = (3.0, math.inf) if (split, level) == ("train", "video") else (3.2, 30.0)
-    inside = annotation.t[1] >= 0 and 0.01 <= statistics.median(annotation.rel_t) <= 0.99
+    inside = annotation.t[1] >= 0 and 0.01 <= annotation.rel_t[1] <= 0.99
     return inside and shortest <= annotation.length <= longest
 
 
@@ -1127,9 +1165,7 @@ def localize(args, videos, times):
 
 
 def classification(args, videos, scores):
-    """Classification metrics of clips 0.25 s and 1 s apart, of anticipation in both protocols, from
-    the scores of clips GRID apart.
-    """
+    """Metrics of clips 0.25 s and 1 s apart, of anticipation in both protocols, from all clips."""
     metrics = {}
     for spacing in (GRID, 1.0):
         for protocol in ("paper", "oops") if args.anticipate else ("paper",):
@@ -1202,49 +1238,7 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
     common.write_figure(args.out / "timeline.png", image)
 
 
-# ---- 12. networks and weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ----------
-
-TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
-              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
-
-RELEASED = (                         # regular expressions: names of official checkpoints -> ours
-    (r"^local_model\.mlp_head", "unused"), (r"^(global_model\.)?mlp_head", "head"),
-    (r"^(local_model\.)?(?=cls_token|temporal_encoder)", "frame_encoder."),
-    (r"^global_model\.", "clip_encoder."), (r"temporal_encoder\.", ""),
-    (r"encoder\.layer\.", "layers."), (r"embeddings\.position_embeddings", "position"),
-    (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.token_type_embeddings", "token_type"),
-    (r"attention\.self\.", ""), (r"attention\.output\.dense", "out"),
-    (r"attention\.output\.LayerNorm", "norm1"), (r"intermediate\.dense", "fc1"),
-    (r"output\.dense", "fc2"), (r"output\.LayerNorm", "norm2"))
-
-
-def make_model(args, dim, classes):
-    """The network of a stage, on random weights."""
-    torch.manual_seed(args.seed)                              # the same on every process
-    sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
-             "as_released": args.as_released}                    # others: configs/
-    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
-            nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
-    if args.level == "clip":
-        return F2C(dim, classes, **sizes)
-    per_clip = args.stage != "f2c2v" and args.loss != "regression"
-    return F2C2V(dim, classes, per_clip=per_clip, crf=args.loss == "crf",
-                 finetune_frames=args.finetune_frames, **sizes)
-
-
-def load_init(args, model):
-    """Load the encoders of --init: one from F2C, two from F2C2V. Heads and CRF stay random."""
-    path = common.init_path(args, args.init)
-    if path:
-        common.load_weights(model, path, [(), RELEASED], ["frame_encoder."], ["head.", "crf."])
-    if args.freeze:
-        for part in model.children():
-            part.requires_grad_(not isinstance(part, Encoder))
-
-
-# ---- 13. arguments ------------------------------------------------------------------------------
+# ---- 12. arguments ------------------------------------------------------------------------------
 
 STAGES = {"f2c": pretrain, "f2c2v": pretrain, "features": extract, "classify": classify,
           "localize": evaluate, "evaluate": evaluate}
