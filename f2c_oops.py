@@ -668,7 +668,7 @@ def load_feature_network(args):
     if args.tiny:
         net = common.R2Plus1D(16, 10) if clips else common.PredictiveResNet("resnet10", 32)
         return nn.Sequential(net, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
-                             nn.BatchNorm1d(128, 1e-12, None)), HALF
+                             nn.BatchNorm1d(128, eps=1e-12, momentum=1.0)), HALF
     net = make_feature_network(name)
     if weights == "none":
         return net, KINETICS if clips else HALF
