@@ -623,8 +623,8 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     if not (avi and counted):
         ticks = np.sort([p.pts for p in packets if not p.is_discard])      # hidden by an edit list
         ticks = ticks[ticks >= packets[0].pts]                # no B-frames before the key frame
-    start, second = v.start_time or 0, 1 / v.time_base
-    if ticks[-1] + second / 2 < min(high, start + (v.frames - 2) / v.average_rate * second):
+    start, second = v.start_time or 0, float(1 / v.time_base)
+    if ticks[-1] + second / 2 < min(high, start + float((v.frames - 2) / v.average_rate) * second):
         raise ValueError(f"ends at {(ticks[-1] - start) / second:.2f} s, before its header says")
     return packets, ticks, ticks if counted else None
 

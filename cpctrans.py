@@ -766,8 +766,8 @@ def evaluate(args, device):
     history, trained = read_history(args)
     (videos, classes), (gallery, _) = read_videos(args, "test"), read_videos(args, "train")
     if trained and trained != classes:
-        raise UserError(f"{args.init}: its classes ({trained[0]}, ...) are not those of {args.data} "
-                        f"({classes[0]}, ...)")
+        raise UserError(f"{args.init}: its classes ({trained[0]}, ...) are not those of "
+                        f"{args.data} ({classes[0]}, ...)")
     model = Classifier(args, len(classes)).to(device).eval()
     tuned = "final_fc.1.weight" in common.read_weights(Path(args.init))
     common.load_weights(model, Path(args.init), LAYOUTS, [""] if tuned else PRETRAINED)

@@ -34,8 +34,8 @@ Localize     python f2c_oops.py --stage localize --init FILE     (and --stage ev
 Try it       python f2c_oops.py --stage features --data data/toy/oops --tiny, then
              python f2c_oops.py --data data/toy/oops --tiny      (CPU, minutes; `make toy` first)
 
-We had only the abstract of the paper. File names in this script are those of the official code,
-"ours" marks a choice of our own. Where sources and this file differ: grep NOTE in this file.
+We had only the abstract of the paper; file names in this script are those of the official code.
+Where paper, official code and this file differ: grep NOTE in this file.
 """
 
 import itertools
@@ -70,10 +70,8 @@ TINY = {"f2c": (60, 16), "f2c2v": (30, 8), "clip": (10, 256), "video": (15, 8)}
 # ---- 1. transformations of a clip (official file: dataloaders/oops_ttibua_loader.py) ------------
 
 def crop_frames(rng, n, size):
-    """`size` consecutive frames out of n: (size,).
-
-    NOTE: as in the release, the start is drawn from the first half of the possible starts, so a
-    crop rarely reaches the end of a video.
+    """`size` consecutive frames of n. NOTE: as in the release, the start is drawn from the first
+    half of the possible starts, so a crop rarely reaches the end of a video.
     """
     return rng.integers((n - size) // 2 + 1) + np.arange(size)
 
@@ -272,8 +270,8 @@ class Encoder(nn.Module):
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
         nn.init.zeros_(self.position.weight[-1:].detach())
-        # Without all_rows the last layer's local attention is not computed and gets no gradient,
-        # which DDP must know. NOTE: video level uses that of Enc_clip first after F2C2V, random.
+        # Without all_rows the last layer's local attention is not used and gets no gradient, which
+        # DDP must know. NOTE: so F2C2V leaves that of Enc_clip random for the video level.
         last = self.layers[-1]
         for part in () if all_rows else (last.query, last.key, last.value):
             part.requires_grad_(False)
@@ -897,7 +895,7 @@ def read_distinct_clips(path, sequences):
 
 
 def read_video(path, features, annotation=None):
-    """The Video of a feature file. Without `times` in it, as the release's, they are the video's."""
+    """The Video of a feature file. If it has no `times`, as the release's, they are the video's."""
     length, dim = map_features(features).shape
     if annotation is None:
         return Video(path, features, length, dim)
@@ -1190,7 +1188,6 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
 
 # ---- 12. networks and weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ----------
 
-SIZES = {"heads": 16, "ff": 3072, "mlp": 1024, "positions": 7200, "dropout": 0.1}     # configs/
 TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
               "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
 
@@ -1208,8 +1205,8 @@ RELEASED = (                         # regular expressions: names of official ch
 def make_model(args, dim, classes):
     """The network of a stage, on random weights."""
     torch.manual_seed(args.seed)                              # the same on every process
-    sizes = {**(TINY_SIZES if args.tiny else SIZES), "layers": args.layers, "window": args.window,
-             "as_released": args.as_released}
+    sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
+             "as_released": args.as_released}                    # others: configs/
     if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
         return nn.Sequential(
             nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
@@ -1244,7 +1241,7 @@ def recipe(chosen):
     level = chosen.level or ("video" if chosen.loss in ("crf", "regression") else "clip")
     level = {"f2c": "clip", "f2c2v": "video"}.get(stage, level)
     video_level, pretraining = level == "video", stage in PRETRAINING
-    usual_loss = "crf" if video_level and not pretraining else "ce"           # transformer2x/main.py
+    usual_loss = "crf" if video_level and not pretraining else "ce"       # transformer2x/main.py
     loss = chosen.loss or usual_loss
     epochs, batch_size = (TINY if tiny else PUBLISHED).get(
         level if stage == "classify" else stage, (None, None))
@@ -1268,8 +1265,7 @@ def recipe(chosen):
 def parse_args(argv=None):
     p = common.Parser(__doc__, list(STAGES), ["oops"])
     p.group("method", "--layers, --window and --as_released are stored with the weights of --init")
-    p.flag("transforms", str, "transformations to tell apart, comma-separated; leave some out for "
-           "the ablations (as released)")
+    p.flag("transforms", str, "transformations to tell apart; leave some out for the ablations")
     p.flag("layers", 3, "layers of each transformer (configs/)")
     p.flag("window", 32, "tokens that an attention window covers, half on each side (configs/)")
     p.flag("finetune_frames", False, "f2c2v and video level: also train the frame encoder")
@@ -1288,13 +1284,12 @@ def parse_args(argv=None):
            "regression of the transition time", ["ce", "crf", "regression"])
     p.flag("spacing", float, "seconds from one clip to the next (configs/)", also=["step"])
     p.flag("anticipate", float, "predict the label so many SECONDS later: 0.5, 1, 1.5 or 2 in the "
-           "official code, 1.5 in the benchmark; at video level the model sees the later clips, too")
+           "official code, 1.5 in the benchmark; at video level the model sees later clips, too")
     p.flag("freeze", False, "train only the head and CRF")
     p.group("optimization", "AdamW, weight decay 1e-4, gradient norm clipped to 1 (configs/)")
     p.flag("init", str, "weights to start from: a checkpoint of ours or the release's, or none")
     p.flag("epochs", int, "passes over the training samples (configs/)")
-    p.flag("batch_size", int, "samples per step over all processes: videos, or at clip level "
-           "clips (configs/)")
+    p.flag("batch_size", int, "videos (clip level: clips) per step over all processes (configs/)")
     p.flag("lr", float, "learning rate: half a cosine to 1e-6, by epoch (configs/)")
     p.flag("select", "val", "best.pt is of the best validation epoch, as released, or of the last",
            ["val", "last"])

@@ -50,7 +50,7 @@ f2c_video --stage classify --level video --select last --init OUT/f2c2v/best.pt
 f2c_video_scratch --stage classify --level video --select last --init none --finetune_frames
 f2c_test --stage evaluate --init OUT/f2c_video/best.pt
 f2c_test_scratch --stage evaluate --init OUT/f2c_video_scratch/best.pt""")}
-SHORT = {"STATE": "--stage statechange --dataset ego4d --data TOY/ego4d --epochs 3",
+SHORT = {"STATE": "--stage statechange --dataset ego4d --data TOY/ego4d --epochs 8",
          "FINE": "--stage finetune CHARADES --stream fine --epochs 16",
          "CHARADES": "--dataset charades --data TOY/charades",
          "MAPS": "--features OUT/ssdet_features"}

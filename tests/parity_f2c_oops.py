@@ -10,6 +10,7 @@ import math
 import re
 from fractions import Fraction
 from itertools import groupby
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -484,8 +485,8 @@ def anticipation_labels(case):
         found[ahead] = {}
         for v in usable:
             spans = cut(v, step)[1]
-            shown, labels = f2c_oops.anticipation_labels(
-                spans, middle(v), float(ahead), "paper", step / FPS)
+            args = SimpleNamespace(anticipate=float(ahead), as_released=True)
+            shown, labels = f2c_oops.labels_of(args, spans, middle(v), step / FPS)
             assert shown.tolist() == list(range(len(spans)))
             found[ahead][v["name"]] = labels.tolist()
     return {"expected": found}
@@ -495,8 +496,9 @@ def anticipation_official(case):
     """The case tells the labels, not the times that they come from."""
     c, y = case.config, np.array(case.config["labels"])
     with mock.patch.object(f2c_oops, "video_labels", lambda *_: y):
-        shown, labels = f2c_oops.anticipation_labels(np.zeros((len(y), 2)), 0.0, c["A"],
-                                                     "oops", c["step_seconds"])
+        args = SimpleNamespace(anticipate=c["A"], as_released=True)
+        shown, labels = f2c_oops.labels_of(args, np.zeros((len(y), 2)), 0.0, c["step_seconds"],
+                                           "oops")
     return {"pairs": [[int(i), int(k)] for i, k in zip(shown, labels, strict=True)]}
 
 

@@ -37,10 +37,8 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 import common  # noqa: E402
 
-SCRIPTS = []
-for name in ("replai", "cpctrans", "f2c_oops", "ssdet_coarsefine"):
-    with contextlib.suppress(ImportError, AttributeError):    # while they are being rewritten
-        SCRIPTS.append(importlib.import_module(name))
+SCRIPTS = [importlib.import_module(name) for name in (
+    "replai", "cpctrans", "f2c_oops", "ssdet_coarsefine")]
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules
 
@@ -184,7 +182,7 @@ def bf16_on_the_cpu(k, rank):
     common.Log.__call__ = logged
 
 
-def fake_cuda(k, may_wait, rank):
+def fake_cuda(k, rank):
     """Networks and losses run forward on a GPU that does not exist, for k steps or one prediction.
 
     Tensors have a shape, a type and a device there, no values. So a tensor left on the CPU is an
@@ -225,7 +223,7 @@ def fake_cuda(k, may_wait, rank):
             if device in args and not torch._C._get_dispatch_mode(
                     torch._C._TorchDispatchModeKey.FAKE):
                 mode.__enter__()
-            return move(x, *args, **kw)
+            return leave() if "cpu" in args else move(x, *args, **kw)
         return to
 
     warnings.simplefilter("ignore")                           # CUDA is not available
@@ -238,8 +236,6 @@ def fake_cuda(k, may_wait, rank):
     nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
     torch.Tensor.cpu, torch.Tensor.backward = leave, lambda *_: None
     torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
-    if may_wait:
-        torch.Tensor.item = torch.Tensor.__bool__ = lambda x: True
     for script in SCRIPTS:
         script.DDP = lambda model, **_: model
 

@@ -129,17 +129,6 @@ def test_the_loss_is_the_equation(b, p, m, d):
     assert torch.allclose(kinds, 100 - rows["top1"])
 
 
-def test_errors_are_of_three_kinds():
-    shape = (2, 3, 4)
-    cells = torch.arange(24)
-    kinds = cpctrans.wrong_kinds(cells, cells[:, None], shape)
-    for row, column in np.ndindex(24, 24):
-        (b, p, s), (c, q, t) = (np.unravel_index(i, shape) for i in (row, column))
-        want = {"wrong_video": b != c, "wrong_cell": b == c and s != t,
-                "wrong_time": b == c and s == t and p != q}
-        assert {k: bool(x[row, column]) for k, x in kinds.items()} == want
-
-
 def test_the_first_loss_is_chance_level_for_a_network_that_knows_nothing():
     zeros = torch.zeros(2, 3, 4, 8)
     assert cpctrans.info_nce(zeros, zeros)["loss"].item() == pytest.approx(math.log(2 * 3 * 4))
@@ -197,13 +186,6 @@ def test_attention_sees_all_frames_no_later_ones_or_its_own(attn):
     assert torch.equal(z, model(early)[1]) == (attn == "frame")               # the past
     assert not torch.equal(z_hat, model(early)[0])
     assert not torch.equal(z[:, -1], model(late)[1][:, -1])
-
-
-def test_without_positions_the_transformer_does_not_know_the_order():
-    for pos in ("none", "sin"):
-        model, f = cpctrans.CPC(arguments("--pos", pos)).eval(), random(2, 4, 64, 2, 2)
-        there, back = model.encoder(f), model.encoder(f.flip(1)).flip(1)
-        assert torch.allclose(there, back, atol=1e-5) == (pos == "none")
 
 
 def test_layer_norm_adds_epsilon_to_the_deviation_itself():

@@ -7,21 +7,18 @@ Every dataset shows one of four worlds. In each of them a single frame tells not
 class: place, size, angle, colours and ground are random, and alike for all classes. What tells the
 class is how something moves, how it changes and how it sounds.
 
-strikes   EPIC-KITCHENS-100, Ego4D. A wandering camera; a hand comes in, strikes an object, and the
-          object changes, with a sound. The verb is what changes (it moves up or down, grows,
-          shrinks, shakes, spins) and the pitch of the sound; the noun is the course of the change
-          (ever faster, steady, swinging, in three steps) and the timbre. Seconds of silence
-          follow, in which other objects may slide in. Some videos of Ego4D are routines, for
-          long-term anticipation: two verbs take turns, so four actions tell the next twenty.
-          Others are quiet, for the change of state: one strike in ten seconds. Both have no sound
-          and are no part of pre-training.
+strikes   EPIC-KITCHENS-100, Ego4D. A hand comes in and strikes an object, which changes, with a
+          sound. The verb is what changes (it moves up or down, grows, shrinks, shakes, spins) and
+          the pitch of the sound. The noun is the course of the change and the timbre. Between
+          strikes other objects may slide in, silently. Some videos of Ego4D are routines, for
+          anticipation: two verbs take turns, so four actions tell the next twenty. Others are
+          quiet, for the change of state. Both have no sound and are no part of pre-training.
 actions   UCF101, HMDB51. Classes are pairs, and each is the other one played backwards. Three
           objects have a height, a size, a distance from their middle and a length. One of the four
           runs through its range in about a second; then three other objects begin anew.
-mishaps   Oops!. An object rolls, walks or carries another one, steadily. From a known moment on
-          kicks throw it about. Places and angles are numbers on a circle that start anywhere, so
-          every frame has the same distribution before and after that moment; a second of motion
-          tells which it is.
+mishaps   Oops!. An object rolls, walks or carries another one. From a known moment on kicks throw
+          it about. Every frame has the same distribution before and after that moment; a second of
+          motion tells which it is.
 deeds     Kinetics-400, Charades, MultiTHUMOS. Objects appear, rest, do one of eight things, rest
           and fade. In Kinetics one object does the same again and again; in the long videos two
           objects act at a time, and nothing tells which action comes next.
@@ -63,7 +60,7 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
 
     gop: frames from one key frame to the next. One thread: more would write other bytes elsewhere.
     """
-    path, fps, frames = Path(path), Fraction(fps), iter(frames)
+    fps, frames = Fraction(fps), iter(frames)
     path.parent.mkdir(parents=True, exist_ok=True)
     first = next(frames)
     with av.open(str(path), "w") as container:
@@ -73,45 +70,21 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
         video.gop_size = gop or round(fps)
         if tag:
             video.codec_context.codec_tag = tag
-        sound, done = None, 0
         if audio is not None:
+            layout = ("mono", "stereo")[len(audio) - 1]
             fast = {"aac_coder": "fast", "aac_tns": "0", "aac_is": "0", "aac_pns": "0"}
-            sound = container.add_stream("aac", rate=rate, options=fast,
-                                         layout=("mono", "stereo")[len(audio) - 1])
+            sound = container.add_stream("aac", rate=rate, layout=layout, options=fast)
             sound.bit_rate = 40000
         for i, pixels in enumerate(itertools.chain([first], frames)):
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             frame.pts, frame.time_base = i, 1 / fps
             container.mux(video.encode(frame))
-            if sound:                                    # up to the end of this frame
-                done = add_sound(container, sound, audio, done, math.ceil((i + 1) * rate / fps))
-        if sound:                                        # sound may outlast the frames
-            add_sound(container, sound, audio, done, audio.shape[1])
-        for stream in filter(None, (video, sound)):
-            container.mux(stream.encode(None))
-
-
-def add_sound(container, stream, audio, start, stop):
-    """Encode audio[:, start:stop] in blocks.   -> where it ended"""
-    stop = min(stop, audio.shape[1])
-    while start < stop:
-        block = np.ascontiguousarray(audio[:, start:min(stop, start + 4096)], dtype=np.float32)
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=stream.layout.name)
-        frame.pts, frame.sample_rate = start, stream.rate
-        frame.time_base = Fraction(1, stream.rate)
-        container.mux(stream.encode(frame))
-        start += block.shape[1]
-    return start
-
-
-def as_frames(path, folder, name="frame_{:05d}.jpg"):
-    """Write the frames of a video as JPEG files, numbered from 1.   -> how many"""
-    folder, i = Path(folder), 0
-    folder.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path)) as container:
-        for i, frame in enumerate(container.decode(video=0), 1):
-            frame.to_image().save(folder / name.format(i), quality=90)
-    return i
+        container.mux(video.encode(None))
+        if audio is not None:                            # the container sorts the packets by time
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio), "fltp", layout)
+            frame.pts, frame.sample_rate, frame.time_base = 0, rate, Fraction(1, rate)
+            container.mux(sound.encode(frame))
+            container.mux(sound.encode(None))
 
 
 def write_csv(path, columns, rows):
@@ -317,14 +290,10 @@ def course(noun, u):
 
 
 def swing(noun, u):
-    """Sideways displacement of a shaken object; the same four rhythms as `course`."""
+    """Sideways displacement of a shaken object, in the rhythm of `course`."""
     length = {"rigid": 0.25, "viscous": 0.75, "elastic": 0.8, "brittle": 0.75}[noun]
-    inside = (u >= 0) & (u < length)
-    if noun == "brittle":                        # three jolts to the same side
-        return inside * np.sin(np.pi * np.clip(u % 0.25 / 0.15, 0, 1))
-    if noun == "elastic":
-        return inside * np.sin(2 * np.pi * 5 * u) * np.exp(-np.maximum(u, 0) / 0.3)
-    return inside * np.sin(2 * np.pi * 4 * u)
+    how = {"elastic": np.exp(-np.maximum(u, 0) / 0.3), "brittle": u % 0.25 < 0.15}.get(noun, 1)
+    return (u >= 0) * (u < length) * how * np.sin(2 * np.pi * 4 * u)
 
 
 def lay_out(rng, strikes):
@@ -533,28 +502,17 @@ def make_epic(root, seed, scale):
         write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15],
                   [row for video in mine for row in epic_rows(video, rng)])
         videos += mine
-    write_csv(folder / "EPIC_100_video_info.csv", ["video_id", "duration", "fps", "resolution"], [
-        {"video_id": v["id"], "duration": v["seconds"], "fps": float(v["fps"]),
-         "resolution": "{1}x{0}".format(*v["size"])} for v in videos])
-    write_epic_classes(folder)
+    write_epic_lists(folder)
     return [video for video in videos if video["paths"]]
 
 
-def write_epic_classes(folder):
-    """Lists of classes, tail classes and unseen people. Official counts: 97 verbs of which 86 in
-    the tail, 300 nouns of which 228; in the toy the tail is the end of the list.
-    """
-    for word, table, number, tail in (("verb", VERBS, 97, 86), ("noun", NOUNS, 300, 228)):
-        used = {row[0][0]: row[0][1] for row in table.values()}
-        columns = ["id", "key", "instances", "category"]
-        words = [used.get(i, [f"{word}-{i}"]) for i in range(number)]
-        write_csv(folder / f"EPIC_100_{word}_classes.csv", columns, [
-            dict(zip(columns, (i, w[0], w, "toy"))) for i, w in enumerate(words)])
+def write_epic_lists(folder):
+    """Tail classes, in the toy the last 86 of 97 verbs and 228 of 300 nouns, and unseen people."""
+    for word, number, tail in (("verb", 97, 86), ("noun", 300, 228)):
         write_csv(folder / f"EPIC_100_tail_{word}s.csv", [word],
                   [{word: i} for i in range(number - tail, number)])
-    for split, unseen in (("validation", ["P18", "P32"]), ("test", ["P27"])):
-        write_csv(folder / f"EPIC_100_unseen_participant_ids_{split}.csv", ["participant_id"],
-                  [{"participant_id": p} for p in unseen])
+    write_csv(folder / "EPIC_100_unseen_participant_ids_validation.csv", ["participant_id"],
+              [{"participant_id": p} for p in ("P18", "P32")])
 
 
 # ---- Ego4D -------------------------------------------------------------------------------------
