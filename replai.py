@@ -31,8 +31,7 @@ Convert      python replai.py --stage convert --init FILE          f_V for the E
 Try it       python replai.py --data data/toy/ego4d --tiny         (CPU, minutes; `make toy` first)
 
 The method comes first, up to its training loop; then each evaluation in a section of its own. Only
-the paper's abstract was at hand. File names in comments are those of the official code; "ours" is
-in neither. Where they differ from this file: grep NOTE.
+the paper's abstract was at hand: files named here are the official code's. grep NOTE: differences.
 """
 
 import collections
@@ -108,8 +107,7 @@ def admissible(times, duration, delta, clip_seconds=CLIP_SECONDS):
 
 def detect_moments(args, files, i, rng):
     """[[start, stop, [t, ...]], ...] of the segments of file i; t counts from the segment's start.
-
-    [] if the file has no sound, None if it cannot be read.
+    [] without sound, None if the file cannot be read.
     """
     try:
         media, found = common.probe(files[i]), []
@@ -127,8 +125,8 @@ def detect_moments(args, files, i, rng):
 def read_moments(args, files):
     """{file: what `detect_moments` returns}; the files are shared among all processes.
 
-    Results are kept in runs/replai_moments.json under a file's path, its size and --prominence.
-    They are written after every 256 files per process, so that a killed run loses little.
+    They are kept in runs/replai_moments.json under a file's path, its size and --prominence, and
+    written after every 256 files per process.
     """
     cache = Path("runs/replai_moments.json")
     keys = {f: f"{f.absolute()} {f.stat().st_size} {args.prominence:g}" for f in files}
@@ -226,10 +224,8 @@ RESIZE = {"bilinear": {"mode": "bilinear", "antialias": True},            # as P
 
 
 def frame_times(starts, seconds, num_frames):
-    """A function from the frame rate to the times of `num_frames` frames of each clip.
-
-    The frames are spread evenly over those that begin within [start, start + seconds), for each
-    of `starts`. Half a second at 16 fps has 8 frames: all of them.
+    """A function from the frame rate to the times of `num_frames` frames of each clip, evenly
+    spread over those that begin within [start, start + seconds).
     """
     def times(fps):
         picked = subsample(max(1, int(seconds * fps + 1e-6)), num_frames)
@@ -240,8 +236,6 @@ def frame_times(starts, seconds, num_frames):
 
 def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
     """Resize to `size` (width, height), crop at x, y, mirror.   (T, H, W, 3) -> (3, T, crop, crop)
-
-    uint8 in and out. how: one of RESIZE.
     """
     v = torch.from_numpy(frames).permute(0, 3, 1, 2)                      # (T, 3, H, W), a view
     if (v.shape[3], v.shape[2]) != tuple(size):
@@ -253,8 +247,8 @@ def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
 def short_side_to(width, height, side, as_released=False):
     """The new (width, height) whose short side is `side`, a real number.
 
-    NOTE: in training the release exchanges width and height here, 426x240 becomes 150x266. We
-    keep the aspect ratio; --as_released exchanges them.
+    NOTE: in training the release exchanges width and height here, 426x240 becomes 150x266;
+    --as_released does, too.
     """
     short = min(width, height)
     w, h = int(width / short * side), int(height / short * side)
@@ -278,8 +272,8 @@ def center_crop(frames, crop, how="nearest"):
 def make_moment(args, segments, i, rng):
     """A training sample: clips before and after a random moment of segment i, and the sound.
 
-    before, after: (3, T, crop, crop) uint8; sound: (1, 125, 80). If the segment has no moment,
-    another segment is drawn, as released.
+    before, after: (3, T, crop, crop) uint8; sound: (1, 125, 80). As released, a segment without a
+    moment is replaced by another one.
     """
     s, d = segments[i], args.delta_non_overlap
     while not len(s.moments):
@@ -360,10 +354,9 @@ def load_init(args, model, layouts, required):
 # ---- 5. losses (official file: criterions/ssrl_audiopeak_aotv2.py) -------------------------------
 
 def gather_constant(x):
-    """x of all processes, as constants; with one process x itself, with its gradient.
+    """x of all processes, without gradient: (..., B, D) -> (..., N, D), N = B · processes.
 
-    NOTE: as released, no gradient flows through the gathered vectors, not even into this process's
-    own; with a single process it does.    (..., B, D) -> (..., N, D), N = B · processes
+    NOTE: as released, not even this process's own x has one; with a single process it does.
     """
     return common.gather_rows(x.detach(), -2) if common.world_size() > 1 else x
 
@@ -384,8 +377,7 @@ def avc_loss(z, y, tau):
 def astc_loss(g_fwd, g_bwd, q, kappa):
     """Audible state change.      g_fwd, g_bwd: (B, D) change and reversed change, q: (B, D) sound
 
-    No other sample takes part, so nothing is gathered. In float32. NOTE: the paper adds the two
-    log terms; the code, and we, take the mean of the 2B numbers, half of it.
+    In float32. NOTE: the paper adds the two log terms; the code and we take half of it.
     """
     g_fwd, g_bwd, q = (F.normalize(x.float(), dim=-1) for x in (g_fwd, g_bwd, q))
     p_fwd, p_bwd = (g_fwd * q).sum(-1) / kappa, (g_bwd * q).sum(-1) / kappa           # (B,)  (5)
@@ -398,8 +390,8 @@ def astc_loss(g_fwd, g_bwd, q, kappa):
 def one_cycle(max_lr, epochs):
     """(learning rate, momentum) of each epoch: OneCycleLR takes one step before every epoch.
 
-    NOTE: as released, momentum cycles between 0.95 and 0.85, so the configured 0.9 is not used, and
-    the last epoch is one step past the cycle's end, where the rate is small but not 0.
+    NOTE: as released, momentum cycles between 0.95 and 0.85, the configured 0.9 is not used, and
+    the last epoch is one step past the cycle's end.
     """
     sgd = torch.optim.SGD([torch.zeros(1)], lr=max_lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr, total_steps=max(2, epochs))
@@ -461,16 +453,12 @@ def pretrain(args, device):
 # ---- 7. fine-tuning and evaluation: what the four tasks share ------------------------------------
 #
 # A task (sections 8 to 11) is a network around f_V. Beside `forward` its class has
-#     files, splits        names of the annotation files, and of the three splits in them
-#     prefix               beginning of the names of f_V's weights
-#     pixels               mean and standard deviation of the frames
-#     make, make_test      one sample for training, one for evaluation
-#     goal, sign           the metric that chooses the epoch, and +1 or -1: more or less is better
-#     read(...)            the `Action`s or `Change`s of an annotation file
-#     losses(...)          {part: loss}, to be added
-#     predict(...)         {name: (B, ...)}, which `metrics` and `submission` take
-#     metrics(...)         {column of the paper's table: number}
-#     submission(...)      {file name: content} in the benchmark's form
+#     files, splits      names of the annotation files, and of the three splits in them
+#     prefix, pixels     beginning of the names of f_V's weights; mean and deviation of frames
+#     make, make_test    one sample for training, one for evaluation
+#     goal, sign         the metric that chooses the epoch, and +1 or -1: more or less is better
+#     read, losses       samples of an annotation file; {part: loss}, to be added
+#     predict            {name: (B, ...)}, which `metrics` and `submission` take
 
 FPS = 30                        # of Ego4D's videos: its annotations count frames at this rate
 ACTION_SECONDS = 32 * 2 / FPS   # length of a clip in recognition and anticipation
@@ -487,7 +475,6 @@ class Action(NamedTuple):
 
 def read_action(args, action, fractions):
     """Frames (N·T, H, W, 3) of a clip in each of several actions, or of N clips in one action.
-
     fractions (N,): 0 for a clip at the start of its action, 1 for one at the end.
     """
     ego4d, clips = args.dataset == "ego4d", []
@@ -540,12 +527,9 @@ def video_end(args, paths, i, rng):
 
 
 def read_split(args, task, split):
-    """(samples, ids of those left out: no video, or they begin after its end).
-
-    ([], []) if the annotations of a test split are missing.
-    """
+    """(samples, ids of those left out: no video here, or they begin after its end)."""
     path, testing = args.data / "annotations" / task.files.format(split), "test" in split
-    if testing and not path.exists():
+    if testing and not path.exists():                         # nothing to submit
         return [], []
     samples = [*{s.id: s for s in task.read(args, path, testing)}.values()]
     missing, present = [s for s in samples if not s.path], [s for s in samples if s.path]
@@ -566,9 +550,8 @@ def read_split(args, task, split):
 
 
 def make_optimizer(args, model):
-    """No weight decay on parameters with `bn` in their name.
-
-    NOTE: as released, the batch norm of the stem is called `conv1.1` and does decay.
+    """No weight decay on parameters with `bn` in their name. NOTE: as released, the batch norm of
+    the stem, `conv1.1`, does decay.
     """
     named = [(k, p) for k, p in model.named_parameters() if p.requires_grad]
     groups = [{"params": [p for k, p in named if "bn" not in k], "weight_decay": args.weight_decay},
@@ -602,10 +585,8 @@ def learning_rate(args, step, per_epoch):
 
 
 def finetune(args, device):
-    """Train a task's network from --init, then evaluate it and write its submission files.
-
-    NOTE: the best epoch is chosen on the validation set that is also reported, as in the paper;
-    linear uses its last epoch.
+    """Train a task's network from --init, then evaluate it. NOTE: as in the paper, the best epoch
+    is chosen on the validation set that is also reported; linear uses its last one.
     """
     torch.manual_seed(args.seed)                              # the same weights on every rank
     model = make_task(args).to(device)
@@ -648,7 +629,7 @@ def finetune(args, device):
                 average_norms(args, model, device, dataset, step + 1 - per_epoch)
             value = evaluate(args, model, device, *val, "val")[model.goal]
             metrics = {f"val_{model.goal}": value}
-            if not model.sign * value <= best:
+            if not model.sign * value <= best:                # larger is better
                 best = model.sign * value
                 common.save(args.out / "best.pt", step + 1, args, model=model)
             ddp.train()
@@ -662,8 +643,7 @@ def finetune(args, device):
     metrics = evaluate(args, model, device, *val, "val", submit=True)
     evaluate(args, model, device, *test, "test", submit=True)
     common.draw_curve(args, ["loss", f"val_{model.goal}", "lr"])
-    common.finish(args, {**metrics, "samples": len(val[0]),
-                         "broken_training_samples": log.total("broken")})
+    common.finish(args, {**metrics, "broken_training_samples": log.total("broken")})
 
 
 @torch.no_grad()
@@ -677,7 +657,7 @@ def average_norms(args, model, device, dataset, step, batches=200):
 
 def evaluate(args, model, device, samples, missing, split, submit=False):
     """Metrics of the validation set, {} of the test set; submit: also write <split>_<file>."""
-    if not samples:
+    if not samples:                                           # of the test set
         return {}
     common.share_buffers(model)
     model.eval()
@@ -686,7 +666,9 @@ def evaluate(args, model, device, samples, missing, split, submit=False):
     if submit and common.rank() == 0:
         for name, content in model.submission(samples, missing, **out).items():
             common.write(args.out / f"{split}_{name}", content)
-    return model.metrics(args, samples, **out) if split == "val" else {}
+    if split == "test":
+        return {}
+    return {**model.metrics(args, samples, **out), "samples": len(samples)}
 
 
 def mean_scores(model, batch, activation):
@@ -717,9 +699,8 @@ def hits(scores, labels, k):
 
 
 def action_hits(verb, noun, verb_class, noun_class, k):
-    """The same for pairs (verb, noun), ranked by softmax(verb)·softmax(noun).
-
-    The k best pairs consist of the k best verbs and the k best nouns, so only these are paired.
+    """The same for pairs (verb, noun), ranked by softmax(verb)·softmax(noun): the k best pairs
+    consist of the k best verbs and the k best nouns.
     """
     v, v_class = torch.as_tensor(verb).double().log_softmax(1).topk(min(k, verb.shape[1]), 1)
     n, n_class = torch.as_tensor(noun).double().log_softmax(1).topk(min(k, noun.shape[1]), 1)
@@ -921,19 +902,11 @@ INPUTS, FUTURE = 4, 20          # observed actions; Z, future actions to predict
 
 
 def action_windows(actions, inputs, future):
-    """[(observed, future actions)] of the windows that slide over a clip's actions.
-
-    NOTE: n - inputs - future windows, as in the challenge, although one more would fit.
+    """[(observed, future actions)] of the windows that slide over a clip's actions. NOTE: as in the
+    challenge, n - inputs - future windows, although one more would fit.
     """
     return [(actions[i:i + inputs], actions[i + inputs:i + inputs + future])
             for i in range(len(actions) - inputs - future)]
-
-
-def positions(n, features):
-    """pe[t, 2i] = sin(t / 10000^(2i/D)), pe[t, 2i+1] = cos(same)      -> (n, 1, D)"""
-    angle = torch.arange(n)[:, None] * torch.exp(
-        torch.arange(0, features, 2) * (-math.log(10000.0) / features))               # (n, D/2)
-    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1)[:, None]
 
 
 class Aggregator(nn.Module):
@@ -952,9 +925,11 @@ class Aggregator(nn.Module):
             return x.flatten(1)
         if self.kind == "mean":
             return x.mean(1)
-        x = x.transpose(0, 1)                                             # (inputs, B, D)
-        x = F.dropout(x + positions(len(x), x.shape[2]).to(x), 0.2, self.training)
-        return self.encoder(x)[-1]                                        # at the last clip
+        x, d = x.transpose(0, 1), x.shape[2]                              # (inputs, B, D)
+        angle = torch.arange(len(x))[:, None] * torch.exp(                # t / 10000^(2i/D)
+            torch.arange(0, d, 2) * (-math.log(10000.0) / d))
+        position = torch.stack([angle.sin(), angle.cos()], 2).view(-1, 1, d).to(x)
+        return self.encoder(F.dropout(x + position, 0.2, self.training))[-1]   # of the last clip
 
 
 class Anticipation(nn.Module):
@@ -1023,9 +998,8 @@ class Anticipation(nn.Module):
         return metrics
 
     def submission(self, actions, missing, verb, noun):
-        """{"<clip_uid>_<action_idx of the last observed>": K lists of Z verbs, and of nouns}.
-
-        The challenge wants every window: those left out get the first sample's prediction.
+        """K lists of Z verbs and of nouns for each window. The challenge wants all windows: those
+        left out get the first sample's prediction.
         """
         verb, noun = (x.int().mT.tolist() for x in (verb, noun))
         futures = {a.id: {"verb": v, "noun": n} for a, v, n in zip(actions, verb, noun)}
@@ -1034,12 +1008,9 @@ class Anticipation(nn.Module):
 
 
 def draw_futures(logits, num_futures, seed, items):
-    """K futures (B, Z, K) from logits (B, Z, C): each step by itself, fixed by (seed, item).
-
-    K = 1 takes the most probable classes.
-    """
+    """K futures (B, Z, K) from logits (B, Z, C): each step by itself, fixed by (seed, item)."""
     if num_futures == 1:
-        return logits.argmax(-1, keepdim=True)
+        return logits.argmax(-1, keepdim=True)                # the most likely one
     futures = []
     for p, item in zip(logits.softmax(-1).cpu(), items.tolist()):
         number = int(np.random.default_rng((*seed, item)).integers(2 ** 63))
@@ -1050,7 +1021,6 @@ def draw_futures(logits, num_futures, seed, items):
 
 def edit_distances(predicted, label):
     """Levenshtein distances of the first z actions, z = 1 .. Z.  (N, Z, K), (N, Z) -> (N, Z, K)
-
     NOTE: a comment of the benchmark names Damerau's distance, but in its code a swap costs 2.
     """
     n, length, k = predicted.shape
@@ -1064,8 +1034,7 @@ def edit_distances(predicted, label):
 
 def edit_metrics(predicted, label):
     """ED@z = mean_n min_k distance / z as (Z,), and AUED, the area under it by trapezoids / (Z-1).
-
-    NOTE: a mean over all samples; the release averages the means of batches.
+    NOTE: a mean over samples; the release averages the means of batches.
     """
     z = np.arange(1, label.shape[1] + 1)
     ed = (edit_distances(predicted, label).min(2) / z).mean(0)
@@ -1086,9 +1055,8 @@ class Change(NamedTuple):
 
 
 def sample_frames(start, stop, num_frames):
-    """The first `num_frames` multiples of a step in start .. stop-1.
-
-    The step is ceil(n / num_frames); if that gives too few, floor(n / num_frames).
+    """The first `num_frames` multiples of ceil(n / num_frames) in start .. stop-1; if these are too
+    few, of floor(n / num_frames).
     """
     n = stop - start
     for step in (-(-n // num_frames), max(1, n // num_frames)):
@@ -1118,9 +1086,8 @@ def random_part(change, rng, least):
 
 
 def read_state(args, change, frames):
-    """The frames of these numbers -> (3, T, crop, crop) uint8.
-
-    NOTE: as released, resized to a square whatever the aspect ratio, from a short side of 384.
+    """The frames of these numbers, (3, T, crop, crop) uint8. NOTE: as released, resized to a square
+    whatever the aspect ratio, from a short side of 384.
     """
     times = (frames + 0.5) / FPS                              # the middle of each frame
     (clip,) = common.read_clip(change.path, [times], math.ceil(384 / 225 * args.crop))
@@ -1142,10 +1109,8 @@ def make_test_state(args, changes, i, rng):
 
 
 class StateHeads(nn.Module):
-    """The key-frame head (which frame?) and the state head (does it change?); official names.
-
-    Both average the map over windows of `pool` x `pool`, so 8 x 8 places become 2 x 2; the state
-    head also averages over time.
+    """The key-frame head (which frame?) and the state head (does it change?); official names. Both
+    average the map over windows of `pool` x `pool`, so 8 x 8 places become 2 x 2.
     """
 
     def __init__(self, channels, side=8, pool=7, dropout=0.5):
@@ -1239,9 +1204,8 @@ class StateChange(StateHeads):
 
 
 def keyframe_errors(keyframe, start, stop, seconds, pnr):
-    """Seconds from the most probable of T frames, (R, T) scores, to the point of no return.
-
-    NOTE: as in the benchmark, frame k of T stands for the start of its share, k/T of the clip.
+    """Seconds from the most likely of T frames, (R, T) scores, to the point of no return. NOTE: as
+    in the benchmark, frame k of T stands for the start of its share, k/T of the clip.
     """
     frame = keyframe.argmax(1) * (stop - start) / keyframe.shape[1]
     return np.abs(frame - (pnr - start)) / ((stop - start + 1) / seconds)
@@ -1383,29 +1347,23 @@ def mel_power(x, n_fft=512, hop=256, n_mels=80, sample_rate=SOUND_RATE):
 # ---- 13. figure, and f_V for other tools ---------------------------------------------------------
 
 def draw_moments(args, segments):
-    """`moments.png`: spectrogram, curve and moments of a segment; frames around one moment."""
+    """`moments.png`: the curve and the moments of a segment, frames around one of its moments."""
     if common.rank() > 0:
         return
     from PIL import Image, ImageDraw
     s = min((s for s in segments if len(s.moments)), key=lambda s: abs(len(s.moments) - 4))
-    x, sample_rate = read_audio(s.path, s.start, s.stop)
-    times, curve, _ = find_moments(x, sample_rate, args.prominence)
-    level = mel_power(resample(torch.from_numpy(x).mean(0), sample_rate, SOUND_RATE))
-    level = level.clamp(min=1e-10).log().flip(0)                          # high bands on top
-    level = 255 * (level.max() - level) / (level.max() - level.min() + 1e-9)
+    times, curve, _ = find_moments(*read_audio(s.path, s.start, s.stop), args.prominence)
     t, d = s.moments[len(s.moments) // 2], args.delta_non_overlap
     clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4)
     frames = np.concatenate(common.read_clip(s.path, clips, 128))         # (8, H, W, 3)
     strip = Image.fromarray(np.concatenate(frames, 1))
     strip = strip.resize((810, round(810 * strip.height / strip.width)))
-
-    image = Image.new("RGB", (900, 430 + strip.height), "white")
-    image.paste(Image.fromarray(level.byte().numpy()).resize((810, 160)), (70, 34))
-    image.paste(strip, (70, 420))
+    image = Image.new("RGB", (900, 250 + strip.height), "white")
+    image.paste(strip, (70, 240))
     draw = ImageDraw.Draw(image)
-    draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: mel bands up to 8 kHz, curve c with "
-              f"moments, four frames before and four after {t:.2f} s", "black")
-    common.plot(draw, (70, 222, 880, 376), times, {"c, over seconds": curve}, s.moments - s.start)
+    draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: curve c and its moments; four frames "
+              f"before and four after {t:.2f} s", "black")
+    common.plot(draw, (70, 45, 880, 200), times, {"c, over seconds": curve}, s.moments - s.start)
     common.write_figure(args.out / "moments.png", image)
     common.say(f"{args.out}/moments.png: moments of {s.path.name}")
 
@@ -1458,8 +1416,8 @@ def parse_args(argv=None):
     p.flag("prominence", 1.0, "least height of a peak above its surroundings, in z-scores "
            "(official audio_event_prominence)")
     p.flag("delta_non_overlap", 0.1, "seconds from the moment to each clip, d (commands/*.sh)")
-    p.flag("clr_coeff", 0.5, "weight of L_AVC; 0 is the row w/o AVC (commands/*.sh)")
-    p.flag("aot_coeff", 0.5, "weight of L_AStC; 0 is the row w/o AStC (commands/*.sh)")
+    p.flag("clr_coeff", 0.5, "weight of L_AVC; 0: the row w/o AVC (commands/*.sh)")
+    p.flag("aot_coeff", 0.5, "weight of L_AStC; 0: the row w/o AStC (commands/*.sh)")
     p.flag("tau", 0.07, "temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)")
     p.flag("as_released", False, "with the faults of the authors' code: width and height exchanged "
            "in training (pretrain, linear), frozen batch norm in training mode (linear, "
