@@ -177,22 +177,6 @@ def test_scores_that_are_ranked_are_float32_under_autocast():
     assert {x.dtype for x in outputs} == {torch.float32}
 
 
-def test_one_batch_can_be_learned_by_heart():
-    torch.manual_seed(0)
-    model = replai.RepLAI(8, 10)
-    clips, sound = random(8, 3, 8, 32, 32), random(4, 1, 125, 80, seed=1)
-    sgd, values = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9), []
-    for _ in range(25):
-        out = model(*clips.chunk(2), sound)
-        avc = replai.avc_loss(out["z"], out["y"], 0.07)
-        astc = replai.astc_loss(out["g_fwd"], out["g_bwd"], out["q"], 0.2)
-        values.append((avc.item(), astc.item()))
-        sgd.zero_grad()
-        ((avc + astc) / 2).backward()
-        sgd.step()
-    assert all(last < first / 2 for first, last in zip(values[0], values[-1])), values
-
-
 @pytest.fixture(scope="module")
 def weights():
     torch.manual_seed(3)
@@ -371,18 +355,6 @@ def test_moments_are_found_where_clicks_are(rate):
     assert np.abs(bins[peaks] - times).max() < 0.01 and len(curve) == len(bins)
 
 
-def test_silence_noise_and_snippets_have_no_moments():
-    for x in (clicks([]), np.zeros((1, 44100), np.float32), np.zeros((2, 255), np.float32)):
-        assert len(replai.find_moments(x, 44100, 1.0)[2]) == 0
-    assert len(replai.find_moments(clicks([3.0, 3.03]), 44100, 1.0)[2]) == 1      # within 50 ms
-
-
-def test_moments_near_the_border_are_not_admissible():
-    times = np.array([0.0, 0.59, 0.6, 5.0, 9.4, 9.41, 10.0])
-    assert replai.admissible(times, 10.0, 0.1).tolist() == [0, 0, 1, 1, 1, 0, 0]
-    assert replai.admissible(times, 10.0, 0.5).tolist() == [0, 0, 0, 1, 0, 0, 0]
-
-
 @pytest.fixture
 def painted(tmp_path):
     """A folder with a 10.4 s video whose frames show their numbers, with a click at 3.21 s."""
@@ -493,30 +465,6 @@ def test_epic_trains_on_the_videos_of_its_list_whole_or_in_pieces(painted, capsy
     assert [f.stem for f in replai.training_files(args)] == ["P01_01_000000_000010",
                                                              "P01_01_000010_000020"]
     assert "1 of 2 training videos found" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("as_released, ratio", [(False, 1), (True, 4)])
-def test_the_aspect_ratio_is_kept_or_exchanged_as_released(as_released, ratio):
-    """A ramp of one grey level per pixel, to the right and downwards, in frames of 240 x 120."""
-    slopes = []
-    for axis in (1, 0):
-        ramp = np.broadcast_to(np.expand_dims(np.arange((120, 240)[axis]), 1 - axis), (120, 240))
-        frames = np.stack([ramp.astype(np.uint8)] * 3, -1)[None]
-        clip = replai.augment(frames, np.random.default_rng(3), 56, 75, as_released)[0, 0].float()
-        clip = clip if axis else clip.T
-        slopes.append(abs((clip[:, -1] - clip[:, 0]).mean().item()))
-    assert slopes[0] / slopes[1] == pytest.approx(ratio, rel=0.1)
-
-
-def test_a_clip_has_one_crop_and_one_flip_for_all_its_frames():
-    ramp = np.arange(320, dtype=np.float32)[None, :, None] / 320 * 255
-    frames, mirrored = np.broadcast_to(ramp, (4, 180, 320, 3)).astype(np.uint8), 0
-    for seed in range(60):
-        clip = replai.augment(frames, np.random.default_rng(seed), 112, 150.5)
-        assert clip.shape == (3, 4, 112, 112) and clip.dtype == torch.uint8
-        assert (clip == clip[:, :1]).all()
-        mirrored += bool(clip[0, 0, 50, 0] > clip[0, 0, 50, -1])
-    assert 15 < mirrored < 45
 
 
 # ---- EPIC-KITCHENS-100 ---------------------------------------------------------------------------
