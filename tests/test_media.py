@@ -7,6 +7,7 @@ pixel by pixel, or raise VideoError.
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import shutil
@@ -34,21 +35,25 @@ NOT_CODED = b"\0\0\1\xb6\x50\x10\x80"                        # an MPEG-4 frame w
 
 # ---- edits: what other programs do to the packets of a stream ------------------------------------
 
-def no_frame(packet, at, data=b"\x7f"):
-    """A packet that holds no frame, as DivX writes them."""
-    extra = av.Packet(data)
-    extra.stream, extra.time_base, extra.is_keyframe = packet.stream, packet.time_base, at == 1
-    return extra
+def packet_like(packet, data, key=False):
+    made = av.Packet(data)
+    made.stream, made.time_base, made.is_keyframe = packet.stream, packet.time_base, key
+    return made
+
+
+def counted(packets):
+    """An avi has no time stamps: a packet's number is its time."""
+    for k, p in enumerate(packets):
+        p.pts = p.dts = k
+    return packets
 
 
 def with_empty(*places, data=b"\x7f"):
-    """Put packets without a frame at these places. An avi counts them as time."""
+    """Packets without a frame at these places, as DivX writes them, the first as a key frame."""
     def edit(packets):
         for at in places:
-            packets.insert(at, no_frame(packets[0], at, data))
-        for k, p in enumerate(packets):
-            p.pts = p.dts = k
-        return packets
+            packets.insert(at, packet_like(packets[0], data, at == 1))
+        return counted(packets)
     return edit
 
 
@@ -85,28 +90,19 @@ def packed(packets):
     def kind(data):
         return "IPBS"[data[data.index(b"\0\0\1\xb6") + 4] >> 6]
 
-    frames, out = [bytes(p) for p in packets], []
-    keys = [p.is_keyframe for p in packets]
-    at = min(k for k in map(frames[0].find, (b"\0\0\1\xb3", b"\0\0\1\xb6")) if k >= 0)
-    frames[0] = frames[0][:at] + b"\0\0\1\xb2DivX503b1393p" + frames[0][at:]
+    frames, out = [(bytes(p), p.is_keyframe) for p in packets], []
+    first, at = frames[0][0], frames[0][0].find(b"\0\0\1\xb6")
+    frames[0] = first[:at] + b"\0\0\1\xb2DivX503b1393p" + first[at:], True
     while frames:
-        data, key = frames.pop(0), keys.pop(0)
-        if frames and kind(frames[0]) == "B":
-            data += frames.pop(0)
-            keys.pop(0)
-            more = []
-            while frames and kind(frames[0]) == "B":
-                more.append((frames.pop(0), keys.pop(0)))
+        data, key = frames.pop(0)
+        if frames and kind(frames[0][0]) == "B":
+            data += frames.pop(0)[0]
+            more = list(itertools.takewhile(lambda frame: kind(frame[0]) == "B", frames))
+            frames = frames[len(more):]
             out += [(data, key), *more, (NOT_CODED, False)]
         else:
             out.append((data, key))
-    made = []
-    for k, (data, key) in enumerate(out):
-        p = av.Packet(data)
-        p.stream, p.time_base, p.is_keyframe = packets[0].stream, packets[0].time_base, key
-        p.pts = p.dts = packets[0].dts + k
-        made.append(p)
-    return made
+    return counted([packet_like(packets[0], data, key) for data, key in out])
 
 
 # ---- kinds of video files ------------------------------------------------------------------------
@@ -204,7 +200,6 @@ REFUSED = {        # no dataset has them
     "mpeg4 cut": (".avi", {**DIVX, "gop": 25, "edit": cut}),
     "mpeg4 mp4 b-frames cut": (".mp4", {**DIVX, **B, "gop": 25, "edit": cut}),
 }
-SAME_TIMES = "cut", "hidden", "empty", "not coded", "dropped", "lost", "uneven", "slow", "packed"
 
 
 def turn_in_header(path, degrees):
@@ -290,10 +285,9 @@ def test_a_decode_gives_the_frames_that_were_written(media, name):
     if "lost frame" in name:
         numbers.remove(49)
     assert [number_of(frame) for frame in frames] == numbers
-    if not any(word in name for word in SAME_TIMES):
-        assert np.allclose(times, np.array(numbers) / float(how.get("fps", 25)), atol=1.1e-3)
-    if "times" in how:
-        assert np.allclose(times, how["times"], atol=1e-6)
+    if not {"edit", "drop"} & how.keys():
+        right = how.get("times", np.array(numbers) / float(how.get("fps", 25)))
+        assert np.allclose(times, right, atol=1.1e-3)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -517,21 +511,6 @@ def test_a_gap_in_the_sound_is_silent(tmp_path, suffix):
     assert max(shifted) > 0.95
 
 
-@pytest.mark.parametrize("suffix, codec", [(".mp4", "aac"), (".mkv", "aac"), (".mp4", "libmp3lame"),
-                                           (".mkv", "libopus"), (".avi", "libmp3lame")])
-def test_a_flash_and_a_click_at_the_same_time_are_read_at_the_same_time(tmp_path, suffix, codec):
-    x = np.zeros((1, 4 * 48000), np.float32)
-    x[:, 100560:101040] = 0.6 * np.sign(np.sin(np.arange(480) / 5))       # 2.095 to 2.105 s
-    frames = [np.full((48, 64, 3), 255 if k in (52, 53) else 40, np.uint8) for k in range(100)]
-    path = write_video(tmp_path / f"a{suffix}", frames, sound=(codec, 48000, "mono", x),
-                       **({"codec": "mpeg4", "options": MPEG4} if suffix == ".avi" else B))
-    (clip,) = read_clip(path, [1.7 + np.arange(100) / 125])
-    seen = 1.7 + np.flatnonzero(clip.mean((1, 2, 3)) > 150).mean() / 125
-    sound, rate = read_audio(path, 1.7, 2.5)
-    heard = 1.7 + np.average(np.arange(sound.shape[1]), weights=sound[0] ** 2) / rate
-    assert abs(seen - 2.12) < 0.05 and abs(heard - 2.10) < 0.05
-
-
 def test_a_file_without_sound_says_so(media, sounding):
     with pytest.raises(VideoError, match="has no sound"):
         read_audio(media("h264"))
@@ -624,24 +603,13 @@ def test_a_damaged_frame_does_not_move_the_others(tmp_path, media, name):
     assert attempt("stream", path) is None
 
 
-def test_names_and_tags_of_any_kind_are_read(tmp_path, media, monkeypatch):
-    names = ("a:b.mp4", "http:x.mp4", "it's \"q\".mp4", "two  spaces.mp4", "\U0001f600 é.mp4",
-             "-y.mp4", "%d.mp4", "%03d.mp4", "new\nline.mp4", "a#b?c&d.mp4", "[x]*{y}.mp4")
+def test_names_of_any_kind_are_read(tmp_path, media, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in names:
-        shutil.copy(media("h264"), tmp_path / name)
+    for name in ("a:b.mp4", "http:x.mp4", "it's \"q\".mp4", "\U0001f600 é.mp4", "-y.mp4", "%03d.mp4",
+                 "new\nline.mp4", "a#b?c&d.mp4", "[x]*{y}.mp4"):
+        shutil.copy(media("h264"), name)
         for path in (tmp_path / name, Path(name)):
             assert number_of(read_clip(path, [[1.0]])[0][0]) == 25, name
-    with av.open("t.mkv", "w") as c, av.open(str(media("h264"))) as source:
-        c.metadata["title"] = "Zzééz"
-        stream = c.add_stream_from_template(source.streams.video[0])
-        for p in source.demux(video=0):
-            if p.dts is not None:
-                p.stream = stream
-                c.mux(p)
-    data = Path("t.mkv").read_bytes()
-    Path("t.mkv").write_bytes(data.replace("Zzééz".encode(), b"Zz\xe9\xe9\xff\xfez"))
-    assert number_of(read_clip(Path("t.mkv"), [[1.0]])[0][0]) == 25
 
 
 def test_many_opens_leave_nothing_behind(tmp_path, media, sounding):
