@@ -567,27 +567,17 @@ def make_optimizer(args, model):
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=args.stage != "linear")
 
 
-def step_lr(lr, epoch, milestones, gamma=0.1):
-    """Learning rate of an epoch: times 0.1 at each milestone that has been reached."""
-    return lr * gamma ** sum(epoch >= m for m in milestones)
-
-
-def warmup_cosine(lr, step, warmup, steps):
-    """Linear from 0 during the warm-up, then half a cosine from lr to 0."""
-    if step < warmup:
-        return lr * step / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def learning_rate(args, step, per_epoch):
-    """linear: x0.1 at 3/5 and 4/5 of the epochs. Others: a warm-up of 1000 steps, at most a tenth
-    of the run, and half a cosine; statechange has no warm-up.
+def learning_rate(args, step, per_epoch, milestones=(0.6, 0.8), warmup=1000, most=0.1):
+    """linear: x0.1 at these shares of the epochs. Ego4D's tasks: from 0 up over the warm-up, at
+    most that share of the run and none in statechange, then half a cosine down.
     """
-    n, steps = args.epochs, args.epochs * per_epoch
+    epoch, steps = step // per_epoch, args.epochs * per_epoch
     if args.stage == "linear":
-        return step_lr(args.lr, step // per_epoch, (int(0.6 * n), int(0.8 * n)))
-    warmup = 0 if args.stage == "statechange" else min(1000, steps // 10)
-    return warmup_cosine(args.lr, step, warmup, steps)
+        return args.lr * 0.1 ** sum(epoch >= int(m * args.epochs) for m in milestones)
+    warmup = 0 if args.stage == "statechange" else min(warmup, int(most * steps))
+    if step < warmup:
+        return args.lr * step / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def finetune(args, device):
@@ -679,17 +669,25 @@ def evaluate(args, model, device, samples, missing, split, submit=False):
     return {**model.metrics(args, samples, **out), "samples": len(samples)}
 
 
-def mean_scores(model, batch, activation):
-    """Scores (B, C) of verbs and of nouns: the means over an action's clips."""
-    clips = common.normalize(batch["clip"], *model.pixels)                # (B, N, 3, T, H, W)
-    return {k: activation(x.float()).unflatten(0, clips.shape[:2]).mean(1)
-            for k, x in zip(("verb", "noun"), model(clips.flatten(0, 1)))}
+class VerbNounTask:
+    """What the tasks about verbs and nouns share."""
+    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
+    weight = 1.0                                              # of the losses
 
+    def losses(self, out, batch):
+        """Cross-entropies of logits (..., verbs) and (..., nouns), means over all labels, x weight.
+        """
+        return {k: self.weight * F.cross_entropy(x.float().flatten(0, -2), batch[k].flatten())
+                for k, x in zip(("verb", "noun"), out)}
 
-def verb_noun_loss(logits, batch, weight):
-    """Cross-entropies of logits (..., verbs) and (..., nouns): means over all labels, x weight."""
-    return {k: weight * F.cross_entropy(x.float().flatten(0, -2), batch[k].flatten())
-            for k, x in zip(("verb", "noun"), logits)}
+    def mean_scores(self, batch, activation):
+        """Scores (B, C) of verbs and of nouns: the means over an action's clips."""
+        clips = common.normalize(batch["clip"], *self.pixels)             # (B, N, 3, T, H, W)
+        return {k: activation(x.float()).unflatten(0, clips.shape[:2]).mean(1)
+                for k, x in zip(("verb", "noun"), self(clips.flatten(0, 1)))}
+
+    def submission(self, *_, **__):
+        return {}                                             # there may be no official form
 
 
 class Classifier(nn.Linear):
@@ -739,15 +737,14 @@ def epic_videos(root):
     return common.find_videos(root, "videos", "videos/*", "P*/videos", "P*")
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(VerbNounTask, nn.Module):
     """Verb and noun classifiers on the frozen f_V; names as in the released checkpoints.
 
     NOTE: the release leaves the frozen batch norm in training mode, so it adapts to EPIC. Ours is
     in evaluation mode, except with --as_released.
     """
     files, splits = "EPIC_100_{}.csv", ("train", "validation", "test_timestamps")
-    prefix, pixels, goal, sign = "backbone.", common.IMAGENET, None, 1
-    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
+    prefix, pixels, goal, sign, weight = "backbone.", common.IMAGENET, None, 1, 0.5
 
     def __init__(self, width=64, depth=18, as_released=False, verbs=VERBS, nouns=NOUNS):
         super().__init__()
@@ -757,7 +754,7 @@ class LinearProbe(nn.Module):
                                  "noun_class": Classifier(d, nouns)})
 
     def train(self, mode=True):
-        super().train(mode)
+        nn.Module.train(self, mode)
         self.backbone.train(mode and self.as_released)
         return self
 
@@ -783,12 +780,9 @@ class LinearProbe(nn.Module):
                           [span], verb, noun)
         return common.read_table(path, parse)
 
-    def losses(self, out, batch):
-        return verb_noun_loss(out, batch, weight=0.5)
-
     def predict(self, args, batch):
         """Logarithm of the mean softmax over an action's clips.    -> (B, 97), (B, 300)"""
-        scores = mean_scores(self, batch, lambda x: x.softmax(-1))
+        scores = self.mean_scores(batch, lambda x: x.softmax(-1))
         return {k: x.clamp_min(1e-30).log() for k, x in scores.items()}
 
     def metrics(self, args, actions, verb, noun):
@@ -868,14 +862,13 @@ def read_clips(args, path, testing):
     return [[actions[index] for index in sorted(actions)] for actions in clips.values()]
 
 
-class Recognition(common.R2Plus1D):
+class Recognition(VerbNounTask, common.R2Plus1D):
     """Verb and noun of a clip; names as in the forecasting tools (ego4d/models).
 
     NOTE: as released, average pooling; pre-training and the linear evaluation take the maximum.
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "", FORECASTING, "noun@1", 1
-    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
 
     def __init__(self, width=64, depth=18, num_classes=(115, 478)):
         super().__init__(width, depth)
@@ -891,21 +884,15 @@ class Recognition(common.R2Plus1D):
     def read(self, args, path, testing):
         return [action for clip in read_clips(args, path, testing) for action in clip]
 
-    def losses(self, out, batch):
-        return verb_noun_loss(out, batch, weight=1.0)
-
     def predict(self, args, batch):
         """Mean logits over an action's clips; the release adds them up.    -> (B, C) each"""
-        return mean_scores(self, batch, lambda x: x)
+        return self.mean_scores(batch, lambda x: x)
 
     def metrics(self, args, actions, verb, noun):
         verbs, nouns = [a.verb for a in actions], [a.noun for a in actions]
         return {"verb@1": percent(hits(verb, verbs, 1)), "noun@1": percent(hits(noun, nouns, 1)),
                 "verb@5": percent(hits(verb, verbs, 5)), "noun@5": percent(hits(noun, nouns, 5)),
                 "action@1": percent(action_hits(verb, noun, verbs, nouns, 1))}
-
-    def submission(self, *_, **__):
-        return {}                                             # there is no official form
 
 
 # ---- 10. Ego4D: long-term anticipation (official files: ego4d-forecasting/) ----------------------
@@ -944,7 +931,7 @@ class Aggregator(nn.Module):
         return self.encoder(F.dropout(x + position, 0.2, self.training))[-1]   # of the last clip
 
 
-class Anticipation(nn.Module):
+class Anticipation(VerbNounTask, nn.Module):
     """The next Z actions after 4 observed ones; names as in the forecasting tools (lta_models.py).
 
     f_V is frozen, the linear layer on its pooled features is not. NOTE: its batch norm as in
@@ -952,12 +939,12 @@ class Anticipation(nn.Module):
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "backbone.", FORECASTING, f"verb ED@{FUTURE}", -1
-    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
 
     def __init__(self, width=64, depth=18, num_classes=(115, 478), aggregator="transformer",
                  features=2048, layers=6, heads=8, inputs=INPUTS, future=FUTURE, as_released=False):
         super().__init__()
-        self.num_classes, self.future, self.as_released = list(num_classes), future, as_released
+        self.num_classes, self.as_released = list(num_classes), as_released
+        self.weight = future                                  # as released, a sum over the Z steps
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
         self.backbone.head, self.decoder = nn.Module(), nn.Module()
         self.backbone.head.projection = Classifier(self.backbone.out_dim, features)
@@ -966,10 +953,7 @@ class Anticipation(nn.Module):
         self.decoder.head.projections = nn.ModuleList(
             Classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.train(mode and self.as_released)
-        return self
+    train = LinearProbe.train                                 # f_V is frozen here, too
 
     def encode(self, clips):
         """(B, inputs, 3, T, H, W) -> (B, inputs, D)"""
@@ -988,10 +972,6 @@ class Anticipation(nn.Module):
                        [a.verb for a in future], [a.noun for a in future])
                 for actions in read_clips(args, path, testing)
                 for observed, future in action_windows(actions, INPUTS, FUTURE)]
-
-    def losses(self, out, batch):
-        """As released, a sum over the Z steps: Z times the mean."""
-        return verb_noun_loss(out, batch, weight=self.future)
 
     def predict(self, args, batch):
         """K futures of verbs and of nouns, drawn independently.    -> (B, Z, K) each"""
@@ -1078,11 +1058,6 @@ def sample_frames(start, stop, num_frames):
     return frames[np.arange(num_frames) % len(frames)]        # too few: they begin anew
 
 
-def keyframe_index(frames, pnr):
-    """Which of the frames is the first nearest to the point of no return."""
-    return int(np.abs(frames - pnr).argmin())
-
-
 def random_part(change, rng, min_frames):
     """(first, last) frame of a random part of 5 to 8 s, grown to keep the key frame.
 
@@ -1111,7 +1086,7 @@ def make_state(args, changes, i, rng):
     change, n = changes[i], args.num_frames
     frames = sample_frames(*random_part(change, rng, n), n)
     return {"clip": read_state(args, change, frames), "state": change.state,
-            "keyframe": keyframe_index(frames, change.pnr), "has_keyframe": change.pnr >= 0}
+            "keyframe": np.abs(frames - change.pnr).argmin(), "has_keyframe": change.pnr >= 0}
 
 
 def make_test_state(args, changes, i, rng):
@@ -1120,48 +1095,37 @@ def make_test_state(args, changes, i, rng):
     return {"clip": read_state(args, changes[i], frames)}
 
 
-class StateHeads(nn.Module):
-    """The key-frame head (which frame?) and the state head (does it change?); official names. Both
-    average the map over windows of `pool` x `pool`, so 8 x 8 places become 2 x 2.
-    """
+class StateChange(nn.Module):
+    """f_V without strides in time, so 16 frames stay 16, a key-frame head (which frame?) and a state
+    head (does it change?). Both see means over windows that make 2 x 2 places of the last map.
 
-    def __init__(self, channels, side=8, pool=7, dropout=0.5):
-        super().__init__()
-        self.pool, self.dropout, d = pool, dropout, channels * (side - pool + 1) ** 2
-        self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
-        self.Keyframe_localisation_head.projection = Classifier(d, 1)
-        self.State_detection_head.projection = Classifier(d, 2)
-
-    def heads(self, x):
-        """(B, C, T, side, side) -> logits (B, T) of the key frame, (B, 2) of no change, change"""
-        x = F.avg_pool3d(x, (1, self.pool, self.pool), 1)                 # (B, C, T, 2, 2)
-
-        def flatten_places(x):                                            # (B, T, 2·2·C)
-            return F.dropout(x, self.dropout, self.training).permute(0, 2, 3, 4, 1).flatten(2)
-        keyframe = self.Keyframe_localisation_head.projection(flatten_places(x))      # (B, T, 1)
-        state = self.State_detection_head.projection(flatten_places(x.mean(2, keepdim=True)))
-        return keyframe.squeeze(2), state.squeeze(1)
-
-
-class StateChange(StateHeads):
-    """f_V without strides in time, so 16 frames stay 16, and the two heads.
-
-    NOTE: the release has the benchmark's I3D-ResNet-50; how RepLAI's R(2+1)D kept time is not
-    known. Strides of 1 fit the same weights: our design, not a reproduction.
+    NOTE: names and heads are the benchmark's, whose network is an I3D-ResNet-50; how RepLAI's
+    R(2+1)D kept time is not known. Strides of 1 fit the same weights: our design.
     """
     files, splits = "fho_oscc-pnr_{}.json", EGO4D_SPLITS
     prefix, goal, sign = "backbone.", "StCC acc", 1
     make, make_test = staticmethod(make_state), staticmethod(make_test_state)
 
     def __init__(self, width=64, depth=18, crop=225, as_released=False):
-        side = -(-crop // 32)                                 # 8 for 225: it is halved five times
-        super().__init__(8 * width, side, max(1, side - 1))
+        super().__init__()
         self.backbone = common.R2Plus1D(width, depth, temporal_stride=1)
+        side = -(-crop // 32)                                 # of the last map: 8 for 225
+        self.pool = max(1, side - 1)
+        d = 8 * width * (side - self.pool + 1) ** 2
+        self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
+        self.Keyframe_localisation_head.projection = Classifier(d, 1)
+        self.State_detection_head.projection = Classifier(d, 2)
         self.pixels = ((0.0,) * 3, (1 / 255,) * 3) if as_released else common.IMAGENET   # 0 .. 255
 
     def forward(self, clip):
-        """(B, 3, T, H, W) -> logits (B, T), (B, 2)"""
-        return self.heads(self.backbone(clip))
+        """(B, 3, T, H, W) -> logits (B, T) of the key frame, (B, 2) of no change, change"""
+        x = F.avg_pool3d(self.backbone(clip), (1, self.pool, self.pool), 1)   # (B, C, T, 2, 2)
+
+        def flatten_places(x):                                            # (B, T, 2·2·C)
+            return F.dropout(x, 0.5, self.training).permute(0, 2, 3, 4, 1).flatten(2)
+        keyframe = self.Keyframe_localisation_head.projection(flatten_places(x))      # (B, T, 1)
+        state = self.State_detection_head.projection(flatten_places(x.mean(2, keepdim=True)))
+        return keyframe.squeeze(2), state.squeeze(1)
 
     def read(self, args, path, testing):
         """[Change, ...]. NOTE: the release takes null for a change; --as_released."""
@@ -1199,28 +1163,25 @@ class StateChange(StateHeads):
         """Accuracy in percent; seconds from the predicted to the annotated key frame."""
         label, pnr = np.array([c.state for c in changes]), np.array([c.pnr for c in changes])
         start, stop = np.array([c.frames for c in changes]).T
-        error = keyframe_errors(keyframe.numpy(), start, stop,
-                                np.array([c.seconds for c in changes]), pnr)
+        fps = (stop - start + 1) / np.array([c.seconds for c in changes])
+        error = np.abs(self.frame(changes, keyframe) - pnr) / fps
         error = error[(label == 1) & (pnr >= 0)]
         return {"StCC acc": percent(state.argmax(1).numpy() == label),
                 "PNR err (s)": float(error.mean()) if len(error) else math.nan}
 
     def submission(self, changes, missing, keyframe, state):
         """Both files. NOTE: key frames count from the video's start; this could not be verified."""
-        start, stop = np.array([c.frames for c in changes]).T
-        frame = start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
         return {"oscc.json": json.dumps([{"unique_id": c.id, "state_change": bool(x)}
                                          for c, x in zip(changes, state.argmax(1))]),
                 "pnr.json": json.dumps([{"unique_id": c.id, "pnr_frame": float(x)}
-                                        for c, x in zip(changes, frame)])}
+                                        for c, x in zip(changes, self.frame(changes, keyframe))])}
 
-
-def keyframe_errors(keyframe, start, stop, seconds, pnr):
-    """Seconds from the most likely of T frames, (R, T) scores, to the point of no return. NOTE: as
-    in the benchmark, frame k of T stands for the start of its share, k/T of the clip.
-    """
-    frame = keyframe.argmax(1) * (stop - start) / keyframe.shape[1]
-    return np.abs(frame - (pnr - start)) / ((stop - start + 1) / seconds)
+    @staticmethod
+    def frame(changes, keyframe):
+        """The most likely key frame. NOTE: as in the benchmark, frame k of T is at k/T of the clip.
+        """
+        start, stop = np.array([c.frames for c in changes]).T
+        return start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
 
 
 def make_task(args):
