@@ -85,9 +85,8 @@ TINY = {"pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0
 def find_moments(x, sample_rate, prominence, distance=10):
     """(times (J,) in s, the curve c (J,), indices of its peaks) of a sound.    x: (channels, n)
 
-    At a peak it gets louder in all frequencies together. Times are 224 samples apart, 5 ms at
-    44.1 kHz, so peaks are at least 50 ms apart. The floor of 1e-5 makes the result depend on
-    loudness: x must stay in [-1, 1], as decoded.
+    Times are 224 samples apart, 5 ms at 44.1 kHz, so peaks are at least 50 ms apart. The floor of
+    1e-5 makes the result depend on loudness: x must stay in [-1, 1], as decoded.
     """
     from scipy import signal                                  # imported here: it takes a second
     if x.shape[1] < 256:                                      # shorter than one window
@@ -171,8 +170,7 @@ def training_files(args):
         listed = set(common.read_table(root / "annotations" / "EPIC_100_train.csv",
                                        lambda row: row["video_id"]))
         videos = {name: path for name, path in videos.items() if video_id[name] in listed}
-        common.say(f"{len({video_id[name] for name in videos})} of {len(listed)} training videos "
-                   "found")
+        common.say(f"{len({*video_id.values()} & listed)} of {len(listed)} training videos found")
     if not videos:
         raise UserError(f"{root}: no training videos (*.mp4) here; see README for the layout")
     return [videos[name] for name in sorted(videos)]
@@ -198,8 +196,7 @@ def find_segments(args):
     common.say(f"{len(segments)} segments of {len(files)} files; {silent} files have no sound, "
                f"{broken} cannot be read; {empty} segments have no moment")
     if empty == len(segments):
-        raise UserError(f"{args.data}: no moment of interaction found; lower --prominence, or "
-                        "check that the files have sound")
+        raise UserError(f"{args.data}: no moment of interaction found; lower --prominence")
     return segments
 
 
@@ -241,8 +238,7 @@ def frame_times(starts, seconds, num_frames):
 
 
 def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
-    """Resize to `size` (width, height), crop at x, y, mirror.   (T, H, W, 3) -> (3, T, crop, crop)
-    """
+    """Resize to `size` (w, h), crop at x, y, mirror.    (T, H, W, 3) -> (3, T, crop, crop)"""
     v = torch.from_numpy(frames).permute(0, 3, 1, 2)                      # (T, 3, H, W), a view
     if (v.shape[3], v.shape[2]) != tuple(size):
         v = F.interpolate(v, size=(size[1], size[0]), **RESIZE[how])
@@ -251,10 +247,8 @@ def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
 
 
 def short_side_to(width, height, side, as_released=False):
-    """The new (width, height) whose short side is `side`, a real number.
-
-    NOTE: in training the release exchanges width and height here, 426x240 becomes 150x266;
-    --as_released does, too.
+    """The new (width, height) whose short side is `side`, a real number. NOTE: in training the
+    release exchanges width and height, 426x240 becomes 150x266; --as_released does, too.
     """
     short = min(width, height)
     w, h = int(width / short * side), int(height / short * side)
@@ -327,7 +321,6 @@ class RepLAI(nn.Module):
     def forward(self, v_l, v_r, a):
         """Clips (B, 3, T, H, W) each and sound (B, 1, 125, 80) -> the vectors that the losses take:
         z (2, B, 128) of both clips, and y, g_fwd, g_bwd, q (B, 128) each. None is normalised yet.
-
         Both clips go through f_V in one pass, so batch norm sees them together.
         """
         v = self.backbone["video"](torch.cat([v_l, v_r])).amax((2, 3, 4))             # (2B, 512)
@@ -395,8 +388,8 @@ def astc_loss(g_fwd, g_bwd, q, kappa):
 def one_cycle(max_lr, epochs):
     """(learning rate, momentum) of each epoch: OneCycleLR takes one step before every epoch.
 
-    NOTE: as released, momentum cycles between 0.95 and 0.85, the configured 0.9 is not used, and
-    the last epoch is one step past the cycle's end. With few epochs the rate is never high.
+    NOTE: as released, momentum cycles between 0.95 and 0.85, 0.9 is not used, and the last epoch is
+    one step past the cycle's end. With few epochs the rate is never high.
     """
     sgd = torch.optim.SGD([torch.zeros(1)], lr=max_lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr, total_steps=max(2, epochs))
@@ -461,8 +454,7 @@ def pretrain(args, device):
 #     files, splits      names of the annotation files, and of the three splits in them
 #     prefix, pixels     beginning of the names of f_V's weights; mean and deviation of frames
 #     make, make_test    one sample for training, one for evaluation
-#     goal, sign         the metric that chooses the epoch (None: the last one counts), and +1 or
-#                        -1: more or less is better
+#     goal, sign         metric that chooses the epoch (None: the last), +1 or -1: more is better
 #     read, losses       samples of an annotation file; {part: loss}, to be added
 #     predict            {name: (B, ...)}, which `metrics` and `submission` take
 
@@ -496,8 +488,7 @@ def read_action(args, action, fractions):
 def make_action(args, actions, i, rng):
     """A training sample: clips at random places, with one scale, crop and flip for all of them.
 
-    clip: (3, T, crop, crop) uint8, of several actions (actions, 3, T, crop, crop). NOTE: Ego4D's
-    tools normalise before they resize; we resize uint8, half a grey level of rounding.
+    clip: ([actions,] 3, T, crop, crop) uint8. NOTE: Ego4D's tools normalise before they resize.
     """
     action, crop = actions[i], args.crop
     frames = read_action(args, action, rng.random(len(action.spans)))
@@ -644,9 +635,7 @@ def finetune(args, device):
 
 @torch.no_grad()
 def average_norms(args, model, device, dataset, step, batches=200):
-    """Batch-norm statistics become their means over 200 training batches, as released; `evaluate`
-    then takes those of rank 0, which sees its share of a batch.
-    """
+    """As released, batch-norm statistics become means over 200 batches (the share of rank 0)."""
     loader = common.batches(args, dataset, device, step, step + (4 if args.tiny else batches))
     clips = (common.normalize(batch["clip"].to(device), *model.pixels) for batch in loader)
     with common.autocast(device, args.precision):
@@ -675,8 +664,7 @@ class VerbNounTask:
     weight = 1.0                                              # of the losses
 
     def losses(self, out, batch):
-        """Cross-entropies of logits (..., verbs) and (..., nouns), means over all labels, x weight.
-        """
+        """Cross-entropies of logits (..., verbs), (..., nouns): means over all labels, x weight."""
         return {k: self.weight * F.cross_entropy(x.float().flatten(0, -2), batch[k].flatten())
                 for k, x in zip(("verb", "noun"), out)}
 
@@ -740,8 +728,7 @@ def epic_videos(root):
 class LinearProbe(VerbNounTask, nn.Module):
     """Verb and noun classifiers on the frozen f_V; names as in the released checkpoints.
 
-    NOTE: the release leaves the frozen batch norm in training mode, so it adapts to EPIC. Ours is
-    in evaluation mode, except with --as_released.
+    NOTE: the release leaves the frozen batch norm in training mode; we, with --as_released.
     """
     files, splits = "EPIC_100_{}.csv", ("train", "validation", "test_timestamps")
     prefix, pixels, goal, sign, weight = "backbone.", common.IMAGENET, None, 1, 0.5
@@ -865,7 +852,7 @@ def read_clips(args, path, testing):
 class Recognition(VerbNounTask, common.R2Plus1D):
     """Verb and noun of a clip; names as in the forecasting tools (ego4d/models).
 
-    NOTE: as released, average pooling; pre-training and the linear evaluation take the maximum.
+    NOTE: as released, mean pooling; pre-training and the linear evaluation take the maximum.
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "", FORECASTING, "noun@1", 1
@@ -933,9 +920,7 @@ class Aggregator(nn.Module):
 
 class Anticipation(VerbNounTask, nn.Module):
     """The next Z actions after 4 observed ones; names as in the forecasting tools (lta_models.py).
-
-    f_V is frozen, the linear layer on its pooled features is not. NOTE: its batch norm as in
-    `LinearProbe`.
+    f_V is frozen as in `LinearProbe`, the linear layer on its pooled features is not.
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "backbone.", FORECASTING, f"verb ED@{FUTURE}", -1
@@ -1096,11 +1081,9 @@ def make_test_state(args, changes, i, rng):
 
 
 class StateChange(nn.Module):
-    """f_V without strides in time, so 16 frames stay 16, a key-frame head (which frame?) and a state
-    head (does it change?). Both see means over windows that make 2 x 2 places of the last map.
-
-    NOTE: names and heads are the benchmark's, whose network is an I3D-ResNet-50; how RepLAI's
-    R(2+1)D kept time is not known. Strides of 1 fit the same weights: our design.
+    """f_V without strides in time, so 16 frames stay 16, a key-frame head and a state head. These
+    see means over windows that make 2 x 2 places of the last map. NOTE: names and heads are the
+    benchmark's, whose network is an I3D-ResNet-50; how RepLAI's R(2+1)D kept time is not known.
     """
     files, splits = "fho_oscc-pnr_{}.json", EGO4D_SPLITS
     prefix, goal, sign = "backbone.", "StCC acc", 1
@@ -1178,8 +1161,7 @@ class StateChange(nn.Module):
 
     @staticmethod
     def frame(changes, keyframe):
-        """The most likely key frame. NOTE: as in the benchmark, frame k of T is at k/T of the clip.
-        """
+        """The likeliest key frame. NOTE: as in the benchmark frame k of T is k/T of the clip."""
         start, stop = np.array([c.frames for c in changes]).T
         return start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
 
@@ -1211,16 +1193,15 @@ def audio_window(start, stop, sample_rate, total=None):
 
 
 def read_audio(path, start=0.0, stop=1e6):
-    """Sound between two times, in seconds from the first frame: ((channels, n) float32 in [-1, 1],
-    samples per second). Shorter where the file ends within.
-    """
+    """((channels, n) float32 in [-1, 1], sample rate) of the sound between two times in seconds."""
     return next(read_sounds(path, [(start, stop)]))
 
 
 def read_sounds(path, windows):
     """Yield what `read_audio` returns for each of several windows, ascending (start, stop).
 
-    A window equals its part of the whole sound, decoded in one go. Gaps are silent.
+    Times count from the first frame. A window equals its part of the whole sound, decoded in one
+    go; it is shorter at the end of the file, and silent in gaps.
     """
     with common.opened(path) as c:
         if not c.streams.audio:
@@ -1328,10 +1309,9 @@ def draw_moments(args, segments):
     times, curve, _ = find_moments(*read_audio(s.path, s.start, s.stop), args.prominence)
     t, d = s.moments[len(s.moments) // 2], args.delta_non_overlap
     clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4)
-    frames = np.concatenate(common.read_clip(s.path, clips, 128))         # (8, H, W, 3)
+    frames = np.concatenate(common.read_clip(s.path, clips, 96))          # (8, H, W, 3)
     strip = Image.fromarray(np.concatenate(frames, 1))
-    strip = strip.resize((810, round(810 * strip.height / strip.width)))
-    image = Image.new("RGB", (900, 250 + strip.height), "white")
+    image = Image.new("RGB", (max(900, 80 + strip.width), 250 + strip.height), "white")
     image.paste(strip, (70, 240))
     draw = ImageDraw.Draw(image)
     draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: curve c and its moments; four frames "
@@ -1347,9 +1327,9 @@ def convert(args, device):
     common.adopt(args, common.saved_flags(path), ("width", "depth"))
     model = common.R2Plus1D(args.width, args.depth)
     common.load_weights(model, path, video_layouts(""))
-    content = {"state_dict": model.state_dict()}
     if common.rank() == 0:
-        common.write(args.out / "checkpoint_latest-ego.pth", lambda f: torch.save(content, f))
+        common.write(args.out / "checkpoint_latest-ego.pth",
+                     lambda f: torch.save({"state_dict": model.state_dict()}, f))
     common.say(f"done: {args.out}/checkpoint_latest-ego.pth")
 
 
@@ -1402,15 +1382,12 @@ def parse_args(argv=None):
            "(commands/*.sh)")
     p.flag("lr", float, "learning rate: peak of OneCycle (pretrain); x0.1 at 3/5 and 4/5 of the "
            "epochs (linear); half a cosine after a warm-up (Ego4D's tasks) (commands/*.sh)")
-    p.flag("weight_decay", float, "weight decay; not on parameters named bn in the tasks "
-           "(configs/optim)")
+    p.flag("weight_decay", float, "weight decay; in the tasks not of bn (configs/optim)")
     p.group("evaluation")
-    p.flag("clips", 1, "clips per action in evaluation, evenly spaced, scores averaged; 1 is the "
-           "centre (linear, recognition) (ours)")
+    p.flag("clips", 1, "evenly spaced clips per action in linear and recognition; 1: centre (ours)")
     p.flag("aggregator", "transformer", "how anticipation joins its 4 clips (lta_models.py)",
            ["transformer", "concat", "mean"])
-    p.flag("futures", 5, "number of predicted futures, K; the best one counts; 1: the most likely "
-           "(ego4d-forecasting/)")
+    p.flag("futures", 5, "predicted futures, K; the best counts; 1: the likeliest (benchmark)")
     args = common.parse(p, recipe, argv)
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:
