@@ -1020,7 +1020,7 @@ def regression_terms(out, label):
     # NOTE: the release sums over the videos of a process, then averages over processes. The sum
     # over all videos does not depend on the number of processes; the same for the CRF.
     return {"loss": loss * common.world_size(),
-            "top1": 100 * global_mean(correct.sum(), correct.new_tensor(len(t), dtype=t.dtype))}
+            "top1": 100 * global_mean(correct.sum(), torch.ones_like(t).sum())}
 
 
 def make_labelled_clip(args, clips, i, rng):
