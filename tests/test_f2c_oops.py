@@ -300,7 +300,8 @@ def test_localization_is_counted_as_the_benchmark_does():
 
 def test_accuracy_is_counted_per_true_class():
     p = np.array([[0.7, 0.2, 0.1], [0.3, 0.5, 0.2], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0]])
-    got = f.classification_metrics(np.array([0, 0, 1, 1]), p.argmax(1), p, "abc", "val_")
+    scores = np.concatenate([p, p.argmax(1)[:, None]], 1)
+    got = f.classification_metrics([[0, 0, 1], [1]], [scores[:3], scores[3:]], "abc", "val_")
     assert got == pytest.approx({"val_top1": 50, "val_a": 50, "val_b": 50, "val_loss": -np.mean(
         np.log([0.7, 0.3, 0.8, 0.1]))})                       # c has no clips
 
