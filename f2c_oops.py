@@ -1179,12 +1179,12 @@ def classification(args, videos, scores):
 
 
 def evaluate(args, device):
-    """A classifier on all validation videos: accuracy of clips and localization; of anticipation
-    accuracy alone. Writes predictions.csv, clips 0.25 s apart. The same for localize and evaluate.
+    """Stages localize and evaluate: a classifier on all validation videos. Metrics of clips and of
+    localization, of anticipation those of clips alone. Writes predictions.csv, clips 0.25 s apart.
     """
     annotations = read_annotations(args.data)
     regression = args.loss == "regression"
-    # A model of videos reads clips as far apart as in training: of clips 0.25 s apart every fourth.
+    # A model of videos sees clips as far apart as in training, e.g. each fourth of 0.25 s apart.
     spacing = args.spacing if regression else GRID
     sequences = round(args.spacing / spacing) if args.level == "video" else 1
     videos = label_videos(args, read_videos(args, "val", 1, annotations), spacing, sequences)
@@ -1270,7 +1270,7 @@ def recipe(chosen):
 def parse_args(argv=None):
     p = common.Parser(__doc__, list(STAGES), ["oops"])
     p.group("method", "--layers, --window and --as_released are stored with the weights of --init")
-    p.flag("transforms", str, "transformations to tell apart; leave some out for the ablations")
+    p.flag("transforms", str, "transformations to tell apart; fewer for the ablations (configs/)")
     p.flag("layers", 3, "layers of each transformer (configs/)")
     p.flag("window", 32, "tokens that an attention window covers, half on each side (configs/)")
     p.flag("finetune_frames", False, "f2c2v and video level: also train the frame encoder")
@@ -1284,7 +1284,7 @@ def parse_args(argv=None):
     p.flag("weights", str, "weights of φ: FILE, none, torchvision or timm (vit_b16: ImageNet-21k, "
            "then 1k, as models/vit.py; the official README says 21k)")
     p.group("classification", "localize and evaluate take these flags from the checkpoint")
-    p.flag("level", str, "clip: each clip alone; video: all clips of a video", ["clip", "video"])
+    p.flag("level", str, "clip: each clip alone; video: all of a video (ours)", ["clip", "video"])
     p.flag("loss", str, "ce: cross entropy; video level also crf (transformer2x/main.py) and "
            "regression of the transition time", ["ce", "crf", "regression"])
     p.flag("spacing", float, "seconds from one clip to the next (configs/)", also=["step"])
