@@ -33,9 +33,9 @@ replai_state_scratch STATE --init none"""),
 ssdet --data TOY/kinetics400 --iters 320
 ssdet_fine FINE --init OUT/ssdet/last.pt
 ssdet_fine_scratch FINE --init none
-ssdet_extract --stage extract CHARADES MAPS --init OUT/ssdet_fine/last.pt
+ssdet_extract --stage extract CHARADES MAPS --init OUT/ssdet_fine/best.pt
 ssdet_coarse --stage finetune CHARADES MAPS --stream coarse --epochs 16 --init OUT/ssdet/last.pt
-ssdet_test --stage evaluate CHARADES MAPS --init OUT/ssdet_coarse/last.pt"""),
+ssdet_test --stage evaluate CHARADES MAPS --init OUT/ssdet_coarse/best.pt"""),
     "cpctrans": ("ucf101", "--data TOY/ucf101", """
 cpc --attn frame --epochs 60
 cpc_tuned --limit 64 --epochs 100 --pretrain OUT/cpc/best.pt

@@ -92,7 +92,7 @@ def test_the_sound_tells_the_moments_of_strikes_and_motion_alone_does_not():
 def ego4d(tmp_path_factory):
     """(folder of annotations, {video_uid: video}) of a whole toy Ego4D, not drawn."""
     root = tmp_path_factory.mktemp("ego4d")
-    return root / "annotations", {v["video_uid"]: v for v in toy.make_ego4d(root, 0, 1.0)}
+    return root / "annotations", {v["video_uid"]: v for v in toy.make_ego4d(root, 0)}
 
 
 def test_four_actions_of_a_routine_tell_the_next_twenty_and_nothing_else_does(ego4d):
@@ -165,7 +165,7 @@ def jerks(video):
 
 
 def test_a_frame_of_a_mishap_does_not_tell_before_from_after_and_a_second_does(tmp_path):
-    videos, frames, motion = toy.make_oops(tmp_path, 0, 1.0), [], []
+    videos, frames, motion = toy.make_oops(tmp_path, 0), [], []
     for split in ("train", "val"):
         x, y, moves = [], [], []
         for video in videos:
@@ -203,7 +203,7 @@ def statistics(frames):
 
 
 def test_a_frame_of_a_deed_does_not_tell_it_and_its_motion_does(tmp_path):
-    videos, clips, moves = toy.make_kinetics400(tmp_path, 0, 1.0), [], []
+    videos, clips, moves = toy.make_kinetics400(tmp_path, 0), [], []
     for split, n in (("train", 12), ("val", 8)):
         x, motion = [], []
         for label in toy.KINETICS:
@@ -251,7 +251,7 @@ FORMS = {  # dataset: form of the files' names, {list: its first line}
 
 @pytest.mark.parametrize("name", toy.MAKERS)
 def test_files_have_the_official_form_and_no_video_is_made_twice(name, tmp_path):
-    videos, (form, lists) = toy.MAKERS[name](tmp_path, 0, 1.0), FORMS[name]
+    videos, (form, lists) = toy.MAKERS[name](tmp_path, 0), FORMS[name]
     assert len({(v["key"], v["cut"]) for v in videos}) == len(videos)
     paths = [p for v in videos for p in v["paths"]]
     assert len(set(paths)) == len(paths)
@@ -264,8 +264,8 @@ def test_files_have_the_official_form_and_no_video_is_made_twice(name, tmp_path)
 
 
 def test_train_and_test_share_no_group_and_no_film(tmp_path):
-    toy.make_ucf101(tmp_path, 0, 1.0)
-    toy.make_hmdb51(tmp_path, 0, 1.0)
+    toy.make_ucf101(tmp_path, 0)
+    toy.make_hmdb51(tmp_path, 0)
     classes = (tmp_path / "ucfTrainTestlist/classInd.txt").read_text().splitlines()
     assert len(classes) == 101 and {f"{c} {name}" for c, name in toy.UCF_MOTIONS} < set(classes)
     for i in (1, 2, 3):
@@ -292,11 +292,11 @@ def test_the_same_seed_makes_the_same_files_which_hold_the_frames_as_drawn(
                 for v in videos]
     monkeypatch.setitem(toy.MAKERS, name, shortest)
     for folder, seed, workers in (("one", 3, 1), ("two", 3, 2), ("other", 4, 1)):
-        toy.make([name], tmp_path / folder, seed, 0.01, workers)
+        toy.make([name], tmp_path / folder, seed, workers)
     one, two, other = ({str(p.relative_to(tmp_path / f)): p.read_bytes() for p in sorted(
         (tmp_path / f).rglob("*.*")) if p.is_file()} for f in ("one", "two", "other"))
     assert len(one) > 4 and one == two and one != other
-    for video in shortest(tmp_path / "plan", 3, 0.01):
+    for video in shortest(tmp_path / "plan", 3):
         path = tmp_path / "one" / name / video["paths"][0].relative_to(tmp_path / "plan")
         with av.open(str(path)) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]

@@ -445,10 +445,6 @@ def deal_routines(videos, rng):
         video["strikes"] = [(t, *turns[i % 2]) for i, t in enumerate(video["times"])]
 
 
-def counted(n, scale, least):
-    return max(least, round(n * scale))
-
-
 # ---- EPIC-KITCHENS-100 -------------------------------------------------------------------------
 
 EPIC_COLUMNS = ["narration_id", "participant_id", "video_id", "narration_timestamp",
@@ -479,24 +475,23 @@ def epic_rows(video, rng):
     return rows
 
 
-def make_epic(root, seed, scale):
+def make_epic(root, seed):
     """Write the annotations of the toy EPIC-KITCHENS-100.   -> the videos to draw"""
     rng, videos, folder = random_of(seed, "epic"), [], root / "annotations"
     folder.mkdir(parents=True)
     people = {"train": [f"P{i:02d}" for i in range(1, 7)],
               "validation": ["P01", "P18", "P02", "P32", "P03", "P04", "P05", "P06"],
               "test_timestamps": ["P04", "P27"]}
-    counts = counted(14, scale, 3), counted(8, scale, 2), counted(2, scale, 1)
     for s, (split, names) in enumerate(people.items()):
-        mine = []
-        for k in range(counts[s] + (s == 0)):
+        mine, count = [], (14, 8, 2)[s]
+        for k in range(count + (s == 0)):
             fps = {3: Fraction(50), 5: Fraction(60000, 1001)}.get(k, RATES[1])
             video = plan_strikes("epic", 1000 * s + k, seed, "normal", rng.uniform(39, 48), fps,
                                  "none" if (s, k) == (0, 2) else "on")
             person, number = names[k % len(names)], 10 * s + k // len(names) + 1 + 100 * (k % 2)
             name = f"{person}_{number:02d}"
             # The last training video is listed, but its file is missing.
-            paths = [root / "videos" / person / f"{name}.MP4"] * (k < counts[s])
+            paths = [root / "videos" / person / f"{name}.MP4"] * (k < count)
             mine.append(video | {"id": name, "overrun": (s, k) == (0, 1), "paths": paths})
         deal_strikes(mine, rng)
         write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15],
@@ -600,38 +595,37 @@ def balanced(entries, rng):
     return [keep[i] for i in rng.permutation(len(keep))]
 
 
-def plan_ego4d(seed, scale, s, kinds, rng):
+def plan_ego4d(seed, s, kinds, rng):
     """The videos of split s: general ones, quiet ones, routines."""
-    found, n = [], counted(len(kinds), scale, (4, 2, 2)[s])
-    for k in range(n + (s == 0)):                        # the last one's file is missing
-        kind = kinds[k] if k < n else "normal"
+    found = []
+    for k in range(len(kinds) + (s == 0)):               # the last one's file is missing
+        kind = kinds[k] if k < len(kinds) else "normal"
         sound = {2: "none", 3: "silent", 5: "none"}.get(k, "on") if s == 0 else "none"
         seconds = rng.uniform(52, 60) if kind == "calm" else rng.uniform(30, 38)
         video = plan_strikes("ego4d", 1000 * s + k, seed, kind, seconds, 30, sound)
         # One clip is a part of its video, which starts 8 s earlier.
         found.append(video | {"cut": 8.0 * (k == 1), "overrun": (s, k) == (0, 2),
-                              "missing": k == n})
+                              "missing": k == len(kinds)})
     deal_strikes(found, rng)
     quiet = [plan_strikes("quiet", 1000 * s + k, seed, "quiet", 20, 30, "none")
-             for k in range(counted((24, 8, 1)[s], scale, 1))]
+             for k in range((24, 8, 1)[s])]
     deal_strikes(quiet, rng)
-    # 12, 12 and 2 clips with 10, 4 and 4 windows of 24 actions, all in one room: the ground would
-    # else tell which routine it is.
-    count = 26 + 2 * round(min(scale, 1) * (4, 1, 1)[s])
-    routines = [plan_strikes("routine", 1000 * s + k, seed, "routine", 0, 30, "none", count)
-                for k in range(counted((12, 12, 2)[s], scale, 1))]
+    # Clips with 10, 4 and 4 windows of 24 actions, all in one room: the ground would else tell
+    # which routine it is.
+    routines = [plan_strikes("routine", 1000 * s + k, seed, "routine", 0, 30, "none",
+                             (34, 28, 28)[s]) for k in range((12, 12, 2)[s])]
     deal_routines(routines, rng)
     routines = [video | {"room": (seed, crc32(b"room"))} for video in routines]
     return found + [video | {"overrun": False, "missing": False} for video in quiet + routines]
 
 
-def make_ego4d(root, seed, scale):
+def make_ego4d(root, seed):
     """Write the annotations of the toy Ego4D.   -> the videos to draw"""
     rng, videos, folder = random_of(seed, "ego4d"), [], root / "annotations"
     folder.mkdir(parents=True)
     for s, (split, kinds) in enumerate(EGO4D.items()):
         actions, windows, labels = [], [], split != "test_unannotated"
-        for k, video in enumerate(plan_ego4d(seed, scale, s, kinds, rng)):
+        for k, video in enumerate(plan_ego4d(seed, s, kinds, rng)):
             video |= {"clip_uid": make_uuid(rng), "video_uid": make_uuid(rng)}
             if video["kind"] != "quiet":
                 actions += action_entries(video, 100 * s + k, rng, labels)
@@ -726,15 +720,12 @@ FILMS = ["Harbour_Lights", "(Night)_Train_No_7!", "Two_Rivers_[Part_1]_2", "#4_D
          "The_Long_Stairs", "20070412_park", "Kite_Weather_II"]
 
 
-def make_ucf101(root, seed, scale):
+def make_ucf101(root, seed):
     """Write the lists of the toy UCF101.   -> the videos to draw"""
     rng, folder, videos, rows = random_of(seed, "ucf101"), root / "ucfTrainTestlist", [], []
-    order = [1, 8, 15, 22, 24, 25]                       # one of each list, and some of training
-    order += [g for g in range(25, 0, -1) if g not in order]
-    groups = sorted(order[:counted(25, min(scale, 1), 6)])
-    for ((c, name), motion), group in itertools.product(UCF_MOTIONS.items(), groups):
+    for ((c, name), motion), group in itertools.product(UCF_MOTIONS.items(), range(1, 26)):
         word = name.replace("Handst", "HandSt")          # its files are so called
-        for clip in range(1, counted(2 - group % 2, scale, 1) + 1):
+        for clip in range(1, 3 - group % 2):
             path = f"{name}/v_{word}_g{group:02d}_c{clip:02d}.avi"
             frames = rng.integers(30, 51) if videos else 29                # one is short
             videos.append(plan_action("ucf101", 100000 * c + 1000 * group + clip, seed, motion,
@@ -751,15 +742,13 @@ def make_ucf101(root, seed, scale):
     return videos
 
 
-def make_hmdb51(root, seed, scale):
+def make_hmdb51(root, seed):
     """Write the splits of the toy HMDB51.   -> the videos to draw"""
     rng, videos = random_of(seed, "hmdb51"), []
-    films, clips = counted(len(FILMS), min(scale, 1), 4), counted(3, scale, 1)
-    sizes = [(68, int(w)) for w in rng.choice(range(88, 122, 2), films)]
-    tested = max(1, 3 * (films - 1) // 10)               # in each split; one film is unused
+    sizes = [(68, int(w)) for w in rng.choice(range(88, 122, 2), len(FILMS))]
     for c, (name, motion) in enumerate(HMDB_MOTIONS.items()):
         rows = []
-        for film, clip in itertools.product(range(films), range(clips)):
+        for film, clip in itertools.product(range(len(FILMS)), range(3)):
             short = rng.random() < 0.04 or (c, film, clip) == (0, 0, 0)
             frames = rng.integers(17, 25) if short else 40 + int(40 * rng.beta(1, 4))
             tags = [rng.choice(x.split()) for x in (
@@ -769,8 +758,7 @@ def make_hmdb51(root, seed, scale):
                                       30, sizes[film], frames, root / "hmdb51_org" / name / file))
             rows.append((file, film))
         for i in range(3):
-            test = range(tested * i, tested * (i + 1))
-            unused = films - 1 - i % (films - 3 * tested)
+            test, unused = range(3 * i, 3 * i + 3), (10, 9, 10)[i]                 # films
             path = root / "testTrainMulti_7030_splits" / f"{name}_test_split{i + 1}.txt"
             write_lines(path, [f"{file} {2 if film in test else 0 if film == unused else 1} "
                                for file, film in sorted(rows)])
@@ -835,13 +823,13 @@ def mishap_things(rng, room, video, times, pan):
                     radius / 2, 0 * y)
 
 
-def plan_mishap(k, seed, kind, seconds):
-    """Video number k of Oops!, `seconds` long at least and at most."""
+def plan_mishap(k, seed, kind):
+    """Video number k of Oops!."""
     rng = random_of(seed, "oops", k, 3)
     size = [(48, 52), (48, 48), (48, 54), (50, 52), (52, 50), (54, 48)][rng.integers(6)]
     # The end of a "late" one is a multiple of 1/8 s: its annotated length is its own.
     fps = RATES[0] if kind == "late" else RATES[rng.integers(3)]
-    seconds = {"late": 6.0, "short": 3.1, "tiny": 2.7}.get(kind, rng.uniform(*seconds))
+    seconds = {"late": 6.0, "short": 3.1, "tiny": 2.7}.get(kind, rng.uniform(5, 9))
     seconds = float(round(seconds * fps) / fps)
     truth = seconds * rng.uniform(0.12, 0.88)
     truth = {"never": math.inf, "early": 0.02, "late": seconds - 0.02}.get(kind, truth)
@@ -892,16 +880,16 @@ def heldout_entry(video, rng):
     return {"t": [round(float(t), 6)], "stdev": 0, "rel_stdev": 0, "n_notfound": int(not found)}
 
 
-def make_oops(root, seed, scale, seconds=(5, 9)):
+def make_oops(root, seed):
     """Write the annotations of the toy Oops!.   -> the videos to draw"""
     rng, folder, videos = random_of(seed, "oops"), root / "annotations", []
-    counts = {"train": counted(160, scale, 24), "val": counted(80, scale, 12)}
+    counts = {"train": 160, "val": 80}
     numbers = rng.permutation(2 * sum(counts.values())).tolist()
     times, heldout = {}, {}
     for split, n in counts.items():
         names = []
         for kind in oops_kinds(rng, n, round(n * {"train": 0.69, "val": 0.8}[split])):
-            video = plan_mishap(len(videos), seed, kind, seconds)
+            video = plan_mishap(len(videos), seed, kind)
             names.append(f"{TITLES[len(videos) % len(TITLES)]}{numbers.pop()}")
             path = root / "oops_video" / split / f"{names[-1]}.mp4"
             videos.append(video | {"paths": [path]})
@@ -1058,10 +1046,10 @@ def random_names(rng, n, letters, length):
     return ["".join(rng.choice(list(letters), length)) for _ in range(n)]
 
 
-def make_kinetics400(root, seed, scale):
+def make_kinetics400(root, seed):
     """Write the lists of the toy Kinetics-400.   -> the videos to draw"""
     rng, videos = random_of(seed, "kinetics400"), []
-    counts = {"train": counted(36, scale, 2), "val": counted(8, scale, 1)}
+    counts = {"train": 36, "val": 8}
     names = random_names(rng, len(KINETICS) * (sum(counts.values()) + 4),
                          ALPHABET + ALPHABET[:26].lower() + "-_", 11)
     names = ["-" + x[1:] if i % 7 == 0 else x for i, x in enumerate(names)]
@@ -1091,12 +1079,12 @@ def charades_row(name, video, actions, rng):
         f"{video['seconds']:.2f}")))
 
 
-def make_charades(root, seed, scale):
+def make_charades(root, seed):
     """Write the annotations of the toy Charades.   -> the videos to draw"""
     rng, folder, drawn = random_of(seed, "charades"), root / "Charades", []
     write_lines(folder / "Charades_v1_classes.txt",
                 [f"c{i:03} {words}" for i, words in enumerate(CHARADES)])
-    counts = {"train": counted(66, scale, 6), "test": counted(32, scale, 5)}
+    counts = {"train": 66, "test": 32}
     names = random_names(rng, sum(counts.values()), ALPHABET, 5)
     for s, (split, n) in enumerate(counts.items()):
         kinds, videos, rows = ["idle", "short", *["short"] * s], [], []
@@ -1116,11 +1104,10 @@ def make_charades(root, seed, scale):
     return drawn
 
 
-def make_multithumos(root, seed, scale):
+def make_multithumos(root, seed):
     """Write the annotations of the toy MultiTHUMOS.   -> the videos to draw"""
     rng, drawn, found = random_of(seed, "multithumos"), [], []
-    for s, (split, most) in enumerate((("validation", 24), ("test", 14))):
-        n = counted(most, scale, 4 - s)
+    for s, (split, n) in enumerate((("validation", 24), ("test", 14))):
         numbers = sorted(rng.choice(1000 + 50 * n, n, replace=False) + 1)
         videos = [plan_untrimmed("multithumos", 1000 * s + k, seed, RATES[(1, 2, 1, 0)[k % 4]],
                                  rng.uniform(14, 23), False) for k in range(n)]
@@ -1159,13 +1146,13 @@ def build(video):
             shutil.copyfile(path, link)
 
 
-def make(names, out, seed=0, scale=1.0, workers=1):
+def make(names, out, seed=0, workers=1):
     """Make OUT/name for these datasets; those made before, with the same settings, are kept.
 
     A dataset is drawn in OUT/.name and renamed at the end, so it is complete or not there.
     """
     out, began, videos = Path(out), time.time(), {}
-    settings = json.dumps([seed, scale, crc32(Path(__file__).read_bytes())])
+    settings = json.dumps([seed, crc32(Path(__file__).read_bytes())])
     for name in names:
         marker = out / name / ".toy.json"
         if marker.exists() and marker.read_text() == settings:
@@ -1174,7 +1161,7 @@ def make(names, out, seed=0, scale=1.0, workers=1):
         if (out / name).exists() and not marker.exists():
             raise FileExistsError(f"{out / name} is not a toy dataset, move it away")
         shutil.rmtree(out / f".{name}", ignore_errors=True)
-        videos[name] = MAKERS[name](out / f".{name}", seed, scale)
+        videos[name] = MAKERS[name](out / f".{name}", seed)
     longest = sorted((v for some in videos.values() for v in some),
                      key=lambda v: -v["seconds"] * v["fps"] * math.prod(v["size"]))
     if workers > 1 and longest:
@@ -1202,16 +1189,15 @@ def main(argv=None):
     p.add_argument("--out", default="data/toy", metavar="DIR",
                    help="each becomes DIR/DATASET (default: data/toy)")
     p.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
-    p.add_argument("--scale", type=float, default=1.0, help="times as many videos (default: 1)")
     p.add_argument("--workers", type=int, default=os.cpu_count(),
                    help="processes (default: one per core)")
     args = p.parse_args(argv)
     if unknown := set(args.dataset) - set(MAKERS):
         p.error(f"no toy of {', '.join(unknown)}; there are: {', '.join(MAKERS)}")
-    if args.seed < 0 or args.workers < 1 or not 0 < args.scale <= 100:
-        p.error("--seed must be at least 0, --workers at least 1, --scale above 0, up to 100")
+    if args.seed < 0 or args.workers < 1:
+        p.error("--seed must be at least 0, --workers at least 1")
     try:
-        make(args.dataset or list(MAKERS), args.out, args.seed, args.scale, args.workers)
+        make(args.dataset or list(MAKERS), args.out, args.seed, args.workers)
     except OSError as e:
         sys.exit(f"error: {e}")
 
