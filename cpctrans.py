@@ -588,21 +588,20 @@ def count_frames(args, videos, i, rng):
 def read_videos(args, split):
     """([Video], [class]): the videos of a list that are there, at most --limit.
 
-    Missing videos are counted. Broken ones are left out in training and an error in evaluation.
+    Missing videos are counted. A broken one is an error in evaluation; in training its length is 0,
+    and `common.Samples` replaces it.
     """
     listed, classes = choose_videos(args, split)
     paths = common.find_videos(args.data, "*", "*/*", frames=True)
     videos = [v._replace(path=paths[name]) for v in listed
               if (name := v.name.split("/")[1]) in paths]
     missing, videos = len(listed) - len(videos), common.spread(videos, args.limit)
-    lengths = common.compute(args, videos, count_frames, f"counting frames, {split}")
-    broken = [error for _, error in lengths if error]
-    for error in broken:
-        if split != "train":
-            raise UserError(error)
-        common.say(f"warning: {error}; left out")
-    videos = [v._replace(length=n) for v, (n, error) in zip(videos, lengths) if not error]
-    short = sum(v.length <= frames_needed(args) for v in videos)
+    counts = common.compute(args, videos, count_frames, f"counting frames, {split}")
+    broken = [error for _, error in counts if error]
+    if broken and (split != "train" or args.stage == "test"):
+        raise UserError(broken[0])
+    videos = [v._replace(length=n) for v, (n, _) in zip(videos, counts)]
+    short = sum(0 < v.length <= frames_needed(args) for v in videos)
     if args.as_released:
         videos = [v for v in videos if v.length > frames_needed(args)]
     common.say(f"{split}: {len(videos)} of {len(listed)} videos; {missing} missing, {len(broken)} "

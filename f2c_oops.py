@@ -40,7 +40,6 @@ Where paper, official code and this file differ: grep NOTE in this file.
 
 import itertools
 import math
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -520,8 +519,8 @@ def validate(args, device, model, val):
 
 
 def make_pretext(args, videos, i, rng):
-    """Sample of f2c: up to six transformed clips of a video. Of f2c2v: up to six versions of it;
-    they share most clips, so each distinct clip is read and encoded once.
+    """Sample of f2c: up to six transformed clips of a video. Of f2c2v: up to six versions of it,
+    which share most clips, so each distinct clip is read and encoded once.
     """
     names = args.transforms.split(",")
     transform = transform_video if args.stage == "f2c2v" else transform_clips
@@ -568,6 +567,46 @@ def pretrain(args, device):
     train(args, device, model, common.Samples(args, train_videos, make_pretext), val_videos)
 
 
+TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
+              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
+
+RELEASED = (                         # regular expressions: names of official checkpoints -> ours
+    (r"^local_model\.mlp_head", "unused"), (r"^(global_model\.)?mlp_head", "head"),
+    (r"^(local_model\.)?(?=cls_token|temporal_encoder)", "frame_encoder."),
+    (r"^global_model\.", "clip_encoder."), (r"temporal_encoder\.", ""),
+    (r"encoder\.layer\.", "layers."), (r"embeddings\.position_embeddings", "position"),
+    (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.token_type_embeddings", "token_type"),
+    (r"attention\.self\.", ""), (r"attention\.output\.dense", "out"),
+    (r"attention\.output\.LayerNorm", "norm1"), (r"intermediate\.dense", "fc1"),
+    (r"output\.dense", "fc2"), (r"output\.LayerNorm", "norm2"))
+
+
+def make_model(args, dim, classes):
+    """The network of a stage, on random weights."""
+    torch.manual_seed(args.seed)                              # the same on every process
+    sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
+             "as_released": args.as_released}                 # and the defaults, as in configs/
+    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
+            nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
+    if args.level == "clip":
+        return F2C(dim, classes, **sizes)
+    per_clip = args.stage != "f2c2v" and args.loss != "regression"
+    return F2C2V(dim, classes, per_clip=per_clip, crf=args.loss == "crf",
+                 finetune_frames=args.finetune_frames, **sizes)
+
+
+def load_init(args, model):
+    """Load the encoders of --init: one from F2C, two from F2C2V. Heads and CRF stay random."""
+    path = common.init_path(args, args.init)
+    if path:
+        common.load_weights(model, path, [(), RELEASED], ["frame_encoder."], ["head.", "crf."])
+    if args.freeze:
+        for part in model.children():
+            part.requires_grad_(not isinstance(part, Encoder))
+
+
 # ---- 7. features (official files: feat_exteact/, r21d/extr_r21d_feats.py) -----------------------
 
 FRAME_NETS = ("vit_b16", "resnet50", "resnet18")
@@ -605,11 +644,8 @@ def bottleneck_r2plus1d(layers):
 
 
 def headless(net):
-    """A torchvision network without its classifier; `out_dim` is the width of its features."""
-    head = "heads" if hasattr(net, "heads") else "fc"
-    classifier = getattr(net, head)
-    net.out_dim = (classifier if head == "fc" else classifier[-1]).in_features
-    setattr(net, head, nn.Identity())
+    """A torchvision network without its classifier."""
+    setattr(net, "heads" if hasattr(net, "heads") else "fc", nn.Identity())
     return net.eval()
 
 
@@ -624,16 +660,15 @@ def make_feature_network(name):
 
 
 def load_feature_network(args):
-    """(φ with its weights, mean and standard deviation of its frames). With --tiny φ makes a frame
-    of 8 x 8 pixels, or two of a clip.
+    """(φ with its weights, mean and standard deviation of its frames). With --tiny φ is a small
+    random network, see `calibrate`.
     """
     name, weights, clips = args.backbone, args.weights, args.backbone in CLIP_NETS
-    if args.tiny:
-        pool = nn.AdaptiveAvgPool3d((2, 8, 8)) if clips else nn.AdaptiveAvgPool2d(8)
-        net = nn.Sequential(pool, nn.Flatten())
-        net.out_dim = 3 * 64 * (1 + clips)
-        return net, HALF
     torch.manual_seed(args.seed)
+    if args.tiny:
+        net = common.R2Plus1D(16, 10) if clips else common.PredictiveResNet("resnet10", 32)
+        return nn.Sequential(net, nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+                             nn.BatchNorm1d(128, eps=1e-12, momentum=1.0)), HALF
     net = make_feature_network(name)
     if weights == "none":
         return net, KINETICS if clips else HALF
@@ -695,14 +730,33 @@ def make_frames(args, paths, i, rng):
         return {"error": str(e)}
 
 
+def network_inputs(args, device, video, norm):
+    """(batches of frames (64, 3, H, W) or clips (8, 3, 16, H, W) of a video, their times)"""
+    x, times = video["frames"].to(device), video["times"]
+    if args.backbone not in CLIP_NETS:
+        return (normalize(frames, *norm) for frames in x.split(64)), times
+    rows, times = cut_clips(len(x), video["fps"], times, GRID)
+    return (x[row].transpose(1, 2) for row in torch.from_numpy(rows).split(8)), times
+
+
+@torch.no_grad()
+def calibrate(args, device, net, norm, paths):
+    """Set the batch norm at the end of the tiny φ by some frames of some videos: features of random
+    weights hardly change from one frame to the next.
+    """
+    videos = [make_frames(args, paths, i, None) for i in range(len(paths))]
+    batches = [next(network_inputs(args, device, video, norm)[0]) for video in videos
+               if "error" not in video]
+    nn.init.constant_(net[-1].weight, 0.1)                    # about the embeddings of positions
+    net[-1].train()
+    net(torch.cat(batches))
+    net[-1].eval()
+
+
 def extract(args, device):
     """Features of every video in oops_video/train and val as NAME.npz: arr_0 (T, D), times and fps.
     Existing files are skipped, so a killed run goes on.
     """
-    net, norm = load_feature_network(args)
-    net, clips = net.to(device).eval(), args.backbone in CLIP_NETS
-    if args.compile:
-        net.compile()
     common.claim(args.features, {k: getattr(args, k) for k in ("backbone", "weights", "tiny")})
     videos = [path for split in ("train", "val") for path in common.spread(
         sorted((args.data / "oops_video" / split).glob("*.mp4")), args.limit)]
@@ -712,26 +766,26 @@ def extract(args, device):
     todo = [path for path in videos if not files[path].exists()]
     common.say(f"{len(videos)} videos, {len(todo)} without features")
     common.barrier()                                          # before a process writes a file
+    net, norm = load_feature_network(args)
+    net = net.to(device).eval()
+    if args.tiny:
+        calibrate(args, device, net, norm, videos[:16])
+    if args.compile:
+        net.compile()
+
     todo = todo[common.rank()::common.world_size()]
     items = common.read_items(args, common.Samples(args, todo, make_frames), "videos")
     for path, video in zip(todo, items):
         if "error" in video:
             print(f"warning: {video['error']}; skipped", flush=True)
             continue
-        times, fps, x = video["times"], video["fps"], video["frames"]
-        if clips:                                             # (8, 3, 16, H, W) each
-            rows, times = cut_clips(len(x), fps, times, GRID)
-            batches = (x[some].transpose(1, 2) for some in torch.from_numpy(rows).split(8))
-        else:                                                 # (64, 3, H, W) each
-            batches = (normalize(some.to(device), *norm) for some in x.split(64))
-        z = [torch.empty(0, net.out_dim)]                     # a video may be too short for a clip
+        batches, times = network_inputs(args, device, video, norm)
         with torch.inference_mode(), common.autocast(device, args.precision):
-            z += [net(batch.to(device)).float().cpu() for batch in batches]               # (1)
-        common.write(files[path], lambda f, z=z, times=times, fps=fps: np.savez(
-            f, arr_0=torch.cat(z).numpy(), times=np.asarray(times), fps=fps))
+            z = [net(batch).float().cpu().numpy() for batch in batches]                   # (1)
+        common.write(files[path], lambda f, z=z, times=times, fps=video["fps"]: np.savez(
+            f, arr_0=np.concatenate(z), times=np.asarray(times), fps=fps))
     common.barrier()
-    common.finish(args, {"videos": len(videos), "with_features": sum(
-        file.exists() for file in files.values())})
+    common.finish(args, {"videos": len(videos), "made": sum(f.exists() for f in files.values())})
 
 
 # ---- 8. clips and labels of Oops! (official files: transformer2x/my_oops_loader.py, dataloader.py)
@@ -741,7 +795,7 @@ GRID = 0.25                          # seconds between labelled clips, at the le
 
 class Annotation(NamedTuple):
     """t: transition times in seconds of three annotators, sorted, -1 where one found none; length
-    of the video in seconds; rel_t: t / length.
+    of the video in seconds; rel_t: t / length, sorted.
     """
     t: tuple
     length: float
@@ -751,7 +805,7 @@ class Annotation(NamedTuple):
 def has_labels(annotation, split, level):
     """True if the middle annotation lies inside the video and its length is allowed."""
     shortest, longest = (3.0, math.inf) if (split, level) == ("train", "video") else (3.2, 30.0)
-    inside = annotation.t[1] >= 0 and 0.01 <= statistics.median(annotation.rel_t) <= 0.99
+    inside = annotation.t[1] >= 0 and 0.01 <= annotation.rel_t[1] <= 0.99
     return inside and shortest <= annotation.length <= longest
 
 
@@ -1111,9 +1165,7 @@ def localize(args, videos, times):
 
 
 def classification(args, videos, scores):
-    """Classification metrics of clips 0.25 s and 1 s apart, of anticipation in both protocols, from
-    the scores of clips GRID apart.
-    """
+    """Metrics of clips 0.25 s and 1 s apart, of anticipation in both protocols, from all clips."""
     metrics = {}
     for spacing in (GRID, 1.0):
         for protocol in ("paper", "oops") if args.anticipate else ("paper",):
@@ -1186,53 +1238,10 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
     common.write_figure(args.out / "timeline.png", image)
 
 
-# ---- 12. networks and weights (official files: models/pm_vtn.py, transformer2x/vtn.py) ----------
-
-TINY_SIZES = {"heads": 4, "ff": 256, "mlp": 128, "positions": 1000, "dropout": 0.0,
-              "init_std": 0.08}      # with 0.02 a narrow network learns too slowly
-
-RELEASED = (                         # regular expressions: names of official checkpoints -> ours
-    (r"^local_model\.mlp_head", "unused"), (r"^(global_model\.)?mlp_head", "head"),
-    (r"^(local_model\.)?(?=cls_token|temporal_encoder)", "frame_encoder."),
-    (r"^global_model\.", "clip_encoder."), (r"temporal_encoder\.", ""),
-    (r"encoder\.layer\.", "layers."), (r"embeddings\.position_embeddings", "position"),
-    (r"embeddings\.LayerNorm", "norm"), (r"embeddings\.token_type_embeddings", "token_type"),
-    (r"attention\.self\.", ""), (r"attention\.output\.dense", "out"),
-    (r"attention\.output\.LayerNorm", "norm1"), (r"intermediate\.dense", "fc1"),
-    (r"output\.dense", "fc2"), (r"output\.LayerNorm", "norm2"))
-
-
-def make_model(args, dim, classes):
-    """The network of a stage, on random weights."""
-    torch.manual_seed(args.seed)                              # the same on every process
-    sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
-             "as_released": args.as_released}                    # others: configs/
-    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
-            nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
-    if args.level == "clip":
-        return F2C(dim, classes, **sizes)
-    per_clip = args.stage != "f2c2v" and args.loss != "regression"
-    return F2C2V(dim, classes, per_clip=per_clip, crf=args.loss == "crf",
-                 finetune_frames=args.finetune_frames, **sizes)
-
-
-def load_init(args, model):
-    """Load the encoders of --init: one from F2C, two from F2C2V. Heads and CRF stay random."""
-    path = common.init_path(args, args.init)
-    if path:
-        common.load_weights(model, path, [(), RELEASED], ["frame_encoder."], ["head.", "crf."])
-    if args.freeze:
-        for part in model.children():
-            part.requires_grad_(not isinstance(part, Encoder))
-
-
-# ---- 13. arguments ------------------------------------------------------------------------------
+# ---- 12. arguments ------------------------------------------------------------------------------
 
 STAGES = {"f2c": pretrain, "f2c2v": pretrain, "features": extract, "classify": classify,
           "localize": evaluate, "evaluate": evaluate}
-PRETRAINING, EVALUATIONS = ("f2c", "f2c2v"), ("localize", "evaluate")
 
 
 def recipe(chosen):
@@ -1240,7 +1249,7 @@ def recipe(chosen):
     stage, tiny, backbone = chosen.stage, chosen.tiny, chosen.backbone
     level = chosen.level or ("video" if chosen.loss in ("crf", "regression") else "clip")
     level = {"f2c": "clip", "f2c2v": "video"}.get(stage, level)
-    video_level, pretraining = level == "video", stage in PRETRAINING
+    video_level, pretraining = level == "video", stage in ("f2c", "f2c2v")
     usual_loss = "crf" if video_level and not pretraining else "ce"       # transformer2x/main.py
     loss = chosen.loss or usual_loss
     epochs, batch_size = (TINY if tiny else PUBLISHED).get(
@@ -1316,10 +1325,10 @@ def parse_args(argv=None):
 
 def main(args):
     if args.init != "none" and args.stage != "features":      # what belongs to the weights
-        last, evaluating = args.out / "last.pt", args.stage in EVALUATIONS
-        path = last if last.exists() and not evaluating else Path(args.init)
-        common.adopt(args, common.saved_flags(path), ["tiny", "layers", "window", "as_released", *(
-            ["level", "loss", "spacing", "anticipate"] if evaluating else [])])
+        names = ["tiny", "layers", "window", "as_released"]
+        if args.stage in ("localize", "evaluate"):
+            names += ["level", "loss", "spacing", "anticipate"]
+        common.adopt(args, common.saved_flags(Path(args.init)), names)
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 

@@ -7,19 +7,18 @@ clip after each moment. A video and an audio network are trained on them with tw
 Audio-visual correspondence (AVC): each clip must match its own sound. Audible state change (AStC):
 the change from before to after must match the sound, and the reversed change must not.
 
-    c_k       = mean_f [(L_fk - mean_k L_f) / std_k L_f]      L: log spectrogram, bins f and k  (1)
-                A moment t is a peak of the curve c.
-    v_l, v_r  = clips [t-d-0.5, t-d] and [t+d, t+d+0.5] s;    a = sound [t-1, t+1] s            (2)
-    z, y      = h_z(f_V(v)), h_y(f_A(a))                                                        (3)
-    L_AVC     = ½ mean -log softmax_m(n(z_i)·n(y_m) / τ)_i    clip i against all sounds m
-              + ½ mean -log softmax_m(n(y_i)·n(z_m) / τ)_i    sound i against all clips m       (4)
-    s, q      = h_s(f_V(v)), h_q(f_A(a))                      n(x) = x / |x|
-    p_fwd     = n(g(s_r - s_l))·n(q) / κ,     p_bwd = n(g(s_l - s_r))·n(q) / κ                  (5)
-    L_AStC    = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]                                      (6)
-    L         = ½ L_AVC + ½ L_AStC                                                              (7)
+    c_j        = mean_ω [(L_ωj - mean_j L_ωj) / std_j L_ωj]                                    (1)
+                 L: log spectrogram, frequencies ω and times j; a moment t is a peak of c
+    v_l, v_r   = clips [t-d-0.5, t-d] and [t+d, t+d+0.5] s;   a = sound [t-1, t+1] s           (2)
+    z, s; y, q = h_z(f_V(v)), h_s(f_V(v)); h_y(f_A(a)), h_q(f_A(a))       n(x) = x / |x|       (3)
+    L_AVC      = ½ mean -log softmax_m(n(z_i)·n(y_m) / τ)_i   clip i against all sounds m
+               + ½ mean -log softmax_m(n(y_i)·n(z_m) / τ)_i   sound i against all clips m      (4)
+    p_fwd      = n(g(s_r - s_l))·n(q) / κ,     p_bwd = n(g(s_l - s_r))·n(q) / κ                (5)
+    L_AStC     = ½ mean [-log σ(p_fwd) - log(1 - σ(p_bwd))]                                    (6)
+    L          = ½ L_AVC + ½ L_AStC                                                            (7)
 
 The line that computes a formula ends in its number. h_z, h_y, h_s, h_q and g are heads of two
-layers, in the code video_clr, audio_clr, video_aot, audio_aot and aot_diff.
+layers: video_clr, audio_clr, video_aot, audio_aot and aot_diff in the code.
 
 Pre-train    torchrun --nproc_per_node 8 replai.py --dataset ego4d --data data/ego4d
              torchrun --nproc_per_node 4 replai.py --dataset epic --data data/epic
@@ -31,7 +30,8 @@ Convert      python replai.py --stage convert --init FILE          f_V for the E
 Try it       python replai.py --data data/toy/ego4d --tiny         (CPU, minutes; `make toy` first)
 
 The method comes first, up to its training loop; then each evaluation in a section of its own. Only
-the paper's abstract was at hand: files named here are the official code's. grep NOTE: differences.
+the paper's abstract was at hand: files named here are the official code's, "ours" is in neither.
+NOTE marks what differs from them.
 """
 
 import collections
@@ -61,8 +61,8 @@ SOUND_SECONDS = 2.0             # length of the sound around a moment
 SOUND_RATE = 16000              # samples per second that f_A's input is made from
 SEGMENT_SECONDS = 10.0          # videos are cut into segments; a sample is a moment of a segment
 KAPPA = 0.2                     # temperature of L_AStC, fixed in the official criterion
-SHORT_SIDES = 128 / 112, 180 / 112             # training: short side of the frames, in crop sizes
-DECODED = 256 / 112             # larger frames are decoded at this short side; official files: 240
+SHORT_SIDES = 128 / 112, 180 / 112      # short side / crop: the range in training
+DECODED = 256 / 112             # short side / crop of what is decoded of larger files
 AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
         "AVID_Audioset_Cross-N1024_checkpoint.pth.tar")
 
@@ -83,27 +83,29 @@ TINY = {"pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0
 # ---- 1. moments of interaction (official file: data/video_audiopeak_dataset.py) ------------------
 
 def find_moments(x, sample_rate, prominence, distance=10):
-    """Moments at which the sound gets louder in all frequencies together.    x: (channels, n)
+    """(times (J,) in s, the curve c (J,), indices of its peaks) of a sound.    x: (channels, n)
 
-    Returns the times of the bins (K,) in seconds, the curve c (K,), and which bins are peaks. Bins
-    are 224 samples apart, 5 ms at 44.1 kHz, so peaks are at least 50 ms apart. The floor of 1e-5
-    makes the result depend on loudness: x must stay in [-1, 1], as decoded.
+    At a peak it gets louder in all frequencies together. Times are 224 samples apart, 5 ms at
+    44.1 kHz, so peaks are at least 50 ms apart. The floor of 1e-5 makes the result depend on
+    loudness: x must stay in [-1, 1], as decoded.
     """
     from scipy import signal                                  # imported here: it takes a second
     if x.shape[1] < 256:                                      # shorter than one window
         return np.zeros(0), np.zeros(0), np.zeros(0, int)
-    _, times, power = signal.spectrogram(x.mean(0), sample_rate)                      # (129, K)
+    _, times, power = signal.spectrogram(x.mean(0), sample_rate)                      # (129, J)
     level = np.log10(power + 1e-5)
     z = (level - level.mean(1, keepdims=True)) / (level.std(1, keepdims=True) + 1e-5)
-    curve = z.mean(0)                                                                 # (K,)  (1)
+    curve = z.mean(0)                                                                 # (J,)  (1)
     return times, curve, signal.find_peaks(curve, distance=distance, prominence=prominence)[0]
 
 
 def admissible(times, duration, delta, clip_seconds=CLIP_SECONDS):
-    """True for the times whose two clips both lie within a segment.    (K,) -> (K,) bool"""
+    """True for the times whose two clips both lie within a segment.    (M,) -> (M,) bool"""
     margin = delta + clip_seconds
     return (margin <= times) & (times <= duration - margin)
 
+
+# A function (args, items, i, rng) makes item i for `common.Samples` and `common.compute`.
 
 def detect_moments(args, files, i, rng):
     """[[start, stop, [t, ...]], ...] of the segments of file i; t counts from the segment's start.
@@ -111,7 +113,11 @@ def detect_moments(args, files, i, rng):
     """
     try:
         media, found = common.probe(files[i]), []
-        starts = np.arange(0, media.seconds if media.sound else 0, SEGMENT_SECONDS).tolist()
+        if not media.sound:
+            return []
+        if not media.seconds:
+            raise VideoError(f"{files[i]}: has no duration")
+        starts = np.arange(0, media.seconds, SEGMENT_SECONDS).tolist()
         segments = [(a, min(a + SEGMENT_SECONDS, media.seconds)) for a in starts]
         for segment, (x, sample_rate) in zip(segments, read_sounds(files[i], segments)):
             times, _, peaks = find_moments(x, sample_rate, args.prominence)
@@ -174,8 +180,9 @@ def training_files(args):
 
 def find_segments(args):
     """The segments to train on."""
-    files, segments = training_files(args), []
-    moments, rng = read_moments(args, files), np.random.default_rng(args.seed)
+    files = common.spread(training_files(args), args.limit)   # of N files N segments suffice
+    moments, segments = read_moments(args, files), []
+    rng = np.random.default_rng(args.seed)
     for path in files:
         for start, stop, times in moments[path] or ():
             duration = stop - start
@@ -186,7 +193,7 @@ def find_segments(args):
             if duration >= 2 * (args.delta_non_overlap + CLIP_SECONDS):       # both clips fit in
                 segments.append(Segment(path, start, stop, start + times))
     segments = common.spread(segments, args.limit)
-    silent, broken = (sum(x == y for x in moments.values()) for y in ([], None))
+    silent, broken = [*moments.values()].count([]), [*moments.values()].count(None)
     empty = sum(not len(s.moments) for s in segments)
     common.say(f"{len(segments)} segments of {len(files)} files; {silent} files have no sound, "
                f"{broken} cannot be read; {empty} segments have no moment")
@@ -201,9 +208,8 @@ def find_segments(args):
 def log_mel(x, sample_rate, num_frames=125, mean=-7.03, std=4.66, floor=1e-10):
     """The input of f_A from a waveform: (channels, n) float32 -> (1, num_frames, 80).
 
-    Mean, deviation and floor are the official ones. NOTE: the configuration says 128 frames, but
-    the training script 1000 · 2 s / 16 ms = 125. A sound cut by the segment's border is shorter:
-    its frames are repeated up to 125, as released.
+    NOTE: the configuration says 128 frames, but the training script 1000 · 2 s / 16 ms = 125. Two
+    seconds have 124, a sound cut by the segment's border fewer: as released, some are repeated.
     """
     x = resample(torch.as_tensor(x).mean(0), sample_rate, SOUND_RATE)     # (n,)
     level = mel_power(x).clamp(min=floor).log()                           # (80, frames)
@@ -219,7 +225,7 @@ def subsample(have, want):
 # ---- 3. clips before and after a moment (official file: data/video_transforms.py) ----------------
 
 RESIZE = {"bilinear": {"mode": "bilinear", "antialias": True},            # as Pillow's BILINEAR
-          "nearest": {"mode": "nearest-exact"},                           # as Pillow's NEAREST
+          "nearest": {"mode": "nearest-exact"},           # as Pillow's NEAREST, but for ties
           "tensor": {"mode": "bilinear", "antialias": False}}             # as torch and OpenCV
 
 
@@ -279,13 +285,13 @@ def make_moment(args, segments, i, rng):
     while not len(s.moments):
         s = segments[rng.integers(len(segments))]
     t = rng.choice(s.moments)
-    clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, args.num_frames)
+    clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, args.num_frames)      # (2)
     before, after = (
         augment(v, rng, args.crop, rng.uniform(*SHORT_SIDES) * args.crop, args.as_released)
         for v in common.read_clip(s.path, clips, math.ceil(DECODED * args.crop)))
     x, sample_rate = read_audio(s.path, max(s.start, t - SOUND_SECONDS / 2),
-                                min(s.stop, t + SOUND_SECONDS / 2))
-    return {"before": before, "after": after, "sound": log_mel(x, sample_rate)}              # (2)
+                                min(s.stop, t + SOUND_SECONDS / 2))                        # (2)
+    return {"before": before, "after": after, "sound": log_mel(x, sample_rate)}
 
 
 # ---- 4. networks (official files: models/, criterions/ssrl_audiopeak_aotv2.py) -------------------
@@ -326,11 +332,10 @@ class RepLAI(nn.Module):
         """
         v = self.backbone["video"](torch.cat([v_l, v_r])).amax((2, 3, 4))             # (2B, 512)
         a = self.backbone["audio"](a).amax((2, 3))                                    # (B, 512)
-        z, y = self.mlp["video_clr"](v), self.mlp["audio_clr"](a)                         # (3)
-        s_l, s_r = self.mlp["video_aot"](v).chunk(2)                                  # (B, 128)
-        g_fwd, g_bwd = self.change(s_l, s_r)
-        return {"z": z.unflatten(0, (2, -1)), "y": y, "g_fwd": g_fwd, "g_bwd": g_bwd,
-                "q": self.mlp["audio_aot"](a)}
+        z, s = self.mlp["video_clr"](v), self.mlp["video_aot"](v)                         # (3)
+        y, q = self.mlp["audio_clr"](a), self.mlp["audio_aot"](a)                         # (3)
+        g_fwd, g_bwd = self.change(*s.chunk(2))
+        return {"z": z.unflatten(0, (2, -1)), "y": y, "g_fwd": g_fwd, "g_bwd": g_bwd, "q": q}
 
 
 # Layouts of checkpoints, [(pattern in the file's names, replacement), ...]: RepLAI's, and AVID's.
@@ -339,7 +344,7 @@ PRETRAIN_LAYOUTS = [(), ((r"^video_model\.", "backbone.video."),
 
 
 def video_layouts(prefix):
-    """Layouts of every file that holds f_V; prefix: where a network of ours keeps it."""
+    """Layouts of every file that holds f_V, bare ones last; prefix: where our network keeps it."""
     return [(), ((r"^model\.", ""),), *(((old, prefix),) for old in (
         r"^backbone\.video\.", r"^video_model\.", r"^(model\.)?backbone\.", "^"))]
 
@@ -391,7 +396,7 @@ def one_cycle(max_lr, epochs):
     """(learning rate, momentum) of each epoch: OneCycleLR takes one step before every epoch.
 
     NOTE: as released, momentum cycles between 0.95 and 0.85, the configured 0.9 is not used, and
-    the last epoch is one step past the cycle's end.
+    the last epoch is one step past the cycle's end. With few epochs the rate is never high.
     """
     sgd = torch.optim.SGD([torch.zeros(1)], lr=max_lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr, total_steps=max(2, epochs))
@@ -456,7 +461,8 @@ def pretrain(args, device):
 #     files, splits      names of the annotation files, and of the three splits in them
 #     prefix, pixels     beginning of the names of f_V's weights; mean and deviation of frames
 #     make, make_test    one sample for training, one for evaluation
-#     goal, sign         the metric that chooses the epoch, and +1 or -1: more or less is better
+#     goal, sign         the metric that chooses the epoch (None: the last one counts), and +1 or
+#                        -1: more or less is better
 #     read, losses       samples of an annotation file; {part: loss}, to be added
 #     predict            {name: (B, ...)}, which `metrics` and `submission` take
 
@@ -519,7 +525,7 @@ def make_test_action(args, actions, i, rng):
 
 
 def video_end(args, paths, i, rng):
-    """Duration of a video; infinite if the header does not say: reading it will name the fault."""
+    """Duration of a video, infinite if it is not known; a broken video is reported when read."""
     try:
         return common.probe(paths[i]).seconds or math.inf
     except VideoError:
@@ -533,7 +539,7 @@ def read_split(args, task, split):
         return [], []
     samples = [*{s.id: s for s in task.read(args, path, testing)}.values()]
     missing, present = [s for s in samples if not s.path], [s for s in samples if s.path]
-    paths = sorted({s.path for s in present if s.spans[-1][0] > 0})       # not of cut files
+    paths = sorted({s.path for s in present if s.spans[-1][0] > 0})       # cut files begin at 0
     ends = common.compute(args, paths, video_end, "videos")
     end = collections.defaultdict(lambda: math.inf, zip(paths, ends))
     late = [s for s in present if s.spans[-1][0] >= end[s.path]]
@@ -629,7 +635,7 @@ def finetune(args, device):
                 average_norms(args, model, device, dataset, step + 1 - per_epoch)
             value = evaluate(args, model, device, *val, "val")[model.goal]
             metrics = {f"val_{model.goal}": value}
-            if not model.sign * value <= best:                # larger is better
+            if not model.sign * value <= best:                # true for NaN, too
                 best = model.sign * value
                 common.save(args.out / "best.pt", step + 1, args, model=model)
             ddp.train()
@@ -648,7 +654,9 @@ def finetune(args, device):
 
 @torch.no_grad()
 def average_norms(args, model, device, dataset, step, batches=200):
-    """Batch-norm statistics become their means over 200 training batches, as released."""
+    """Batch-norm statistics become their means over 200 training batches, as released; `evaluate`
+    then takes those of rank 0, which sees its share of a batch.
+    """
     loader = common.batches(args, dataset, device, step, step + (4 if args.tiny else batches))
     clips = (common.normalize(batch["clip"].to(device), *model.pixels) for batch in loader)
     with common.autocast(device, args.precision):
@@ -684,12 +692,17 @@ def verb_noun_loss(logits, batch, weight):
             for k, x in zip(("verb", "noun"), logits)}
 
 
-def classifier(d_in, d_out):
-    """Linear layer with weights N(0, 0.01) and zero bias."""
-    layer = nn.Linear(d_in, d_out)
-    nn.init.normal_(layer.weight, 0, 0.01)
-    nn.init.zeros_(layer.bias)
-    return layer
+class Classifier(nn.Linear):
+    """Linear layer, weights N(0, 0.01), zero bias; in float32, because its scores are ranked."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        nn.init.normal_(self.weight, 0, 0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        with common.no_autocast(x):
+            return super().forward(x.to(self.weight.dtype))
 
 
 def hits(scores, labels, k):
@@ -740,8 +753,8 @@ class LinearProbe(nn.Module):
         super().__init__()
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
         self.as_released, d = as_released, self.backbone.out_dim
-        self.fc = nn.ModuleDict({"verb_class": classifier(d, verbs),
-                                 "noun_class": classifier(d, nouns)})
+        self.fc = nn.ModuleDict({"verb_class": Classifier(d, verbs),
+                                 "noun_class": Classifier(d, nouns)})
 
     def train(self, mode=True):
         super().train(mode)
@@ -750,9 +763,8 @@ class LinearProbe(nn.Module):
 
     def forward(self, clip):
         """(B, 3, T, H, W) -> logits (B, 97), (B, 300)"""
-        x = self.backbone(clip).amax((2, 3, 4)).float()                               # (B, 512)
-        with common.no_autocast(x):
-            return tuple(layer(x) for layer in self.fc.values())
+        x = self.backbone(clip).amax((2, 3, 4))                                       # (B, 512)
+        return tuple(layer(x) for layer in self.fc.values())
 
     def read(self, args, path, testing):
         """`Action`s in files of action_segments/, which hold one each, or in whole videos."""
@@ -805,9 +817,9 @@ class LinearProbe(nn.Module):
 def epic_metrics(verb, noun, verb_class, noun_class, participant, tail_verbs, tail_nouns, unseen):
     """Accuracies in percent: the benchmark's (all_verb_accuracy_at_1), the paper's (verb@1).
 
-    verb (R, 97) and noun (R, 300): scores. Tail rows have their class in the tail list, rows of
-    the paper's tail the verb or the noun. NOTE: the release's `head` overlaps with it and its
-    `unseen` keeps all rows; ours are the rows that are not tail and those of unseen participants.
+    verb (R, 97) and noun (R, 300): scores. `tail_verb_...`: rows with a tail verb; `tail verb@k`:
+    rows with a tail verb or a tail noun. NOTE: the release's `head` overlaps its tail, and its
+    `unseen` keeps all rows; here head is what is not tail, unseen are unseen participants.
     """
     tail = {"verb": np.isin(verb_class, list(tail_verbs)),
             "noun": np.isin(noun_class, list(tail_nouns))}
@@ -868,7 +880,7 @@ class Recognition(common.R2Plus1D):
     def __init__(self, width=64, depth=18, num_classes=(115, 478)):
         super().__init__(width, depth)
         self.head = nn.Module()
-        self.head.projections = nn.ModuleList(classifier(self.out_dim, n) for n in num_classes)
+        self.head.projections = nn.ModuleList(Classifier(self.out_dim, n) for n in num_classes)
 
     def forward(self, clip):
         """(B, 3, T, H, W) -> logits (B, verbs), (B, nouns)"""
@@ -948,11 +960,11 @@ class Anticipation(nn.Module):
         self.num_classes, self.future, self.as_released = list(num_classes), future, as_released
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
         self.backbone.head, self.decoder = nn.Module(), nn.Module()
-        self.backbone.head.projection = classifier(self.backbone.out_dim, features)
+        self.backbone.head.projection = Classifier(self.backbone.out_dim, features)
         self.clip_aggregator = Aggregator(aggregator, features, inputs, layers, heads)
         self.decoder.head = nn.Module()
         self.decoder.head.projections = nn.ModuleList(
-            classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
+            Classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
 
     def train(self, mode=True):
         super().train(mode)
@@ -1051,7 +1063,7 @@ class Change(NamedTuple):
     seconds: float              # length of the clip as annotated
     frames: tuple               # first and last frame in the video
     state: int                  # 1: change
-    pnr: int                    # frame of the point of no return; -1: none, or outside of the clip
+    pnr: int                    # frame of the point of no return, -1 if there is none in the clip
 
 
 def sample_frames(start, stop, num_frames):
@@ -1063,7 +1075,7 @@ def sample_frames(start, stop, num_frames):
         frames = np.arange(-(-start // step) * step, stop, step)
         if len(frames) >= num_frames:
             return frames[:num_frames]
-    return frames[np.arange(num_frames) % len(frames)]        # begun anew: there are too few
+    return frames[np.arange(num_frames) % len(frames)]        # too few: they begin anew
 
 
 def keyframe_index(frames, pnr):
@@ -1071,7 +1083,7 @@ def keyframe_index(frames, pnr):
     return int(np.abs(frames - pnr).argmin())
 
 
-def random_part(change, rng, least):
+def random_part(change, rng, min_frames):
     """(first, last) frame of a random part of 5 to 8 s, grown to keep the key frame.
 
     NOTE: the benchmark's np.random.uniform(8 - length) draws the start from [8 - length, 1] s. We
@@ -1080,7 +1092,7 @@ def random_part(change, rng, least):
     (first, last), pnr, length = change.frames, change.pnr, rng.uniform(5, 8)
     begin = change.spans[0][0] + rng.uniform(0, 8 - length)
     start, stop = math.floor(FPS * begin), min(math.floor(FPS * (begin + length)), last)
-    if stop - start < least:                                  # in a clip much shorter than 8 s
+    if stop - start < min_frames:                             # in a clip much shorter than 8 s
         return first, last
     return first if 0 <= pnr < start else start, last if pnr > stop else stop
 
@@ -1117,11 +1129,11 @@ class StateHeads(nn.Module):
         super().__init__()
         self.pool, self.dropout, d = pool, dropout, channels * (side - pool + 1) ** 2
         self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
-        self.Keyframe_localisation_head.projection = classifier(d, 1)
-        self.State_detection_head.projection = classifier(d, 2)
+        self.Keyframe_localisation_head.projection = Classifier(d, 1)
+        self.State_detection_head.projection = Classifier(d, 2)
 
     def heads(self, x):
-        """(B, C, T, side, side) -> logits (B, T) of the key frame, (B, 2) of none and change"""
+        """(B, C, T, side, side) -> logits (B, T) of the key frame, (B, 2) of no change, change"""
         x = F.avg_pool3d(x, (1, self.pool, self.pool), 1)                 # (B, C, T, 2, 2)
 
         def flatten_places(x):                                            # (B, T, 2·2·C)
@@ -1152,7 +1164,7 @@ class StateChange(StateHeads):
         return self.heads(self.backbone(clip))
 
     def read(self, args, path, testing):
-        """NOTE: the release takes null, and all but `false`, for a change; --as_released."""
+        """[Change, ...]. NOTE: the release takes null for a change; --as_released."""
         videos = common.find_videos(args.data, "videos", "full_scale")
 
         def parse(entry):
@@ -1179,7 +1191,7 @@ class StateChange(StateHeads):
                 "state": F.cross_entropy(state, batch["state"])}
 
     def predict(self, args, batch):
-        """Probabilities (B, T) of the key frame, (B, 2) of none and change."""
+        """Probabilities (B, T) of the key frame, (B, 2) of no change and change."""
         out = self(common.normalize(batch["clip"], *self.pixels))
         return {k: x.float().softmax(1) for k, x in zip(("keyframe", "state"), out)}
 
@@ -1194,7 +1206,7 @@ class StateChange(StateHeads):
                 "PNR err (s)": float(error.mean()) if len(error) else math.nan}
 
     def submission(self, changes, missing, keyframe, state):
-        """NOTE: key frames count from the start of the video; the rule could not be verified."""
+        """Both files. NOTE: key frames count from the video's start; this could not be verified."""
         start, stop = np.array([c.frames for c in changes]).T
         frame = start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
         return {"oscc.json": json.dumps([{"unique_id": c.id, "state_change": bool(x)}
@@ -1299,7 +1311,7 @@ def decode_sound(c, a, origin, first):
 def sinc_kernel(o, n, width=6, rolloff=0.99):
     """Windowed-sinc filters from rate o to rate n (coprime), one per output phase: (n, 1, taps).
 
-    k[j, i] = sinc(u) cos²(πu / 2·width) base / o,   u = clamp((i/o - j/n)·base, -width, width)
+    k[j, i] = sinc(u) cos²(πu / (2·width)) base / o,   u = clamp((i/o - j/n)·base, -width, width)
     width: half the filter's length in zero crossings.
     """
     base = rolloff * min(o, n)
@@ -1393,7 +1405,7 @@ def recipe(chosen):
     values = {"width": 64, "depth": 18, "features": 2048, "layers": 6,
               **dict(zip(RECIPE, PUBLISHED.get((stage, dataset), ())))}
     if stage == "anticipation":
-        values["save_every"] = 5000                           # 2 GB each time
+        values["save_every"] = 5000                           # each has 2 GB
     if chosen.tiny:
         values |= {"crop": 56, "width": 16, "depth": 10, "batch_size": 16, "workers": 2,
                    "log_every": 5, "save_every": 20, "init": "none", **TINY.get(stage, {})}
@@ -1424,7 +1436,7 @@ def parse_args(argv=None):
            "anticipation), one random clip per action in evaluation (all but statechange), pixels "
            "of 0 to 255, and null as a change (statechange)")
     p.group("optimization", "SGD with momentum; Adam for anticipation")
-    p.flag("epochs", int, "passes over the training samples (commands/*.sh)")
+    p.flag("epochs", int, "passes over the training samples; OneCycle needs ten (commands/*.sh)")
     p.flag("batch_size", int, "samples per step over all processes; batch norm sees those of one "
            "(commands/*.sh)")
     p.flag("lr", float, "learning rate: peak of OneCycle (pretrain); x0.1 at 3/5 and 4/5 of the "

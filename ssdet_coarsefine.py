@@ -23,8 +23,10 @@ aligned in time, and then scale and shift the coarse features.
     X ← X · σ(W_s [scale(A)_1..4]) + W_b [bias(A)_1..4]                         fusion     (9)
     L = ½ BCE(max_t P, max_t Y) + ½ BCE(P, Y)        P = σ(z)                   loss      (10)
 
-Names as released: W_b = conv_at, W_s = conv_at2; a = at2(at1(F)); bias = fc2(fc1(A)), scale =
-fc4(fc3(A)); rw2..rw5 with mix2..mix5 act after Grid Pool and stages 2 to 4, rw6 on the logits.
+x: clip, y: labels; X, F: coarse and fine features; c: times of Grid Pool; in (7) s: start of the
+coarse clip, N: valid fine steps. Names as released: W_b = conv_at, W_s = conv_at2; a = at2(at1(F));
+bias = fc2(fc1(A)), scale = fc4(fc3(A)); rw2..rw5 with mix2..mix5 act after Grid Pool and the stages
+2 to 4, rw6 on the logits.
 
 Pre-train    torchrun --nproc_per_node 4 ssdet_coarsefine.py
 Fine         torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage finetune --stream fine
@@ -136,7 +138,7 @@ def cross_fade(T, start, end, total=1):
     Frames k = 1..n show both clips. There the weight of the own clip is, if it
         starts and ends later           k / (n+1)                 starts and ends earlier   1 - that
         starts earlier, ends later      |t + 1 - middle| 2/(n+1)  is inside its partner     1 - that
-    NOTE: so the code, its minimum half a frame off the middle. The README's figure: (2k-1)/(2n+1).
+    NOTE: as in the code; the minimum is half a frame off. The README's figure has (2k-1)/(2n+1).
     """
     t = torch.arange(T, device=start.device)
     present = (t >= start[..., None]) & (t < end[..., None])
@@ -230,7 +232,7 @@ def draw_choices(rng, name, T, B, device=None):
 def draw_augmentations(args, step, T, B, device):
     """{name: choices} of a step, on or off for the whole batch of all processes, as released."""
     on = np.random.default_rng((args.seed, step)).random(len(AUGMENTATIONS)) < args.aug_prob
-    rng = np.random.default_rng((args.seed, step, common.rank()))         # partners: a process's
+    rng = np.random.default_rng((args.seed, step, common.rank()))         # partners: in a process
     return {name: draw_choices(rng, name, T, B, device) for name, draw in zip(AUGMENTATIONS, on)
             if draw and name in args.augment}
 
@@ -492,8 +494,7 @@ class Mixing(nn.Module):
         self.conv_at, self.conv_at2 = nn.Conv1d(channels, out, 1), nn.Conv1d(channels, out, 1)
 
     def forward(self, biases, scales, size):
-        same = all(x.shape[3:] == biases[0].shape[3:] for x in biases)
-        resize_last = same and size % biases[0].shape[-1] == 0
+        resize_last = size % biases[0].shape[-1] == 0
 
         def mix(maps, conv):
             x = torch.cat(maps if resize_last else [resize_maps(m, size) for m in maps], 1)
@@ -596,8 +597,9 @@ def resize_logits(logits, length, align_corners):
 
 
 def detection_loss(logits, label, mask):
-    """Loss (10) and its two terms.      (B, K, N) twice, mask: (B, N), 0 for padding. NOTE: SSDet's
-    repository has no mask: padded frames count as negative there.
+    """Loss (10) and its two terms.      logits, label: (B, K, N); mask: (B, N), 0 for padding
+
+    NOTE: SSDet's repository has no mask: padded frames count as negative there.
     """
     bce, valid = F.binary_cross_entropy_with_logits, mask[:, None]
     cls = bce(logits.masked_fill(valid == 0, -math.inf).amax(2), label.amax(2))
@@ -829,9 +831,8 @@ def evaluate(args, device):
 
 
 def read_submission(path, videos, classes):
-    """[(25, K)] scores of a file in the official form.
-
-    Missing rows are -inf; the last row of a frame wins; frame numbers start at 0 or 1.
+    """[(25, K)] scores of a file in the official form. Missing rows are -inf, the last row of a
+    frame wins, frame numbers start at 0 or 1.
     """
     def row(line):
         name, frame, *values = line.split()
@@ -869,9 +870,8 @@ def draw_timeline(args, videos, logits, found, names, most=6):
 # ---- 6. features of the fine stream (official file: extract_fineFEAT.py) -------------------------
 
 def extract(args, device):
-    """Store five maps of every video, pooled to 7x7: DIR/LEVEL/NAME, (1, C, T, 7, 7) in float16.
-
-    Existing files are skipped. NOTE: the release extracts only the test split, in float32.
+    """Store five maps of every video as DIR/LEVEL/NAME, (1, C, T, 7, 7) in float16. Existing files
+    are skipped. NOTE: the release extracts only the test split, in float32.
     """
     path, names = Path(args.init[0]), read_class_names(args)
     args = with_flags_of(args, path)
@@ -897,7 +897,7 @@ def extract(args, device):
             maps = [fine_features(model, normalize_clips(args, clip[:, :, a:b]))
                     for a, b in chunks(clip.shape[2])]
         for level in LEVELS:
-            x = torch.cat([m[level] for m in maps], 2).to("cpu", torch.float16)
+            x = torch.cat([m[level] for m in maps], 2).half().cpu()
             if not x.isfinite().all():
                 raise UserError(f"{todo[i].path}: its features are not finite; nothing was written")
             common.write(args.features / level / todo[i].name, functools.partial(torch.save, x))

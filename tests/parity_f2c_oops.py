@@ -447,7 +447,7 @@ def runs(labels):
 
 
 def note(video):
-    return f2c_oops.Annotation(tuple(sorted(video["t"])), video["len"], tuple(video["rel_t"]))
+    return f2c_oops.Annotation(sorted(video["t"]), video["len"], sorted(video["rel_t"]))
 
 
 def labels_of(video, step, part, level):
@@ -523,7 +523,7 @@ def located(case):
     assert np.bincount(video).tolist() == c["clips_per_video"]
     times = [f2c_oops.predicted_time(prob[video == i], spans[video == i])
              for i in range(len(c["t"]))]
-    counted = [f2c_oops.has_labels(f2c_oops.Annotation(sorted(t), math.inf, r), "train", "video")
+    counted = [f2c_oops.has_labels(f2c_oops.Annotation(sorted(t), math.inf, sorted(r)), "train", "video")
                for t, r in zip(c["t"], c["rel_t"])]           # the lengths are not told
     return times, [f2c_oops.time_error(x, t) for x, t, n in zip(times, c["t"], counted) if n]
 

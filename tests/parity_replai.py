@@ -275,7 +275,7 @@ def warmup_cosine(case):
 
 
 def linear_classifier(case):
-    """The features come in place of f_V's map; with `normalize` the original makes signs of them."""
+    """The features stand in for f_V's map; with `normalize` the original makes signs of them."""
     (features,) = case.inputs().values()
     features = torch.from_numpy(features).flatten(1)                    # (N, D)
     classes = case.config["num_classes"]

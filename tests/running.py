@@ -236,6 +236,8 @@ def fake_cuda(k, rank):
     nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
     torch.Tensor.cpu, torch.Tensor.backward = leave, lambda *_: None
     torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
+    item, torch.Tensor.item = torch.Tensor.item, lambda x: 0.0            # before the first step
+    common.seed_step = lambda *_: setattr(torch.Tensor, "item", item)
     for script in SCRIPTS:
         script.DDP = lambda model, **_: model
 

@@ -52,14 +52,6 @@ def test_transformed_clips_are_what_their_names_say(T):
         assert 0 < steps.min() and steps.max() <= max(T - 20, 8) and (T < 40 or len({*steps}) > 1)
 
 
-def test_the_released_clips_betray_two_classes_by_their_length():
-    lengths = {n: len(x) for n, x in f.transform_clips(rng(0), 30, CLIP, as_released=True)}
-    assert lengths == {"normal": 20, "shuffle": 19, "flip": 20, "point": 20, "warp": 19}
-    for T, seed in itertools.product((25, 39, 60, 90, 170, 400), range(20)):
-        made = f.transform_clips(rng(seed), T, CLIP, as_released=True)
-        assert all(0 <= x.min() <= x.max() < T for _, x in made)
-
-
 def test_crops_start_in_the_first_half_of_the_possible_starts():
     assert {f.crop_frames(rng(s), 31, 20)[0] for s in range(300)} == {*range(6)}
 
@@ -91,13 +83,6 @@ def test_versions_of_a_video_are_what_their_names_say(T):
             flat, cut = versions["point"].ravel(), len(whole) // 2 * 16
             assert [*flat[:cut]] == [*range(cut)] and {*np.diff(flat[cut:])} == {3}
     assert f.transform_video(rng(0), 15, VIDEO) == []
-
-
-def test_labels_of_the_released_versions_collide():
-    made = [[n for n, _ in f.transform_video(rng(s), 200, VIDEO, as_released=True)]
-            for s in range(200)]
-    assert {n for names in made for n in names} == {*VIDEO} - {"point"}
-    assert 0.15 < np.mean(["speed" in names for names in made]) < 0.45    # 2/7
 
 
 # ---- clips and their labels ----------------------------------------------------------------------
@@ -177,8 +162,8 @@ def test_balancing_copies_the_rarer_labels_of_each_video():
 def test_which_videos_have_labels():
     ok = f.Annotation((2.0, 2.1, 2.3), 5.0, (0.4, 0.42, 0.46))
     pairs = [*itertools.product(("train", "val"), ("clip", "video"))]
-    for change, expected in (({}, "++++"), ({"t": (-1, -1, 2)}, "----"), ({"t": (-1, 2, 3)}, "++++"),
-                             ({"rel_t": (0.001, 0.009, 0.5)}, "----"),
+    for change, expected in (({}, "++++"), ({"t": (-1, -1, 2)}, "----"),
+                             ({"t": (-1, 2, 3)}, "++++"), ({"rel_t": (0.001, 0.009, 0.5)}, "----"),
                              ({"rel_t": (0.4, 0.991, 0.995)}, "----"), ({"length": 2.9}, "----"),
                              ({"length": 3.1}, "-+--"), ({"length": 30.1}, "-+--")):
         assert "".join("-+"[f.has_labels(ok._replace(**change), *x)] for x in pairs) == expected
@@ -212,22 +197,6 @@ def test_the_work_of_the_encoder_grows_with_the_frames_not_with_their_square():
             e(torch.zeros(1, n, 8))
         work.append(counter.get_total_flops() / n)
     assert work[1] < 1.1 * work[0]
-
-
-def test_as_released_the_last_frame_and_the_last_clip_are_never_seen():
-    torch.manual_seed(0)
-    for as_released in (False, True):
-        one = f.F2C(8, 3, 4, as_released=as_released, **SIZE).eval()
-        x = torch.randn(2, 10, 8)
-        other = torch.cat([x[:, :-1], -x[:, -1:]], 1)
-        assert torch.equal(one(x), one(other)) == as_released
-        two = f.F2C2V(8, 3, 4, per_clip=True, as_released=as_released, **SIZE).eval()
-        x, clip_index = torch.randn(5, 16, 8), torch.tensor([[0, 1, 2], [3, 4, f.PAD]])
-        other = x.clone()
-        other[[2, 4]] *= -1
-        a, b = two(x, clip_index), two(other, clip_index)
-        assert a.shape == (2, 3, 3)
-        assert torch.equal(a[0], b[0]) == torch.equal(a[1, :2], b[1, :2]) == as_released
 
 
 def test_what_is_trained_gets_a_gradient_and_a_frozen_encoder_has_no_dropout():
@@ -307,19 +276,6 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
     for found, kind in itertools.product(two, one):
         for a, b in zip(one[kind], found[kind], strict=True):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-5), kind
-
-
-def test_regression_is_smooth_l1_of_the_relative_time(monkeypatch):
-    monkeypatch.setattr(common, "sum_processes", lambda x: x)
-    out, label = torch.tensor([[0.3], [-2.0]]), torch.tensor([[2.0, 5.0], [6.0, 8.0]])
-    expected, correct = 0.0, []
-    for (x,), (t, length) in zip(out.tolist(), label.tolist()):
-        d = abs(1 / (1 + math.exp(-x)) - t / length)
-        expected += d ** 2 / 0.02 if d < 0.01 else d - 0.005
-        correct.append(d * length <= 1.5)
-    terms = f.regression_terms(out, label)
-    assert terms["loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert terms["top1"].item() == 100 * np.mean(correct)
 
 
 # ---- metrics -------------------------------------------------------------------------------------
@@ -413,13 +369,12 @@ def test_features_are_of_every_frame_in_order(size, side, tmp_path):
     assert f.crop_square(wide, 48)[0, :, 0].tolist() == [*range(24, 72)]
 
 
-@pytest.mark.parametrize("fps, n", [(25, 70), (30, 61), (16, 40), (32, 75), (30, 31)])
+@pytest.mark.parametrize("fps, n", [(25, 70), (30, 61), (16, 40), (32, 75), (30, 20)])
 def test_features_of_clips_are_of_the_frames_of_labelled_clips(fps, n, tmp_path, monkeypatch):
     (tmp_path / "oops_video/val").mkdir(parents=True)
-    images = [np.full((48, 64, 3), 20 + 2 * k, np.uint8) for k in range(n)]       # grey level: number
+    images = [np.full((48, 64, 3), 20 + 2 * k, np.uint8) for k in range(n)]       # grey: number
     world.write_video(tmp_path / "oops_video/val/a.mp4", images, fps)
     net = torch.nn.Flatten()                                  # φ: the pixels
-    net.out_dim = 3 * 16 * 112 ** 2
     monkeypatch.setattr(f, "load_feature_network", lambda args: (net, f.KINETICS))
     args = f.parse_args(["--stage", "features", "--backbone", "r3d_18", "--workers", "0", "--data",
                          str(tmp_path), "--out", str(tmp_path / "out")])
@@ -427,20 +382,20 @@ def test_features_of_clips_are_of_the_frames_of_labelled_clips(fps, n, tmp_path,
     f.extract(args, torch.device("cpu"))
     with np.load(args.features / "val" / "a.npz") as z:
         rows, spans = f.cut_clips(n, fps, np.arange(n) / fps, 0.25)
-        assert np.allclose(z["times"], spans) and z["arr_0"].shape == (len(rows), net.out_dim)
-        x = z["arr_0"].reshape(len(rows), 3, 16, -1).mean(3).transpose(0, 2, 1)   # (N, 16, 3)
+        assert np.allclose(z["times"], spans) and z["arr_0"].shape == (len(rows), 3 * 16 * 112 ** 2)
+        x = z["arr_0"].reshape(len(rows), 3, 16, 112 ** 2).mean(3).transpose(0, 2, 1)
     mean, std = map(np.array, f.KINETICS)
     assert np.allclose((x * std + mean).mean(2) * 255, 20 + 2 * rows, atol=1.5)
 
 
-@pytest.mark.parametrize("name, dim", [("resnet18", 512), ("r2plus1d_18", 512)])
-def test_published_backbones_fill_from_a_file(name, dim, tmp_path):
+@pytest.mark.parametrize("name", ["resnet18", "r2plus1d_18"])
+def test_published_backbones_fill_from_a_file(name, tmp_path):
     torch.manual_seed(1)
     net = f.make_feature_network(name)
     torch.save({k: v + 1 for k, v in net.state_dict().items()}, tmp_path / "w.pth")
     args = SimpleNamespace(backbone=name, weights=str(tmp_path / "w.pth"), tiny=False, seed=0)
     filled, norm = f.load_feature_network(args)
-    assert filled.out_dim == dim and norm == (f.KINETICS if "2plus" in name else common.IMAGENET)
+    assert norm == (f.KINETICS if "2plus" in name else common.IMAGENET)
     assert all(torch.equal(filled.state_dict()[k], v + 1) for k, v in net.state_dict().items())
 
 
@@ -528,14 +483,16 @@ def test_evaluation_scores_each_clip_as_the_definition_says(name, chain, feats, 
     assert ("within_1s" in metrics(one)) == (one / "localization.csv").exists() == (name != "ahead")
     if name in ("clip", "crf", "ce"):
         args = f.parse_args([*map(str, feats)])
-        video = f.label_videos(args, f.read_videos(args, "val", 1, f.read_annotations(args.data)), 0.25)[3]
+        videos = f.read_videos(args, "val", 1, f.read_annotations(args.data))
+        video = f.label_videos(args, videos, 0.25)[3]
         with open(one / "predictions.csv", newline="") as file:
             rows = [r for r in csv.DictReader(file) if r["filename"] == video.path.name]
         got = [[float(r[label]) for label in f.LABELS] for r in rows]
         assert np.allclose(got, slow_scores(chain, name, video), atol=1e-4)
         assert [int(r["label"]) for r in rows] == [*video.labels]
         assert metrics(one)["clips_1s"] == 13 * 8 and metrics(one)["clips_0.25s"] == 13 * len(rows)
-        assert (np.array(got).argmax(1) == [int(r["predicted"]) for r in rows]).all() or name == "crf"
+        if name != "crf":                                     # Viterbi's labels
+            assert [*np.argmax(got, 1)] == [int(r["predicted"]) for r in rows]
     if name == "ahead":
         assert metrics(one)["clips_oops_0.25s"] == metrics(one)["clips_paper_0.25s"] - 2 * 13
 
@@ -550,13 +507,13 @@ def released(model, path):
             prefix, rest = "global_model." if two else "", f"mlp_head.{rest}"
         elif rest != "cls_token":
             rest = f"temporal_encoder.{rest}"
-            for ours, theirs in (("layers.", "encoder.layer."), (".out.", ".attention.output.dense."),
-                                 (".norm1.", ".attention.output.LayerNorm."),
-                                 (".fc1.", ".intermediate.dense."), (".fc2.", ".output.dense."),
-                                 (".norm2.", ".output.LayerNorm."),
-                                 ("encoder.norm.", "encoder.embeddings.LayerNorm."),
-                                 ("encoder.position.", "encoder.embeddings.position_embeddings."),
-                                 ("encoder.token_type.", "encoder.embeddings.token_type_embeddings.")):
+            for ours, theirs in (
+                    ("layers.", "encoder.layer."), (".out.", ".attention.output.dense."),
+                    (".norm1.", ".attention.output.LayerNorm."), (".fc1.", ".intermediate.dense."),
+                    (".fc2.", ".output.dense."), (".norm2.", ".output.LayerNorm."),
+                    ("encoder.norm.", "encoder.embeddings.LayerNorm."),
+                    ("encoder.position.", "encoder.embeddings.position_embeddings."),
+                    ("encoder.token_type.", "encoder.embeddings.token_type_embeddings.")):
                 rest = rest.replace(ours, theirs)
             rest = re.sub(r"(layer\.\d+\.)((query|key|value)\w*)", r"\1attention.self.\2", rest)
         state[f"module.{prefix}{rest}"] = x
@@ -564,7 +521,7 @@ def released(model, path):
     state |= {f"{unused}lin_projector.weight": torch.zeros(8, 4),
               f"{unused}temporal_encoder.embeddings.position_ids": torch.zeros(1, 9)}
     if two:
-        state["module.local_model.mlp_head.0.weight"] = torch.zeros(192)
+        state["module.local_model.mlp_head.0.weight"] = torch.zeros(128)
     torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, path)
     return path
 
@@ -573,7 +530,7 @@ def released(model, path):
 def test_both_released_layouts_load_strictly(two, feats, tmp_path):
     torch.manual_seed(0)
     size = {**f.TINY_SIZES, "layers": 2, "as_released": True}
-    model = f.F2C2V(192, 3, per_clip=True, **size) if two else f.F2C(192, 3, **size)
+    model = f.F2C2V(128, 3, per_clip=True, **size) if two else f.F2C(128, 3, **size)
     path = released(model, tmp_path / "epoch7.pth.tar")
     flags = ["--tiny", "--workers", 0, *feats, "--as_released", "--stage"]
     level = ["--level", "video", "--loss", "ce"] if two else []
@@ -584,40 +541,43 @@ def test_both_released_layouts_load_strictly(two, feats, tmp_path):
     encoders = [k for k in model.state_dict() if "encoder" in k]
     assert f"{len(encoders)} tensors loaded" in r.out
     state = torch.load(path, weights_only=True)
-    del state["state_dict"][next(k for k in state["state_dict"] if k.endswith("1.output.dense.bias"))]
+    names = state["state_dict"]
+    del names[next(k for k in names if k.endswith("layer.1.output.dense.bias"))]
     torch.save(state, path)
     for stage in ("evaluate", "classify"):
         r = run(tmp_path / stage, *flags, stage, "--init", path, *level, code=1)
         assert "1 tensors are missing, such as frame_encoder.layers.1.fc2.bias" in r.err
 
 
-def test_defaults_are_the_published_recipe():
-    keys = "epochs", "batch_size", "level", "loss", "spacing", "init", "out"
-    f2c = "f2c_oops_oops_"
-    for flags, expected in {
-            "": (100, 128, "clip", "ce", 0.25, "none", f"{f2c}f2c"),
-            "--stage f2c2v": (100, 16, "video", "ce", 1, f"{f2c}f2c", f"{f2c}f2c2v"),
-            "--stage classify": (50, 256, "clip", "ce", 0.25, f"{f2c}f2c", f"{f2c}classify"),
-            "--stage classify --level video":
-                (50, 8, "video", "crf", 1, f"{f2c}f2c2v", f"{f2c}classify_video"),
-            "--stage classify --loss regression":
-                (50, 8, "video", "regression", 1, f"{f2c}f2c2v", f"{f2c}classify_video_regression"),
-            "--stage classify --anticipate 1.5":
-                (50, 256, "clip", "ce", 0.25, f"{f2c}f2c", f"{f2c}classify_anticipate1.5"),
-            "--stage classify --backbone r2plus1d_18":
-                (50, 256, "clip", "ce", 0.25, "none", f"{f2c}classify_r2plus1d_18"),
-            "--stage evaluate --level video":
-                (None, None, "video", "crf", 1, f"{f2c}classify_video", f"{f2c}evaluate"),
-            "--stage features": (None, None, "clip", "ce", 0.25, "none", f"{f2c}features")}.items():
-        args = f.parse_args(flags.split())
-        init = str(args.init).removeprefix("runs/").removesuffix("/best.pt")
-        assert tuple(getattr(args, k) for k in keys[:5]) == expected[:5], flags
-        assert (init, args.out.name.replace("__main__", "f2c_oops")) == expected[5:], flags
-        assert (args.layers, args.window, args.lr, args.transforms) == (3, 32, 1e-4, ",".join(
-            VIDEO if args.stage == "f2c2v" else CLIP))
-        assert args.weights == ("timm" if args.backbone == "vit_b16" else "torchvision")
-    assert len(f.parse_args([]).__dict__) <= 34
-    assert [f.learning_rate(1e-4, e, 50) for e in (0, 25, 50)] == pytest.approx([1e-4, 5.05e-5, 1e-6])
+@pytest.mark.parametrize("flags, epochs, batch, level, loss, spacing, init, out", [
+    ("f2c", 100, 128, "clip", "ce", 0.25, None, "f2c"),
+    ("f2c2v", 100, 16, "video", "ce", 1, "f2c", "f2c2v"),
+    ("classify", 50, 256, "clip", "ce", 0.25, "f2c", "classify"),
+    ("classify --level video", 50, 8, "video", "crf", 1, "f2c2v", "classify_video"),
+    ("classify --loss regression", 50, 8, "video", "regression", 1, "f2c2v",
+     "classify_video_regression"),
+    ("classify --anticipate 1.5", 50, 256, "clip", "ce", 0.25, "f2c", "classify_anticipate1.5"),
+    ("classify --backbone r3d_18", 50, 256, "clip", "ce", 0.25, None, "classify_r3d_18"),
+    ("localize", None, None, "clip", "ce", 0.25, "classify", "localize"),
+    ("evaluate --level video", None, None, "video", "crf", 1, "classify_video", "evaluate"),
+    ("features", None, None, "clip", "ce", 0.25, None, "features")])
+def test_defaults_are_the_published_recipe(flags, epochs, batch, level, loss, spacing, init, out,
+                                           monkeypatch):
+    monkeypatch.setattr("sys.argv", ["f2c_oops.py"])
+    args = f.parse_args(["--stage", *flags.split()])
+    assert (args.epochs, args.batch_size, args.lr) == (epochs, batch, 1e-4)
+    assert (args.level, args.loss, args.spacing) == (level, loss, spacing)
+    assert args.init == (f"runs/f2c_oops_oops_{init}/best.pt" if init else "none")
+    assert str(args.out) == f"runs/f2c_oops_oops_{out}"
+    assert args.transforms == ",".join(VIDEO if "f2c2v" in flags else CLIP)
+    assert (args.layers, args.window, args.weights) == (
+        3, 32, "timm" if args.backbone == "vit_b16" else "torchvision")
+    assert len(vars(args)) <= 34
+
+
+def test_the_learning_rate_is_half_a_cosine():
+    rates = [f.learning_rate(1e-4, epoch, 50) for epoch in (0, 25, 50)]
+    assert rates == pytest.approx([1e-4, 5.05e-5, 1e-6])
 
 
 @pytest.mark.parametrize("flags", [
@@ -645,7 +605,7 @@ def test_training_replaces_broken_features_and_evaluation_names_them(chain, feat
     flags = [*SHORT, "--data", data / "oops", "--features", folder]
     for split in ("train", "val"):
         nan, text, gone = sorted((folder / split).glob("*.npz"))[:3]
-        np.savez(nan, **{**np.load(nan), "arr_0": np.full((126, 192), np.nan, np.float32)})
+        np.savez(nan, **{**np.load(nan), "arr_0": np.full((126, 128), np.nan, np.float32)})
         text.write_bytes(b"PK") if split == "train" else None
         gone.rename(folder / gone.name)
     evaluate = [*flags, "--stage", "evaluate", "--init", chain / "clip" / "best.pt"]
@@ -654,15 +614,17 @@ def test_training_replaces_broken_features_and_evaluation_names_them(chain, feat
     nan.unlink()
     r = run(tmp_path / "out", *flags)
     assert metrics(tmp_path / "out")["broken_training_samples"] >= 1
-    assert f"warning: {folder}/train/" in r.out and "train: 11 of 13 videos, 1 are without features" in r.out
+    assert f"warning: {folder}/train/" in r.out
+    assert "train: 11 of 13 videos, 1 are without features" in r.out
     r = run(tmp_path / "some", *evaluate)                     # of what is there
-    assert metrics(tmp_path / "some")["videos"] == 11 and "val: 11 of 13 videos, 2 are without" in r.out
+    assert metrics(tmp_path / "some")["videos"] == 11 and "11 of 13 videos, 2 are with" in r.out
 
 
 @pytest.mark.parametrize("flags, words, code", [
     ("--features OUT", "--stage features", 1), ("--stage f2c2v --init OUT/x.pt", "x.pt", 1),
-    ("--stage evaluate --init F2C", "tensors", 1), ("--stage f2c2v --init F2C --freeze", "--freeze", 2),
-    ("--stage classify --level clip --loss crf", "--level video", 2), ("--level video", "--level", 2),
+    ("--stage evaluate --init F2C", "tensors", 1),
+    ("--stage f2c2v --init none --freeze", "--freeze", 2), ("--level video", "--level", 2),
+    ("--stage classify --level clip --loss crf", "--level video", 2),
     ("--transforms normal,x3", "--transforms", 2), ("--transforms x2,x2", "--transforms", 2),
     ("--stage classify --spacing 0.3", "--spacing", 2),
     ("--stage classify --loss regression --anticipate 1", "--loss regression", 2),

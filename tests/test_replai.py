@@ -105,11 +105,6 @@ def test_astc_loss_is_the_sum_in_the_paper(b, d, kappa):
         slow_astc(g_fwd, g_bwd, q, kappa), rel=2e-5)
 
 
-def test_astc_prefers_the_true_order():
-    q = random(4, 8)
-    assert replai.astc_loss(q, -q, q, 0.2) < 0.01 < 4 < replai.astc_loss(-q, q, q, 0.2)
-
-
 B, D_IN, D = 3, 6, 5
 
 
@@ -161,45 +156,25 @@ def test_two_processes_compare_with_both_and_take_what_they_gather_as_constant(t
 
 def test_the_networks_have_their_official_sizes_and_shapes():
     with torch.device("meta"):
-        model, recognition, change = replai.RepLAI(), replai.Recognition(), replai.StateChange()
-        lta = replai.Anticipation().eval()
-        clip, few = torch.empty(2, 3, 32, 224, 224), torch.empty(2, 3, 16, 225, 225)
-        assert [x.shape for x in recognition(clip)] == [(2, 115), (2, 478)]
-        assert [x.shape for x in change(few)] == [(2, 16), (2, 2)]        # 16 frames stay 16
-        assert [x.shape for x in lta(torch.empty(1, 4, 3, 32, 224, 224))] == [(1, 20, 115),
-                                                                              (1, 20, 478)]
+        model, recognition, lta = replai.RepLAI(), replai.Recognition(), replai.Anticipation()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (
         model.backbone["video"], model.backbone["audio"], model, recognition)]
     assert sizes == [15_379_136, 4_725_696, 21_549_824, 15_683_345]
     assert round(sum(p.numel() for p in lta.parameters()) / 1e4) == 19185
     assert len(model.state_dict()) == 275
-    heads = {k: tuple(x.shape) for m in (replai.LinearProbe(), recognition, change)
-             for k, x in m.state_dict().items() if not k.startswith(("backbone", "conv"))}
-    assert heads == {
-        "fc.verb_class.weight": (97, 512), "fc.verb_class.bias": (97,),
-        "fc.noun_class.weight": (300, 512), "fc.noun_class.bias": (300,),
-        "head.projections.0.weight": (115, 512), "head.projections.0.bias": (115,),
-        "head.projections.1.weight": (478, 512), "head.projections.1.bias": (478,),
-        "Keyframe_localisation_head.projection.weight": (1, 2048),
-        "Keyframe_localisation_head.projection.bias": (1,),
-        "State_detection_head.projection.weight": (2, 2048),
-        "State_detection_head.projection.bias": (2,)}
+    small = replai.Anticipation(2, 10, (115, 478), features=8, layers=1)
+    assert [x.shape for x in small(random(1, 4, 3, 8, 32, 32))] == [(1, 20, 115), (1, 20, 478)]
+    change = replai.StateChange(2, 10)(random(2, 3, 16, 225, 225))        # 16 frames stay 16
+    assert [x.shape for x in change] == [(2, 16), (2, 2)]
 
 
-def test_one_batch_can_be_learned_by_heart():
-    torch.manual_seed(0)
-    model = replai.RepLAI(8, 10)
-    clips, sound = random(8, 3, 8, 32, 32), random(4, 1, 125, 80, seed=1)
-    sgd, values = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9), []
-    for _ in range(25):
-        out = model(*clips.chunk(2), sound)
-        avc = replai.avc_loss(out["z"], out["y"], 0.07)
-        astc = replai.astc_loss(out["g_fwd"], out["g_bwd"], out["q"], 0.2)
-        values.append((avc.item(), astc.item()))
-        sgd.zero_grad()
-        ((avc + astc) / 2).backward()
-        sgd.step()
-    assert all(last < first / 2 for first, last in zip(values[0], values[-1])), values
+def test_scores_that_are_ranked_are_float32_under_autocast():
+    small = replai.Anticipation(2, 10, (7, 9), features=8, layers=1)
+    clip = random(1, 4, 3, 8, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [*replai.LinearProbe(2, 10)(clip[0]), *replai.Recognition(2, 10)(clip[0]),
+                   *replai.StateChange(2, 10, 32)(clip[0]), *small(clip)]
+    assert {x.dtype for x in outputs} == {torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -246,14 +221,6 @@ def test_every_layout_of_a_file_fills_every_network(make, name, weights, tmp_pat
         replai.load_init(args, model, replai.PRETRAIN_LAYOUTS, "backbone.")
         for k, x in model.state_dict().items():
             assert torch.equal(x, weights[k]) or name == "AVID" and k.startswith("mlp."), k
-
-
-def test_a_missing_tensor_of_a_backbone_is_an_error(weights, tmp_path):
-    lost = "backbone.audio.block4.conv2.weight"
-    torch.save({"model": {k: v for k, v in weights.items() if k != lost}}, tmp_path / "c.pt")
-    with pytest.raises(UserError, match=f"1 tensors are missing, such as {lost}"):
-        replai.load_init(arguments("--init", tmp_path / "c.pt"), replai.RepLAI(8, 10),
-                         replai.PRETRAIN_LAYOUTS, "backbone.")
 
 
 def test_convert_writes_f_v_even_into_the_folder_of_its_run(weights, tmp_path):
@@ -331,7 +298,7 @@ def sounding(path, name, **how):
 @pytest.mark.parametrize("name", SOUNDS)
 def test_any_window_of_sound_equals_its_part_of_a_sequential_decode(name, tmp_path):
     path = sounding(tmp_path / "a", name)
-    with av.open(str(path)) as c:                             # the reference: one frame after another
+    with av.open(str(path)) as c:                             # the reference: one by one
         a, floats, pieces = c.streams.audio[0], av.AudioResampler("fltp"), []
         rate, delay = a.rate, float((a.start_time or 0) * a.time_base)
         for frame in c.decode(a):
@@ -386,18 +353,6 @@ def test_moments_are_found_where_clicks_are(rate):
     times = [0.8, 2.345, 2.6, 5.0, 7.77, 9.2]
     bins, curve, peaks = replai.find_moments(clicks(times, rate=rate), rate, 1.0)
     assert np.abs(bins[peaks] - times).max() < 0.01 and len(curve) == len(bins)
-
-
-def test_silence_noise_and_snippets_have_no_moments():
-    for x in (clicks([]), np.zeros((1, 44100), np.float32), np.zeros((2, 255), np.float32)):
-        assert len(replai.find_moments(x, 44100, 1.0)[2]) == 0
-    assert len(replai.find_moments(clicks([3.0, 3.03]), 44100, 1.0)[2]) == 1      # within 50 ms
-
-
-def test_moments_near_the_border_are_not_admissible():
-    times = np.array([0.0, 0.59, 0.6, 5.0, 9.4, 9.41, 10.0])
-    assert replai.admissible(times, 10.0, 0.1).tolist() == [0, 0, 1, 1, 1, 0, 0]
-    assert replai.admissible(times, 10.0, 0.5).tolist() == [0, 0, 0, 1, 0, 0, 0]
 
 
 @pytest.fixture
@@ -512,30 +467,6 @@ def test_epic_trains_on_the_videos_of_its_list_whole_or_in_pieces(painted, capsy
     assert "1 of 2 training videos found" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("as_released, ratio", [(False, 1), (True, 4)])
-def test_the_aspect_ratio_is_kept_or_exchanged_as_released(as_released, ratio):
-    """A ramp of one grey level per pixel, to the right and downwards, in frames of 240 x 120."""
-    slopes = []
-    for axis in (1, 0):
-        ramp = np.broadcast_to(np.expand_dims(np.arange((120, 240)[axis]), 1 - axis), (120, 240))
-        frames = np.stack([ramp.astype(np.uint8)] * 3, -1)[None]
-        clip = replai.augment(frames, np.random.default_rng(3), 56, 75, as_released)[0, 0].float()
-        clip = clip if axis else clip.T
-        slopes.append(abs((clip[:, -1] - clip[:, 0]).mean().item()))
-    assert slopes[0] / slopes[1] == pytest.approx(ratio, rel=0.1)
-
-
-def test_a_clip_has_one_crop_and_one_flip_for_all_its_frames():
-    ramp = np.arange(320, dtype=np.float32)[None, :, None] / 320 * 255
-    frames, mirrored = np.broadcast_to(ramp, (4, 180, 320, 3)).astype(np.uint8), 0
-    for seed in range(60):
-        clip = replai.augment(frames, np.random.default_rng(seed), 112, 150.5)
-        assert clip.shape == (3, 4, 112, 112) and clip.dtype == torch.uint8
-        assert (clip == clip[:, :1]).all()
-        mirrored += bool(clip[0, 0, 50, 0] > clip[0, 0, 50, -1])
-    assert 15 < mirrored < 45
-
-
 # ---- EPIC-KITCHENS-100 ---------------------------------------------------------------------------
 
 COLUMNS = ("narration_id,participant_id,video_id,narration_timestamp,start_timestamp,"
@@ -547,9 +478,9 @@ def stamp(t):
     return f"{int(t // 3600):02}:{int(t // 60 % 60):02}:{t % 60:05.2f}"
 
 
-def epic_row(video, k, start, stop, verb=0, noun=0, words='put, "gently"'):
-    return [f"{video}_{k}", video[:3], video, "00:00:01.000", stamp(start), stamp(stop), 1, 2, words,
-            "put", verb, "cup", noun, ["cup", "big 'red' cup"], [noun, 13]]
+def epic_row(video, k, start, stop, verb=0, noun=0):
+    return [f"{video}_{k}", video[:3], video, "00:00:01.000", stamp(start), stamp(stop), 1, 2,
+            'put, "gently"', "put", verb, "cup", noun, ["cup", "big 'red' cup"], [noun, 13]]
 
 
 def write_epic(root, **splits):
@@ -685,29 +616,6 @@ def test_epic_metrics_equal_slow_ones_on_hand_made_subsets():
     assert math.isnan(empty["unseen verb@1"])
 
 
-def test_the_official_validation_split_is_divided_as_published(tmp_path):
-    rng = np.random.default_rng(0)
-    kinds = rng.permutation([(1, 1)] * 555 + [(1, 0)] * 1205 + [(0, 1)] * 1345 + [(0, 0)] * 6563)
-    people = rng.permutation(["P18"] * 739 + ["P32"] * 326 + ["P01"] * 5000 + ["P22"] * 3603)
-    rows = [epic_row(f"{p}_101", k, 2 * k, 2 * k + 1.5, 96 if v else 10, 299 if n else 71)
-            for k, ((v, n), p) in enumerate(zip(kinds.tolist(), people.tolist()))]
-    write_epic(tmp_path, validation=rows)
-    args, task = epic_args(tmp_path), replai.LinearProbe(2, 10)
-    actions = task.read(args, tmp_path / "annotations" / "EPIC_100_validation.csv", False)
-    assert len(actions) == 9668 and actions[1].spans == [(2.0, 3.5)]
-    hit = np.zeros(9668, bool)                                # one right verb in each subset
-    for tail in (True, False):
-        hit[next(k for k, a in enumerate(actions) if a.id[:3] == "P18" and (
-            a.verb > 10) == tail and a.noun < 72)] = True
-    verb = np.zeros((9668, 97), np.float32)
-    verb[range(9668), [a.verb if h else 5 for a, h in zip(actions, hit)]] = 1
-    m = task.metrics(args, actions, torch.from_numpy(verb), torch.zeros(9668, 300))
-    assert [round(100 / m[k]) for k in ("tail_verb_accuracy_at_1", "tail verb@1", "head verb@1")
-            ] == [1760, 3105, 6563]
-    assert m["unseen verb@1"] == pytest.approx(200 / 1065)
-    assert m["verb@1"] == pytest.approx(200 / 9668)
-
-
 # ---- Ego4D: recognition and anticipation ---------------------------------------------------------
 
 def lta_entry(clip, i, start, stop, verb=0, noun=0):
@@ -742,7 +650,8 @@ def test_actions_are_ordered_by_action_idx_and_labels_checked(bare, ego):
     write_ego4d(ego, "fho_lta_val", rows, bare)
     args = arguments("--stage", "recognition", "--data", ego)
     actions, left_out = replai.read_split(args, replai.Recognition(2, 10), "val")
-    assert [(a.id, a.verb, a.noun) for a in actions] == [("b_0", 0, 0), ("b_2", 6, 8), ("a_1", 1, 2)]
+    assert [(a.id, a.verb, a.noun) for a in actions] == [("b_0", 0, 0), ("b_2", 6, 8),
+                                                         ("a_1", 1, 2)]
     assert left_out == ["gone_0", "a_5"]
     write_ego4d(ego, "fho_lta_val", [*rows, lta_entry("a", 3, 1, 2, verb=7)])
     with pytest.raises(UserError, match="fho_lta_val.json:5: verb 7 or noun 0 is not in the tax"):
@@ -773,7 +682,7 @@ def cross_entropy(logits, label):
 
 
 def test_losses_of_actions_are_means_or_sums_over_the_steps():
-    verb, noun, y, z = random(3, 20, 7), random(3, 20, 9), torch.arange(60) % 7, torch.arange(60) % 9
+    verb, noun, y, z = random(3, 20, 7), random(3, 20, 9), *(torch.arange(60) % n for n in (7, 9))
     pairs = [(verb.flatten(0, 1).tolist(), y.tolist()), (noun.flatten(0, 1).tolist(), z.tolist())]
     sums = [sum(map(cross_entropy, x, t)) for x, t in pairs]
     batch = {"verb": y.view(3, 20), "noun": z.view(3, 20)}
@@ -931,13 +840,16 @@ def test_state_metrics_and_submissions_follow_from_the_scores():
 
 # ---- recipes -------------------------------------------------------------------------------------
 
+EGO4D = "runs/replai_ego4d_pretrain/last.pt"
+
+
 @pytest.mark.parametrize("stage, dataset, want", [
     ("pretrain", "ego4d", (100, 512, 0.05, 1e-4, 8, 112, "avid")),
     ("pretrain", "epic", (100, 128, 0.005, 1e-4, 8, 112, "avid")),
     ("linear", "epic", (30, 128, 0.005, 0.0, 8, 112, "runs/replai_epic_pretrain/last.pt")),
-    ("recognition", "ego4d", (30, 32, 0.01, 1e-4, 32, 224, "runs/replai_ego4d_pretrain/last.pt")),
-    ("anticipation", "ego4d", (50, 32, 0.01, 1e-4, 32, 224, "runs/replai_ego4d_pretrain/last.pt")),
-    ("statechange", "ego4d", (100, 256, 1e-4, 1e-4, 16, 225, "runs/replai_ego4d_pretrain/last.pt"))])
+    ("recognition", "ego4d", (30, 32, 0.01, 1e-4, 32, 224, EGO4D)),
+    ("anticipation", "ego4d", (50, 32, 0.01, 1e-4, 32, 224, EGO4D)),
+    ("statechange", "ego4d", (100, 256, 1e-4, 1e-4, 16, 225, EGO4D))])
 def test_defaults_are_those_of_the_published_recipe(stage, dataset, want, capsys):
     args = replai.parse_args(["--stage", stage, "--dataset", dataset])
     assert tuple(getattr(args, k) for k in (*replai.RECIPE, "init")) == want
@@ -945,7 +857,8 @@ def test_defaults_are_those_of_the_published_recipe(stage, dataset, want, capsys
     assert shared == (0.5, 0.5, 0.07, 0.1, 1.0) and args.moi == "peaks"
     if stage != "pretrain":
         with pytest.raises(SystemExit):
-            replai.parse_args(["--stage", stage, "--dataset", {"epic": "ego4d"}.get(dataset, "epic")])
+            other = {"epic": "ego4d", "ego4d": "epic"}[dataset]
+            replai.parse_args(["--stage", stage, "--dataset", other])
         assert f"--stage {stage} needs --dataset {dataset}" in capsys.readouterr().err
 
 
