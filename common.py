@@ -57,6 +57,15 @@ class VideoError(UserError):
 
 # ---- backbones -----------------------------------------------------------------------------------
 
+class TemporalConv(nn.Conv3d):
+    """Conv3d with kernel (k, 1, 1) as a 2-D convolution over (T, H·W): faster on a CPU."""
+
+    def forward(self, x):                                     # (B, C, T, H, W)
+        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, (self.stride[0], 1),
+                     (self.padding[0], 0), groups=self.groups)
+        return y.unflatten(3, x.shape[3:])
+
+
 class R2Plus1DBlock(nn.Module):
     """Two factored convolutions, a shortcut without norm, one norm on the sum."""
 
@@ -65,11 +74,11 @@ class R2Plus1DBlock(nn.Module):
         t, *s = stride
         self.spt_conv1 = nn.Conv3d(cin, cout, (1, 3, 3), (1, *s), (0, 1, 1), bias=False)
         self.spt_bn1 = nn.BatchNorm3d(cout)
-        self.tmp_conv1 = nn.Conv3d(cout, cout, (3, 1, 1), (t, 1, 1), (1, 0, 0), bias=False)
+        self.tmp_conv1 = TemporalConv(cout, cout, (3, 1, 1), (t, 1, 1), (1, 0, 0), bias=False)
         self.tmp_bn1 = nn.BatchNorm3d(cout)
         self.spt_conv2 = nn.Conv3d(cout, cout, (1, 3, 3), 1, (0, 1, 1), bias=False)
         self.spt_bn2 = nn.BatchNorm3d(cout)
-        self.tmp_conv2 = nn.Conv3d(cout, cout, (3, 1, 1), 1, (1, 0, 0), bias=False)
+        self.tmp_conv2 = TemporalConv(cout, cout, (3, 1, 1), 1, (1, 0, 0), bias=False)
         if cin != cout or stride != (1, 1, 1):
             self.res_conv = nn.Conv3d(cin, cout, 1, stride, bias=False)
         self.out_bn = nn.BatchNorm3d(cout)
@@ -247,17 +256,6 @@ def merge_splits(net: nn.Module) -> None:
                                                     m.split_bn.running_var))
         m.bn.running_mean.copy_(mean.mean(0))
         m.bn.running_var.copy_(var.mean(0) + mean.var(0, unbiased=False))
-
-
-class TemporalConv(nn.Conv3d):
-    """Conv3d with kernel (k, 1, 1), computed as a 2-D convolution over (T, H·W): the same results,
-    on a CPU in a fifth of the time.
-    """
-
-    def forward(self, x):                                     # (B, C, T, H, W)
-        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, (self.stride[0], 1),
-                     (self.padding[0], 0), groups=self.groups)
-        return y.unflatten(3, x.shape[3:])
 
 
 class PointwiseConv(nn.Conv3d):
