@@ -109,7 +109,6 @@ def random_speed_point(rng, normal, fast):
 
 def warp(rng, T, size, as_released=False):
     """`size` frames in order, from one to the next a random step of 1 to 2^M.
-
     NOTE: the release crops 19·2^M frames. (a) The steps can leave this crop, and the release
     crashes; with `as_released` we clamp. (b) For M = 0 the crop has 19 frames and all of them are
     used: no warp, and the length gives the label away. We crop 20·2^M frames, for M <= 1 up to 40.
@@ -401,7 +400,6 @@ class CRF(nn.Module):
 
 def cross_entropy(logits, label, class_weights=None):
     """(Σ_i w_yi CE_i, Σ_i w_yi); divide them for the mean. Labels PAD are ignored.
-
     logits: (..., C), label: (...), class_weights: (C,)
     """
     logits, label = logits.float().flatten(0, -2), label.flatten()
@@ -418,9 +416,8 @@ def global_mean(total, count):
 
 
 def loss_of(args, model, out, label, class_weights=None):
-    """{"loss", "top1"} of a batch over all processes, by --loss.
-
-    out: (B, C) or (B, N, C) logits; label: (B,) or (B, N), padded with PAD.
+    """{"loss", "top1"} of a batch over all processes.
+    out: (B, C) or (B, N, C) logits; label: (B,) or (B, N), padded with PAD
     """
     if args.loss == "regression":
         return regression_terms(out, label)
@@ -691,7 +688,6 @@ def normalize(frames, mean, std):
 
 def resize_clip(frames, size=(128, 171), crop=112):
     """Input of a 3-D network: normalized, resized without antialiasing, cropped at the centre.
-
     uint8 (T, H, W, 3) -> (T, 3, crop, crop) float
     """
     x = F.interpolate(normalize(frames, *KINETICS), size, mode="bilinear", align_corners=False)
@@ -962,7 +958,6 @@ def read_video(path, features, annotation=None):
 
 def read_videos(args, split, shortest, annotations=None):
     """The Videos of a split with `shortest` features or more; with annotations those with labels.
-
     In training a video with a broken file of features is left out, in validation it is an error.
     """
     labelled = annotations is not None
@@ -1088,12 +1083,11 @@ def predict_clips(args, device, model, videos):
 
 def classification_metrics(labels, scores, names, prefix=""):
     """Loss, accuracy, and accuracy of each true class, in percent, of the clips of some videos.
-
     labels: [(N,)]; scores: [(N, C + 1)], probabilities and predicted class; names: of the C classes
     """
     labels, scores = (np.concatenate([np.asarray(x) for x in xs]) for xs in (labels, scores))
-    labels, likelihood = labels.astype(int), scores[np.arange(len(labels)), labels.astype(int)]
-    correct = labels == scores[:, -1]
+    labels = labels.astype(int)
+    correct, likelihood = labels == scores[:, -1], scores[np.arange(len(labels)), labels]
     metrics = {"loss": -np.log(np.maximum(likelihood, 1e-12)).mean(), "top1": 100 * correct.mean()}
     metrics |= {name: 100 * correct[labels == c].mean() for c, name in enumerate(names)
                 if (labels == c).any()}
