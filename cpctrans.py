@@ -25,8 +25,8 @@ Try it       python cpctrans.py --data data/toy/ucf101 --tiny      (CPU, minutes
 The authors pre-train on train list 3, which holds all test videos of split 1, and choose their
 checkpoints on test videos. Here all stages use the lists of one --split, and the validation set is
 part of the train list. A checkpoint carries the history of its training; metrics.json repeats it.
-The paper's text was not at hand, only its abstract: files named here are those of the official
-code. NOTE marks what differs from it, and what may surprise.
+Of the paper only the abstract was at hand: files named here are those of the official code. NOTE
+marks what differs from it, and what may surprise.
 """
 
 import argparse
@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import default_collate
 from torchvision.transforms.v2 import functional as TF
 
 import common
@@ -65,10 +66,7 @@ TINY = {"pretrain": {"epochs": 60}, "test": {},
 # Names are those of the released checkpoints, sizes and dropout (0.1) those of the release.
 
 class LayerNorm(nn.Module):
-    """a (x - mean) / (std + ε) + b over the last dimension.
-
-    NOTE: nn.LayerNorm differs: here std is unbiased (n - 1), and ε is added to std itself.
-    """
+    """a (x - mean) / (std + ε) + b. NOTE: nn.LayerNorm has the biased std, and ε in the root."""
 
     def __init__(self, d, eps=1e-6):
         super().__init__()
@@ -235,7 +233,8 @@ class CPC(Pretrained):
 
 def similarity(z_hat, z):
     """ẑ_i·z_j of all predictions and cells, no temperature.    (B, P, M, D) each -> (BPM, B'PM)"""
-    return z_hat.float().flatten(0, 2) @ z.float().flatten(0, 2).T
+    with common.no_autocast(z):
+        return z_hat.float().flatten(0, 2) @ z.float().flatten(0, 2).T
 
 
 def info_nce(z_hat, z):
@@ -245,24 +244,25 @@ def info_nce(z_hat, z):
     """
     logits = similarity(z_hat, common.gather_rows(z.float()))                 # (BPM, world·BPM)
     target = common.rank() * len(logits) + torch.arange(len(logits), device=logits.device)
-    return {k: x.mean() for k, x in cross_entropy(logits, target).items()}    # (5)
+    return {k: x.mean() for k, x in loss_and_topk(logits, target).items()}    # (5)
 
 
-def cross_entropy(logits, target):
-    """{"loss": -log softmax at the target, "top1", "top3", "top5": in %} of each row, (rows,).
+def loss_and_topk(logits, target):
+    """{"loss": -log softmax at the target, "top1", "top3", "top5"} of each row, (rows,)."""
+    return {"loss": F.cross_entropy(logits, target, reduction="none"), **topk(logits, target)}
 
-    "topk" is 100 if the target is among the k largest logits of its row, else 0.
-    """
+
+def topk(logits, target):
+    """{"top1", "top3", "top5"}: 100 for a row whose target is among its k largest, else 0."""
     hit = logits.topk(min(5, logits.shape[1])).indices == target[:, None]
-    return {"loss": F.cross_entropy(logits, target, reduction="none"),
-            **{f"top{k}": 100 * hit[:, :k].any(1).float() for k in (1, 3, 5)}}
+    return {f"top{k}": 100 * hit[:, :k].any(1).float() for k in (1, 3, 5)}
 
 
 def wrong_kinds(chosen, true, shape):
     """Where a prediction went wrong: {"wrong_video", "wrong_cell", "wrong_time": bool}.
 
-    chosen, true: numbers of cells in a tensor of shape (B, P, M). A wrong cell is of the right
-    video, whatever its frame; with a wrong time, only the frame is wrong.
+    chosen, true: flat indices into (B, P, M). wrong_cell: right video, other place, any frame.
+    wrong_time: right video and place, other frame.
     """
     video, time, cell = (a != b for a, b in zip(torch.unravel_index(chosen, shape),
                                                 torch.unravel_index(true, shape)))
@@ -270,10 +270,10 @@ def wrong_kinds(chosen, true, shape):
 
 
 def metrics_per_video(z_hat, z):
-    """Loss, accuracy and kinds of errors for each video of one process's batch, {name: (B,)}."""
+    """Loss, accuracy and kinds of errors for each video of a batch, {name: (B,)}."""
     logits = similarity(z_hat, z)
     true = torch.arange(len(logits), device=logits.device)
-    rows = cross_entropy(logits, true) | {
+    rows = loss_and_topk(logits, true) | {
         k: 100 * x.float() for k, x in wrong_kinds(logits.argmax(1), true, z.shape[:3]).items()}
     return {k: x.view(len(z), -1).mean(1) for k, x in rows.items()}
 
@@ -308,7 +308,9 @@ class Classifier(Pretrained):
         return self.agg.last_state(F.relu(self.encode(clip, relu=True))).mean((2, 3)).float()
 
     def forward(self, clip):
-        return self.final_fc(self.final_bn(self.features(clip)))              # (6)
+        x = self.features(clip)
+        with common.no_autocast(x):
+            return self.final_fc(self.final_bn(x))            # (6)
 
 
 # ---- 4. clips: which frames (official files: dataset_3d.py, dataset_3d_lc.py) --------------------
@@ -321,12 +323,12 @@ class Video(NamedTuple):
 
 
 def frames_needed(args):
-    """N·stride. A video is too short if it does not have more frames than this."""
+    """N·stride. A video must have more frames than this."""
     return args.num_frames * args.stride
 
 
 def consecutive_clips(args, length):
-    """Frame numbers of clips that follow one another, (clips, N); what is left over is dropped."""
+    """Frame numbers of clips that follow one another, (clips, N); an incomplete one is dropped."""
     numbers = np.arange(0, length, args.stride)
     clips = len(numbers) // args.num_frames
     return numbers[:clips * args.num_frames].reshape(clips, args.num_frames)
@@ -336,8 +338,8 @@ def read_frames(video, numbers, crop):
     """Frames with a short side of 15/14·crop (240 for 224).    -> (T, 3, h, w) uint8
 
     A number past the end of the video gives its last frame.
-    NOTE: as in extract_frame.py, scaling does not antialias. OpenCV rounds such that it loses 1/8
-    of a grey level on average, so that is subtracted.
+    NOTE: as in extract_frame.py, scaling does not antialias. OpenCV's result is 1/8 of a grey level
+    darker on average, whether it shrinks or enlarges, so 1/8 is subtracted.
     """
     frames = common.read_frames(video.path, np.minimum(numbers, video.length - 1))
     x, side = torch.from_numpy(frames).permute(0, 3, 1, 2), crop * 15 // 14
@@ -403,7 +405,7 @@ def random_sized_crop(x, rng, crop):
 
 
 def draw_jitter(rng, n):
-    """For each of n frames: the factors of the four operations (n, 4), and their order (n, 4)."""
+    """For each of n frames: three factors and a hue shift (n, 4), and their order (n, 4)."""
     factors = rng.uniform(-JITTER, JITTER, (n, 4)) + (1, 1, 1, 0)
     return factors.astype(np.float32), np.stack([rng.permutation(4) for _ in range(n)])
 
@@ -442,7 +444,7 @@ def jitter(x, factors, order):
     x: (n, 3, H, W) in [0, 1]; factors: (n, 4); order: (n, 4) on the CPU, so that nothing waits for
     a GPU. Like Pillow's ImageEnhance, but batched, without rounding, and on any device.
     """
-    for slot, operation in itertools.product(order.T, range(4)):
+    for slot, operation in itertools.product(order.T, range(4)):              # first slot to last
         rows = torch.from_numpy(np.flatnonzero(slot == operation)).to(x.device)
         f, y = factors[rows, operation, None, None, None], x[rows]
         if operation == HUE:
@@ -508,14 +510,14 @@ def read_ucf101(folder, split, fold):
 
 
 def read_hmdb51(folder, split, fold):
-    """The same of all <class>_test_splitK.txt; marks are 1: train, 2: test, 0: unused.
+    """([(class, video), ...], [class, ...]) of all <class>_test_splitK.txt.
 
     NOTE: the authors' file with the numbers of the classes was not published. Here the classes are
     in the order of their names.
     """
     ending, mark = f"_test_split{fold}.txt", {"train": "1", "test": "2"}[split]
     classes = sorted(f.name.removesuffix(ending) for f in folder.glob(f"*{ending}"))
-    parse = fields(rf"{NAME}\.avi\s+([012])", "<video>.avi <0, 1 or 2>")
+    parse = fields(rf"{NAME}\.avi\s+([012])", "<video>.avi <0, 1 or 2>")     # 0: unused
     return [(c, video) for c in classes for video, found in common.read_lines(
         folder / f"{c}{ending}", parse) if found == mark], classes
 
@@ -534,7 +536,7 @@ def read_csv(folder, split, fold):
 def read_list(args, split, fold):
     """([Video], [class]) of a list below --data: split "train" or "test", fold 1, 2 or 3.
 
-    Upper and lower case of a class are the same: HandstandPushups has v_HandStandPushups_g01_c01.
+    Classes are compared without case: HandstandPushups has v_HandStandPushups_g01_c01.avi.
     """
     official, reader = {"ucf101": (f"{split}list{fold:02d}.txt", read_ucf101),
                         "hmdb51": (f"*_test_split{fold}.txt", read_hmdb51)}[args.dataset]
@@ -552,8 +554,8 @@ def read_list(args, split, fold):
 def is_validation(dataset, names):
     """[bool] of training videos: those of the validation set. Each source is on one side only.
 
-    UCF101: groups 24 and 25, which are training videos in all three splits; a group is cut out of
-    one source. HMDB51: every tenth source, which is the name up to _<class>_.
+    UCF101: groups 24 and 25, which are training videos in all three splits. The clips of a group
+    come from one source. HMDB51: every tenth source, which is the name up to _<class>_.
     """
     if dataset == "ucf101":
         return [bool(re.search(r"_g2[45]_c\d+$", name)) for name in names]
@@ -571,16 +573,16 @@ def choose_videos(args, split):
     tested = split == "test" or (split == "val" and args.as_released)
     videos, classes = read_list(args, "test" if tested else "train", args.split)
     if not tested and not args.as_released and args.stage != "test":
-        flags = is_validation(args.dataset, [v.name for v in videos])
-        videos = [v for v, flag in zip(videos, flags) if flag == (split == "val")]
+        heldout = is_validation(args.dataset, [v.name for v in videos])
+        videos = [v for v, x in zip(videos, heldout) if x == (split == "val")]
     return videos, classes
 
 
 def count_frames(args, videos, i, rng):
-    """(number of frames, "") of a video, or (0, error). Of a folder, the csv may have told it."""
-    path, told = videos[i].path, videos[i].length
+    """(number of frames, "") of a video, or (0, error). Of a folder, the csv gives the number."""
+    path, listed = videos[i].path, videos[i].length
     try:
-        return told if told and path.is_dir() else common.count_frames(path), ""
+        return listed if listed and path.is_dir() else common.count_frames(path), ""
     except VideoError as e:
         return 0, str(e)
 
@@ -638,10 +640,8 @@ def make_optimizer(args, model):
 
 
 def make_parallel(args, device, model):
-    """The network for all processes.
-
-    NOTE: on several GPUs batch norm sees the whole batch, as on the one GPU of the release. On CPUs
-    it sees each process's share.
+    """The network for all processes. NOTE: on GPUs, batch norm sees the whole batch, as on the one
+    GPU of the release. On CPUs, it sees the share of a process.
     """
     if device.type == "cuda" and common.world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -684,9 +684,9 @@ def train(args, device):
         with common.autocast(device, args.precision):
             out = ddp(clip)                                   # ẑ and z, or class logits
         if pretraining:
-            terms = info_nce(*out)                            # (5)
+            terms = info_nce(*out)
         else:
-            rows = cross_entropy(out.float(), batch["label"].to(device))
+            rows = loss_and_topk(out, batch["label"].to(device))
             terms = {k: x.mean() for k, x in rows.items()}
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()
@@ -714,19 +714,24 @@ def train(args, device):
 def validate(args, device, model, videos):
     """{"val_loss", "val_top1", ...} of the middle clips of the validation set.
 
-    NOTE: the release augments its validation clips, in pre-training as its training clips.
+    Batches are the same on any number of processes. NOTE: the release augments validation clips.
     """
     def network(batch):
-        out = model(normalize(batch["clip"]))
-        if args.stage == "pretrain":
-            return metrics_per_video(*out)                    # negatives: a batch of this process
-        return cross_entropy(out.float(), batch["label"])
+        out = model(normalize(batch["clip"][0]))
+        rows = (metrics_per_video(*out) if args.stage == "pretrain"
+                else loss_and_topk(out, batch["label"][0]))
+        return {k: x[None] for k, x in rows.items()}
 
-    rows = common.predict(args, device, common.Samples(args, videos, make_middle_clip), network,
-                          "val", args.batch_size)
+    n = math.ceil(len(videos) / args.batch_size)
+    batches = common.Samples(args, [videos[k::n] for k in range(n)], make_validation_batch)
+    rows = common.predict(args, device, batches, network, "val", batch_size=1)
     as_released = args.as_released and args.stage == "pretrain"
-    return {f"val_{k}": mean_of_videos(x.split(args.batch_size), as_released)
-            for k, x in rows.items()}
+    return {f"val_{k}": mean_of_videos([*x], as_released) for k, x in rows.items()}
+
+
+def make_validation_batch(args, batches, i, rng):
+    """The middle clips of a batch of videos, {"clip": (B, N, 3, S, S), "label": (B,)}."""
+    return default_collate([make_middle_clip(args, [video], 0) for video in batches[i]])
 
 
 def mean_of_videos(batches, as_released):
@@ -752,8 +757,8 @@ def video_metrics(prob, logits, label):
     """
     confusion = torch.zeros(prob.shape[1], prob.shape[1], dtype=torch.int64)
     confusion.index_put_((logits.argmax(1), label), torch.tensor(1), accumulate=True)
-    rows = cross_entropy(prob, label) | {"loss": cross_entropy(logits, label)["loss"]}
-    return {k: float(rows[k].double().mean()) for k in ("top1", "top5", "loss")}, confusion
+    top = {k: float(x.double().mean()) for k, x in topk(prob, label).items() if k != "top3"}
+    return {**top, "loss": float(F.cross_entropy(logits, label))}, confusion
 
 
 def evaluate(args, device):
@@ -782,7 +787,7 @@ def evaluate(args, device):
 def evaluate_accuracy(args, device, model, videos, classes):
     """Metrics of the mean probabilities over all clips; predictions.json and confusion.json."""
     def network(batch):                                       # one video: (1, clips, N, 3, S, S)
-        logits = torch.cat([model(normalize(x)).float() for x in batch["clips"][0].split(CHUNK)])
+        logits = torch.cat([model(normalize(x)) for x in batch["clips"][0].split(CHUNK)])
         prob, logits = aggregate(logits)
         return {"prob": prob[None], "logits": logits[None]}
 
@@ -835,7 +840,7 @@ def draw_retrieval(args, videos, gallery, nearest, classes, rows=6, side=72):
 
 PRETRAINED = ("backbone.", "encoder.", "agg.")                # what every checkpoint must have
 LAYOUTS = [(), *(((r"^transEnc\.transEncoder\.", "encoder."), (rf"^agg\.{gru}\.", "agg."))
-                 for gru in (r"cell_list\.0", "ConvGRUCell_00"))]         # ours, the release's two
+                 for gru in (r"cell_list\.0", "ConvGRUCell_00"))]         # the GRU has two names
 
 
 def load_init(args, model):
@@ -848,8 +853,8 @@ def load_init(args, model):
 def read_settings(path):
     """{flag: value} that a checkpoint was made with, its "history" and its "classes".
 
-    The tensors of other checkpoints show the network. NOTE: they do not show the number of heads,
-    which is 4 in the release and 2 in CPCTR, whose transformer has a single layer.
+    Of other checkpoints the tensors show the network, but for the heads: the release has 4, CPCTR,
+    whose transformer has a single layer, has 2.
     """
     tensors, saved = common.read_weights(path), common.load_checkpoint(path)
     if "history" in saved:
@@ -866,8 +871,7 @@ def read_settings(path):
 def read_history(args):
     """([sentence, ...], [class, ...] or None): what the checkpoint of --init was trained on.
 
-    It is an error if it was trained on another split, whose train list holds test videos of this
-    one (of UCF101 all, of HMDB51 three of four).
+    It is an error if that was another split: its train list holds test videos of this one.
     """
     if args.init == "none":
         return ["not pre-trained"] if args.stage == "finetune" else [], None
@@ -915,14 +919,14 @@ def recipe(chosen):
         values |= {"net": "resnet10", "width": 16, "img_dim": 48, "crop": chosen.img_dim or 64,
                    "workers": 2, "log_every": 5, "save_every": 50, **TINY[stage]}
     if chosen.as_released and stage == "pretrain":
-        values["split"] = 3                                   # NOTE: whatever split is tested
+        values["split"] = 3                                   # NOTE: whatever split they test
     with contextlib.suppress(UserError):                      # `read_history` reports the error
-        made = {} if init == "none" else read_settings(Path(init))
+        saved = {} if init == "none" else read_settings(Path(init))
         names = {*NETWORK} | ({"num_frames"} if stage == "test" else set())
-        if made.get("dataset") != chosen.dataset or (
-                chosen.as_released and made["stage"] == "pretrain"):
+        if saved.get("dataset") != chosen.dataset or (         # there, split 3 tells nothing
+                chosen.as_released and saved["stage"] == "pretrain"):
             names.remove("split")
-        values |= {name: made[name] for name in names & made.keys()}
+        values |= {name: saved[name] for name in names & saved.keys()}
     return values
 
 
@@ -959,7 +963,7 @@ def parse_args(argv=None):
            "choose the checkpoint on test videos, leave out short videos")
     p.flag("gpu", str, argparse.SUPPRESS)                     # of the original commands, ignored
     p.group("optimization", "Adam")
-    p.flag("train_what", "ft", "fine-tuning. ft: backbone and transformer at a tenth of --lr; "
+    p.flag("train_what", "ft", "only fine-tuning. ft: backbone and transformer at a tenth of --lr; "
            "last: linear probe; all: all at --lr (test.py)", ["ft", "last", "all"])
     p.flag("epochs", int, "passes over the training samples (main.py, test.py)")
     p.flag("batch_size", int, "samples per step over all processes; batch norm sees all of them, "
@@ -973,9 +977,8 @@ def parse_args(argv=None):
            "retrieval, of a pre-trained one retrieval alone (test.py)", metavar="FILE")
     args = common.parse(p, recipe, argv)
 
-    for name, stage in (("test", "test"), ("pretrain", "finetune")):
-        if getattr(args, name) and args.stage != stage:
-            p.error(f"--{name} is for --stage {stage}")
+    if args.test and args.stage != "test" or args.pretrain and args.stage != "finetune":
+        p.error("--test is for --stage test, --pretrain for --stage finetune")
     if args.stage == "pretrain" and args.num_frames <= args.pred_step:
         p.error(f"--pred_step {args.pred_step}: must be less than --num_frames {args.num_frames}")
     if 4 * args.width % args.heads:
@@ -983,7 +986,7 @@ def parse_args(argv=None):
     args.init = args.test or args.pretrain or args.init
     args.test = args.pretrain = args.gpu = None
     if args.stage == "pretrain":
-        args.train_what = "all"                               # main.py ignores the flag
+        args.train_what = "all"
     return args
 
 

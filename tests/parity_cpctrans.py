@@ -263,7 +263,7 @@ def fractions(terms):
 def loss_topk(case):
     score = case.input("score").flatten(3).flatten(0, 2)
     score = score + case.config["added_identity"] * torch.eye(len(score))
-    rows = cpctrans.cross_entropy(score, torch.arange(len(score)))
+    rows = cpctrans.loss_and_topk(score, torch.arange(len(score)))
     return {"loss": rows["loss"].mean(), "per_row_loss": rows["loss"], "top1_3_5": fractions(rows)}
 
 
@@ -335,7 +335,7 @@ def steps(case):
         out = model(clips[step % len(clips)])
         if args.stage == "finetune":
             label = torch.arange(len(out)) % out.shape[1]
-            terms = {k: v.mean() for k, v in cpctrans.cross_entropy(out, label).items()}
+            terms = {k: v.mean() for k, v in cpctrans.loss_and_topk(out, label).items()}
         else:
             terms = cpctrans.info_nce(*out)
         optimizer.zero_grad(set_to_none=True)

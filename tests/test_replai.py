@@ -688,9 +688,8 @@ def test_losses_of_actions_are_means_or_sums_over_the_steps():
     batch = {"verb": y.view(3, 20), "noun": z.view(3, 20)}
     lta = replai.Anticipation(2, 10, (7, 9), features=8, layers=1).losses((verb, noun), batch)
     assert [x.item() for x in lta.values()] == pytest.approx([s / 3 for s in sums], rel=1e-5)
-    flat = verb.flatten(0, 1), noun.flatten(0, 1)
-    for losses, weight in ((replai.Recognition.losses, 1.0), (replai.LinearProbe.losses, 0.5)):
-        got = losses(None, flat, {"verb": y, "noun": z})
+    for make, weight in ((replai.Recognition, 1.0), (replai.LinearProbe, 0.5)):
+        got = make(2, 10).losses((verb.flatten(0, 1), noun.flatten(0, 1)), {"verb": y, "noun": z})
         assert [x.item() for x in got.values()] == pytest.approx(
             [weight * s / 60 for s in sums], rel=1e-5)
 
