@@ -249,6 +249,17 @@ def merge_splits(net: nn.Module) -> None:
         m.bn.running_var.copy_(var.mean(0) + mean.var(0, unbiased=False))
 
 
+class TemporalConv(nn.Conv3d):
+    """Conv3d with kernel (k, 1, 1), computed as a 2-D convolution over (T, H·W): the same results,
+    on a CPU in a fifth of the time.
+    """
+
+    def forward(self, x):                                     # (B, C, T, H, W)
+        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, (self.stride[0], 1),
+                     (self.padding[0], 0), groups=self.groups)
+        return y.unflatten(3, x.shape[3:])
+
+
 class PointwiseConv(nn.Conv3d):
     """Conv3d with kernel 1. On a CPU, a tensor in channels-last memory goes through a matrix
     product and keeps that order of memory, which makes a step of X3D 1.3 times as fast there.
@@ -305,7 +316,7 @@ class X3D(nn.Module):
             version, (24, (54, 108, 216, 432), (24, 48, 96, 192), 2048))
         self.widths, self.per_frame = (*outer, inner[-1]), per_frame      # of the maps
         self.conv1_s = nn.Conv3d(3, stem, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
-        self.conv1_t = nn.Conv3d(stem, stem, (5, 1, 1), 1, (2, 0, 0), groups=stem, bias=False)
+        self.conv1_t = TemporalConv(stem, stem, (5, 1, 1), 1, (2, 0, 0), groups=stem, bias=False)
         self.bn1 = norm(stem)
         for n, (count, wide, cout) in enumerate(zip(blocks, inner, outer)):
             cin = (stem, *outer)[n]
@@ -319,8 +330,8 @@ class X3D(nn.Module):
 
     def stem(self, x):
         """(B, 3, T, H, W) -> (B, stem, T, H/2, W/2)"""
-        x = F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
-        return x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d)
+        x = x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d)
+        return F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
 
     def maps(self, x):
         """{name: map} of the four stages and of conv5, each (B, C, T, H/2^n, W/2^n)."""
