@@ -1309,14 +1309,14 @@ def draw_moments(args, segments):
     times, curve, _ = find_moments(*read_audio(s.path, s.start, s.stop), args.prominence)
     t, d = s.moments[len(s.moments) // 2], args.delta_non_overlap
     clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4)
-    frames = np.concatenate(common.read_clip(s.path, clips, 96))          # (8, H, W, 3)
-    strip = Image.fromarray(np.concatenate(frames, 1))
-    image = Image.new("RGB", (max(900, 80 + strip.width), 250 + strip.height), "white")
+    strip = Image.fromarray(np.hstack(np.concatenate(common.read_clip(s.path, clips, 96))))
+    image = Image.new("RGB", (90 + strip.width, 250 + strip.height), "white")
     image.paste(strip, (70, 240))
     draw = ImageDraw.Draw(image)
     draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: curve c and its moments; four frames "
               f"before and four after {t:.2f} s", "black")
-    common.plot(draw, (70, 45, 880, 200), times, {"c, over seconds": curve}, s.moments - s.start)
+    box = (70, 45, 70 + strip.width, 200)
+    common.plot(draw, box, times, {"c, over seconds": curve}, s.moments - s.start)
     common.write_figure(args.out / "moments.png", image)
     common.say(f"{args.out}/moments.png: moments of {s.path.name}")
 
