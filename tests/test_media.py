@@ -583,8 +583,8 @@ def test_a_damaged_frame_does_not_move_the_others(tmp_path, media, name):
 
 def test_names_of_any_kind_are_read(tmp_path, media, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a:b.mp4", "http:x.mp4", "it's \"q\".mp4", "\U0001f600 é.mp4", "-y.mp4", "%03d.mp4",
-                 "new\nline.mp4", "a#b?c&d.mp4", "[x]*{y}.mp4"):
+    for name in ("a:b.mp4", "http:x.mp4", "it's \"q\".mp4", "\U0001f600 é.mp4", "-y.mp4",
+                 "%03d.mp4", "new\nline.mp4", "a#b?c&d.mp4", "[x]*{y}.mp4"):
         shutil.copy(media("h264"), name)
         for path in (tmp_path / name, Path(name)):
             assert number_of(read_clip(path, [[1.0]])[0][0]) == 25, name
