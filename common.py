@@ -57,6 +57,15 @@ class VideoError(UserError):
 
 # ---- backbones -----------------------------------------------------------------------------------
 
+class TemporalConv(nn.Conv3d):
+    """Conv3d with kernel (k, 1, 1) as a 2-D convolution over (T, H·W): faster on a CPU."""
+
+    def forward(self, x):                                     # (B, C, T, H, W)
+        y = F.conv2d(x.flatten(3), self.weight[..., 0], self.bias, (self.stride[0], 1),
+                     (self.padding[0], 0), groups=self.groups)
+        return y.unflatten(3, x.shape[3:])
+
+
 class R2Plus1DBlock(nn.Module):
     """Two factored convolutions, a shortcut without norm, one norm on the sum."""
 
@@ -65,11 +74,11 @@ class R2Plus1DBlock(nn.Module):
         t, *s = stride
         self.spt_conv1 = nn.Conv3d(cin, cout, (1, 3, 3), (1, *s), (0, 1, 1), bias=False)
         self.spt_bn1 = nn.BatchNorm3d(cout)
-        self.tmp_conv1 = nn.Conv3d(cout, cout, (3, 1, 1), (t, 1, 1), (1, 0, 0), bias=False)
+        self.tmp_conv1 = TemporalConv(cout, cout, (3, 1, 1), (t, 1, 1), (1, 0, 0), bias=False)
         self.tmp_bn1 = nn.BatchNorm3d(cout)
         self.spt_conv2 = nn.Conv3d(cout, cout, (1, 3, 3), 1, (0, 1, 1), bias=False)
         self.spt_bn2 = nn.BatchNorm3d(cout)
-        self.tmp_conv2 = nn.Conv3d(cout, cout, (3, 1, 1), 1, (1, 0, 0), bias=False)
+        self.tmp_conv2 = TemporalConv(cout, cout, (3, 1, 1), 1, (1, 0, 0), bias=False)
         if cin != cout or stride != (1, 1, 1):
             self.res_conv = nn.Conv3d(cin, cout, 1, stride, bias=False)
         self.out_bn = nn.BatchNorm3d(cout)
@@ -305,7 +314,7 @@ class X3D(nn.Module):
             version, (24, (54, 108, 216, 432), (24, 48, 96, 192), 2048))
         self.widths, self.per_frame = (*outer, inner[-1]), per_frame      # of the maps
         self.conv1_s = nn.Conv3d(3, stem, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
-        self.conv1_t = nn.Conv3d(stem, stem, (5, 1, 1), 1, (2, 0, 0), groups=stem, bias=False)
+        self.conv1_t = TemporalConv(stem, stem, (5, 1, 1), 1, (2, 0, 0), groups=stem, bias=False)
         self.bn1 = norm(stem)
         for n, (count, wide, cout) in enumerate(zip(blocks, inner, outer)):
             cin = (stem, *outer)[n]
@@ -319,8 +328,8 @@ class X3D(nn.Module):
 
     def stem(self, x):
         """(B, 3, T, H, W) -> (B, stem, T, H/2, W/2)"""
-        x = F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
-        return x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d)
+        x = x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d)
+        return F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
 
     def maps(self, x):
         """{name: map} of the four stages and of conv5, each (B, C, T, H/2^n, W/2^n)."""

@@ -109,7 +109,6 @@ def random_speed_point(rng, normal, fast):
 
 def warp(rng, T, size, as_released=False):
     """`size` frames in order, from one to the next a random step of 1 to 2^M.
-
     NOTE: the release crops 19·2^M frames. (a) The steps can leave this crop, and the release
     crashes; with `as_released` we clamp. (b) For M = 0 the crop has 19 frames and all of them are
     used: no warp, and the length gives the label away. We crop 20·2^M frames, for M <= 1 up to 40.
@@ -401,7 +400,6 @@ class CRF(nn.Module):
 
 def cross_entropy(logits, label, class_weights=None):
     """(Σ_i w_yi CE_i, Σ_i w_yi); divide them for the mean. Labels PAD are ignored.
-
     logits: (..., C), label: (...), class_weights: (C,)
     """
     logits, label = logits.float().flatten(0, -2), label.flatten()
@@ -418,9 +416,8 @@ def global_mean(total, count):
 
 
 def loss_of(args, model, out, label, class_weights=None):
-    """{"loss", "top1"} of a batch over all processes, by --loss.
-
-    out: (B, C) or (B, N, C) logits; label: (B,) or (B, N), padded with PAD.
+    """{"loss", "top1"} of a batch over all processes.
+    out: (B, C) or (B, N, C) logits; label: (B,) or (B, N), padded with PAD
     """
     if args.loss == "regression":
         return regression_terms(out, label)
@@ -504,18 +501,17 @@ def validate(args, device, model, val):
             return {"val_top1": 100 * float(np.mean([
                 abs(t - video.annotation.t[1]) <= 1.5
                 for t, video in zip(predicted_times(args, val, scores), val, strict=True)]))}
-        return label_metrics([video.labels for video in val], scores, "val_")
+        return classification_metrics([video.labels for video in val], scores, LABELS, "val_")
     names = args.transforms.split(",")
 
     def network(batch):
-        p = model(*inputs_of(batch)).float().softmax(1)
-        rows = torch.cat([p, batch["label"][:, None]], 1)
-        return {"rows": rows.split(batch["count"].tolist())}  # of each video
+        p, count = model(*inputs_of(batch)).float().softmax(1), batch["count"].tolist()
+        scores = torch.cat([p, p.argmax(1, keepdim=True)], 1)
+        return {"label": batch["label"].split(count), "scores": scores.split(count)}      # by video
 
     dataset = common.Samples(args, val, make_pretext)
-    rows = common.predict(args, device, dataset, network, "validation", 16, collate)["rows"]
-    p, label = np.split(torch.cat([*rows]).numpy(), [len(names)], 1)
-    return classification_metrics(label[:, 0].astype(int), p.argmax(1), p, names, "val_")
+    rows = common.predict(args, device, dataset, network, "validation", 16, collate)
+    return classification_metrics(rows["label"], rows["scores"], names, "val_")
 
 
 def make_pretext(args, videos, i, rng):
@@ -692,7 +688,6 @@ def normalize(frames, mean, std):
 
 def resize_clip(frames, size=(128, 171), crop=112):
     """Input of a 3-D network: normalized, resized without antialiasing, cropped at the centre.
-
     uint8 (T, H, W, 3) -> (T, 3, crop, crop) float
     """
     x = F.interpolate(normalize(frames, *KINETICS), size, mode="bilinear", align_corners=False)
@@ -963,7 +958,6 @@ def read_video(path, features, annotation=None):
 
 def read_videos(args, split, shortest, annotations=None):
     """The Videos of a split with `shortest` features or more; with annotations those with labels.
-
     In training a video with a broken file of features is left out, in validation it is an error.
     """
     labelled = annotations is not None
@@ -1020,7 +1014,7 @@ def regression_terms(out, label):
     # NOTE: the release sums over the videos of a process, then averages over processes. The sum
     # over all videos does not depend on the number of processes; the same for the CRF.
     return {"loss": loss * common.world_size(),
-            "top1": 100 * global_mean(correct.sum(), correct.new_tensor(len(t), dtype=t.dtype))}
+            "top1": 100 * global_mean(correct.sum(), torch.ones_like(t).sum())}
 
 
 def make_labelled_clip(args, clips, i, rng):
@@ -1087,22 +1081,17 @@ def predict_clips(args, device, model, videos):
     return common.predict(args, device, dataset, network, "validation", 1, collate)["scores"]
 
 
-def classification_metrics(labels, predicted, p, names, prefix=""):
-    """Loss, accuracy, and accuracy of each true class, in percent.
-
-    labels, predicted: (M,); p: (M, C) probabilities; names: of the C classes
+def classification_metrics(labels, scores, names, prefix=""):
+    """Loss, accuracy, and accuracy of each true class, in percent, of the clips of some videos.
+    labels: [(N,)]; scores: [(N, C + 1)], probabilities and predicted class; names: of the C classes
     """
-    correct, likelihood = labels == predicted, p[np.arange(len(labels)), labels]
+    labels, scores = (np.concatenate([np.asarray(x) for x in xs]) for xs in (labels, scores))
+    labels = labels.astype(int)
+    correct, likelihood = labels == scores[:, -1], scores[np.arange(len(labels)), labels]
     metrics = {"loss": -np.log(np.maximum(likelihood, 1e-12)).mean(), "top1": 100 * correct.mean()}
     metrics |= {name: 100 * correct[labels == c].mean() for c, name in enumerate(names)
                 if (labels == c).any()}
     return {prefix + k: float(x) for k, x in metrics.items()}
-
-
-def label_metrics(labels, scores, prefix=""):
-    """Metrics of the clips of some videos.    labels: [(N,)], scores: [(N, 4)]"""
-    labels, rows = np.concatenate(labels), torch.cat([*scores]).numpy()
-    return classification_metrics(labels, rows[:, 3].astype(int), rows, LABELS, prefix)
 
 
 # ---- 10. localize and evaluate (official files: action_localization/test.py, Oops eval_results.py)
@@ -1177,18 +1166,19 @@ def classification(args, videos, scores):
                 labels.append(y)
                 rows.append(x[::every][clips])
             name = f"{protocol}_{spacing:g}s" if args.anticipate else f"{spacing:g}s"
-            metrics |= {f"{k}_{name}": x for k, x in label_metrics(labels, rows).items()}
+            metrics |= {f"{k}_{name}": x for k, x in classification_metrics(
+                labels, rows, LABELS).items()}
             metrics[f"clips_{name}"] = sum(map(len, rows))
     return metrics
 
 
 def evaluate(args, device):
-    """A classifier on all validation videos: accuracy of clips and localization; of anticipation
-    accuracy alone. Writes predictions.csv, clips 0.25 s apart. The same for localize and evaluate.
+    """Stages localize and evaluate: a classifier on all validation videos. Metrics of clips and of
+    localization, of anticipation those of clips alone. Writes predictions.csv, clips 0.25 s apart.
     """
     annotations = read_annotations(args.data)
     regression = args.loss == "regression"
-    # A model of videos reads clips as far apart as in training: of clips 0.25 s apart every fourth.
+    # A model of videos sees clips as far apart as in training, e.g. each fourth of 0.25 s apart.
     spacing = args.spacing if regression else GRID
     sequences = round(args.spacing / spacing) if args.level == "video" else 1
     videos = label_videos(args, read_videos(args, "val", 1, annotations), spacing, sequences)
@@ -1230,7 +1220,7 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
             frames, = common.read_clip(path, [np.linspace(first, last, 7)], 112)
             for k, x in enumerate(frames):
                 image.paste(Image.fromarray(x).resize((128, 96)), (left + 130 * k, top + 22))
-        marks = np.clip([*annotation.t, times[i]], first, last)
+        marks = np.clip([*(t for t in annotation.t if t >= 0), times[i]], first, last)
         curves = dict(zip(LABELS, scores[i][:, :3].T.numpy()))
         common.plot(draw, (left, top + 142, right, top + 240), middle, curves, marks[:-1], (0, 1))
         x = left + (right - left) * (marks[-1] - first) / max(last - first, 1e-9)
@@ -1274,7 +1264,7 @@ def recipe(chosen):
 def parse_args(argv=None):
     p = common.Parser(__doc__, list(STAGES), ["oops"])
     p.group("method", "--layers, --window and --as_released are stored with the weights of --init")
-    p.flag("transforms", str, "transformations to tell apart; leave some out for the ablations")
+    p.flag("transforms", str, "transformations to tell apart; fewer for the ablations (configs/)")
     p.flag("layers", 3, "layers of each transformer (configs/)")
     p.flag("window", 32, "tokens that an attention window covers, half on each side (configs/)")
     p.flag("finetune_frames", False, "f2c2v and video level: also train the frame encoder")
@@ -1288,7 +1278,7 @@ def parse_args(argv=None):
     p.flag("weights", str, "weights of φ: FILE, none, torchvision or timm (vit_b16: ImageNet-21k, "
            "then 1k, as models/vit.py; the official README says 21k)")
     p.group("classification", "localize and evaluate take these flags from the checkpoint")
-    p.flag("level", str, "clip: each clip alone; video: all clips of a video", ["clip", "video"])
+    p.flag("level", str, "clip: each clip alone; video: all of a video (ours)", ["clip", "video"])
     p.flag("loss", str, "ce: cross entropy; video level also crf (transformer2x/main.py) and "
            "regression of the transition time", ["ce", "crf", "regression"])
     p.flag("spacing", float, "seconds from one clip to the next (configs/)", also=["step"])

@@ -85,9 +85,8 @@ TINY = {"pretrain": {"epochs": 60, "lr": 0.01}, "linear": {"epochs": 20, "lr": 0
 def find_moments(x, sample_rate, prominence, distance=10):
     """(times (J,) in s, the curve c (J,), indices of its peaks) of a sound.    x: (channels, n)
 
-    At a peak it gets louder in all frequencies together. Times are 224 samples apart, 5 ms at
-    44.1 kHz, so peaks are at least 50 ms apart. The floor of 1e-5 makes the result depend on
-    loudness: x must stay in [-1, 1], as decoded.
+    Times are 224 samples apart, 5 ms at 44.1 kHz, so peaks are at least 50 ms apart. The floor of
+    1e-5 makes the result depend on loudness: x must stay in [-1, 1], as decoded.
     """
     from scipy import signal                                  # imported here: it takes a second
     if x.shape[1] < 256:                                      # shorter than one window
@@ -171,8 +170,7 @@ def training_files(args):
         listed = set(common.read_table(root / "annotations" / "EPIC_100_train.csv",
                                        lambda row: row["video_id"]))
         videos = {name: path for name, path in videos.items() if video_id[name] in listed}
-        common.say(f"{len({video_id[name] for name in videos})} of {len(listed)} training videos "
-                   "found")
+        common.say(f"{len({*video_id.values()} & listed)} of {len(listed)} training videos found")
     if not videos:
         raise UserError(f"{root}: no training videos (*.mp4) here; see README for the layout")
     return [videos[name] for name in sorted(videos)]
@@ -198,8 +196,7 @@ def find_segments(args):
     common.say(f"{len(segments)} segments of {len(files)} files; {silent} files have no sound, "
                f"{broken} cannot be read; {empty} segments have no moment")
     if empty == len(segments):
-        raise UserError(f"{args.data}: no moment of interaction found; lower --prominence, or "
-                        "check that the files have sound")
+        raise UserError(f"{args.data}: no moment of interaction found; lower --prominence")
     return segments
 
 
@@ -241,8 +238,7 @@ def frame_times(starts, seconds, num_frames):
 
 
 def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
-    """Resize to `size` (width, height), crop at x, y, mirror.   (T, H, W, 3) -> (3, T, crop, crop)
-    """
+    """Resize to `size` (w, h), crop at x, y, mirror.    (T, H, W, 3) -> (3, T, crop, crop)"""
     v = torch.from_numpy(frames).permute(0, 3, 1, 2)                      # (T, 3, H, W), a view
     if (v.shape[3], v.shape[2]) != tuple(size):
         v = F.interpolate(v, size=(size[1], size[0]), **RESIZE[how])
@@ -251,10 +247,8 @@ def resize_crop_flip(frames, size, x, y, crop, flip, how="bilinear"):
 
 
 def short_side_to(width, height, side, as_released=False):
-    """The new (width, height) whose short side is `side`, a real number.
-
-    NOTE: in training the release exchanges width and height here, 426x240 becomes 150x266;
-    --as_released does, too.
+    """The new (width, height) whose short side is `side`, a real number. NOTE: in training the
+    release exchanges width and height, 426x240 becomes 150x266; --as_released does, too.
     """
     short = min(width, height)
     w, h = int(width / short * side), int(height / short * side)
@@ -327,7 +321,6 @@ class RepLAI(nn.Module):
     def forward(self, v_l, v_r, a):
         """Clips (B, 3, T, H, W) each and sound (B, 1, 125, 80) -> the vectors that the losses take:
         z (2, B, 128) of both clips, and y, g_fwd, g_bwd, q (B, 128) each. None is normalised yet.
-
         Both clips go through f_V in one pass, so batch norm sees them together.
         """
         v = self.backbone["video"](torch.cat([v_l, v_r])).amax((2, 3, 4))             # (2B, 512)
@@ -395,8 +388,8 @@ def astc_loss(g_fwd, g_bwd, q, kappa):
 def one_cycle(max_lr, epochs):
     """(learning rate, momentum) of each epoch: OneCycleLR takes one step before every epoch.
 
-    NOTE: as released, momentum cycles between 0.95 and 0.85, the configured 0.9 is not used, and
-    the last epoch is one step past the cycle's end. With few epochs the rate is never high.
+    NOTE: as released, momentum cycles between 0.95 and 0.85, 0.9 is not used, and the last epoch is
+    one step past the cycle's end. With few epochs the rate is never high.
     """
     sgd = torch.optim.SGD([torch.zeros(1)], lr=max_lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr, total_steps=max(2, epochs))
@@ -461,8 +454,7 @@ def pretrain(args, device):
 #     files, splits      names of the annotation files, and of the three splits in them
 #     prefix, pixels     beginning of the names of f_V's weights; mean and deviation of frames
 #     make, make_test    one sample for training, one for evaluation
-#     goal, sign         the metric that chooses the epoch (None: the last one counts), and +1 or
-#                        -1: more or less is better
+#     goal, sign         metric that chooses the epoch (None: the last), +1 or -1: more is better
 #     read, losses       samples of an annotation file; {part: loss}, to be added
 #     predict            {name: (B, ...)}, which `metrics` and `submission` take
 
@@ -496,8 +488,7 @@ def read_action(args, action, fractions):
 def make_action(args, actions, i, rng):
     """A training sample: clips at random places, with one scale, crop and flip for all of them.
 
-    clip: (3, T, crop, crop) uint8, of several actions (actions, 3, T, crop, crop). NOTE: Ego4D's
-    tools normalise before they resize; we resize uint8, half a grey level of rounding.
+    clip: ([actions,] 3, T, crop, crop) uint8. NOTE: Ego4D's tools normalise before they resize.
     """
     action, crop = actions[i], args.crop
     frames = read_action(args, action, rng.random(len(action.spans)))
@@ -567,27 +558,17 @@ def make_optimizer(args, model):
     return torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=args.stage != "linear")
 
 
-def step_lr(lr, epoch, milestones, gamma=0.1):
-    """Learning rate of an epoch: times 0.1 at each milestone that has been reached."""
-    return lr * gamma ** sum(epoch >= m for m in milestones)
-
-
-def warmup_cosine(lr, step, warmup, steps):
-    """Linear from 0 during the warm-up, then half a cosine from lr to 0."""
-    if step < warmup:
-        return lr * step / warmup
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def learning_rate(args, step, per_epoch):
-    """linear: x0.1 at 3/5 and 4/5 of the epochs. Others: a warm-up of 1000 steps, at most a tenth
-    of the run, and half a cosine; statechange has no warm-up.
+def learning_rate(args, step, per_epoch, milestones=(0.6, 0.8), warmup=1000, most=0.1):
+    """linear: x0.1 at these shares of the epochs. Ego4D's tasks: from 0 up over the warm-up, at
+    most that share of the run and none in statechange, then half a cosine down.
     """
-    n, steps = args.epochs, args.epochs * per_epoch
+    epoch, steps = step // per_epoch, args.epochs * per_epoch
     if args.stage == "linear":
-        return step_lr(args.lr, step // per_epoch, (int(0.6 * n), int(0.8 * n)))
-    warmup = 0 if args.stage == "statechange" else min(1000, steps // 10)
-    return warmup_cosine(args.lr, step, warmup, steps)
+        return args.lr * 0.1 ** sum(epoch >= int(m * args.epochs) for m in milestones)
+    warmup = 0 if args.stage == "statechange" else min(warmup, int(most * steps))
+    if step < warmup:
+        return args.lr * step / warmup
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def finetune(args, device):
@@ -654,9 +635,7 @@ def finetune(args, device):
 
 @torch.no_grad()
 def average_norms(args, model, device, dataset, step, batches=200):
-    """Batch-norm statistics become their means over 200 training batches, as released; `evaluate`
-    then takes those of rank 0, which sees its share of a batch.
-    """
+    """As released, batch-norm statistics become means over 200 batches (the share of rank 0)."""
     loader = common.batches(args, dataset, device, step, step + (4 if args.tiny else batches))
     clips = (common.normalize(batch["clip"].to(device), *model.pixels) for batch in loader)
     with common.autocast(device, args.precision):
@@ -679,17 +658,24 @@ def evaluate(args, model, device, samples, missing, split, submit=False):
     return {**model.metrics(args, samples, **out), "samples": len(samples)}
 
 
-def mean_scores(model, batch, activation):
-    """Scores (B, C) of verbs and of nouns: the means over an action's clips."""
-    clips = common.normalize(batch["clip"], *model.pixels)                # (B, N, 3, T, H, W)
-    return {k: activation(x.float()).unflatten(0, clips.shape[:2]).mean(1)
-            for k, x in zip(("verb", "noun"), model(clips.flatten(0, 1)))}
+class VerbNounTask:
+    """What the tasks about verbs and nouns share."""
+    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
+    weight = 1.0                                              # of the losses
 
+    def losses(self, out, batch):
+        """Cross-entropies of logits (..., verbs), (..., nouns): means over all labels, x weight."""
+        return {k: self.weight * F.cross_entropy(x.float().flatten(0, -2), batch[k].flatten())
+                for k, x in zip(("verb", "noun"), out)}
 
-def verb_noun_loss(logits, batch, weight):
-    """Cross-entropies of logits (..., verbs) and (..., nouns): means over all labels, x weight."""
-    return {k: weight * F.cross_entropy(x.float().flatten(0, -2), batch[k].flatten())
-            for k, x in zip(("verb", "noun"), logits)}
+    def mean_scores(self, batch, activation):
+        """Scores (B, C) of verbs and of nouns: the means over an action's clips."""
+        clips = common.normalize(batch["clip"], *self.pixels)             # (B, N, 3, T, H, W)
+        return {k: activation(x.float()).unflatten(0, clips.shape[:2]).mean(1)
+                for k, x in zip(("verb", "noun"), self(clips.flatten(0, 1)))}
+
+    def submission(self, *_, **__):
+        return {}                                             # there may be no official form
 
 
 class Classifier(nn.Linear):
@@ -739,15 +725,13 @@ def epic_videos(root):
     return common.find_videos(root, "videos", "videos/*", "P*/videos", "P*")
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(VerbNounTask, nn.Module):
     """Verb and noun classifiers on the frozen f_V; names as in the released checkpoints.
 
-    NOTE: the release leaves the frozen batch norm in training mode, so it adapts to EPIC. Ours is
-    in evaluation mode, except with --as_released.
+    NOTE: the release leaves the frozen batch norm in training mode; we, with --as_released.
     """
     files, splits = "EPIC_100_{}.csv", ("train", "validation", "test_timestamps")
-    prefix, pixels, goal, sign = "backbone.", common.IMAGENET, None, 1
-    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
+    prefix, pixels, goal, sign, weight = "backbone.", common.IMAGENET, None, 1, 0.5
 
     def __init__(self, width=64, depth=18, as_released=False, verbs=VERBS, nouns=NOUNS):
         super().__init__()
@@ -757,7 +741,7 @@ class LinearProbe(nn.Module):
                                  "noun_class": Classifier(d, nouns)})
 
     def train(self, mode=True):
-        super().train(mode)
+        nn.Module.train(self, mode)
         self.backbone.train(mode and self.as_released)
         return self
 
@@ -783,12 +767,9 @@ class LinearProbe(nn.Module):
                           [span], verb, noun)
         return common.read_table(path, parse)
 
-    def losses(self, out, batch):
-        return verb_noun_loss(out, batch, weight=0.5)
-
     def predict(self, args, batch):
         """Logarithm of the mean softmax over an action's clips.    -> (B, 97), (B, 300)"""
-        scores = mean_scores(self, batch, lambda x: x.softmax(-1))
+        scores = self.mean_scores(batch, lambda x: x.softmax(-1))
         return {k: x.clamp_min(1e-30).log() for k, x in scores.items()}
 
     def metrics(self, args, actions, verb, noun):
@@ -868,14 +849,13 @@ def read_clips(args, path, testing):
     return [[actions[index] for index in sorted(actions)] for actions in clips.values()]
 
 
-class Recognition(common.R2Plus1D):
+class Recognition(VerbNounTask, common.R2Plus1D):
     """Verb and noun of a clip; names as in the forecasting tools (ego4d/models).
 
-    NOTE: as released, average pooling; pre-training and the linear evaluation take the maximum.
+    NOTE: as released, mean pooling; pre-training and the linear evaluation take the maximum.
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "", FORECASTING, "noun@1", 1
-    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
 
     def __init__(self, width=64, depth=18, num_classes=(115, 478)):
         super().__init__(width, depth)
@@ -891,21 +871,15 @@ class Recognition(common.R2Plus1D):
     def read(self, args, path, testing):
         return [action for clip in read_clips(args, path, testing) for action in clip]
 
-    def losses(self, out, batch):
-        return verb_noun_loss(out, batch, weight=1.0)
-
     def predict(self, args, batch):
         """Mean logits over an action's clips; the release adds them up.    -> (B, C) each"""
-        return mean_scores(self, batch, lambda x: x)
+        return self.mean_scores(batch, lambda x: x)
 
     def metrics(self, args, actions, verb, noun):
         verbs, nouns = [a.verb for a in actions], [a.noun for a in actions]
         return {"verb@1": percent(hits(verb, verbs, 1)), "noun@1": percent(hits(noun, nouns, 1)),
                 "verb@5": percent(hits(verb, verbs, 5)), "noun@5": percent(hits(noun, nouns, 5)),
                 "action@1": percent(action_hits(verb, noun, verbs, nouns, 1))}
-
-    def submission(self, *_, **__):
-        return {}                                             # there is no official form
 
 
 # ---- 10. Ego4D: long-term anticipation (official files: ego4d-forecasting/) ----------------------
@@ -944,20 +918,18 @@ class Aggregator(nn.Module):
         return self.encoder(F.dropout(x + position, 0.2, self.training))[-1]   # of the last clip
 
 
-class Anticipation(nn.Module):
+class Anticipation(VerbNounTask, nn.Module):
     """The next Z actions after 4 observed ones; names as in the forecasting tools (lta_models.py).
-
-    f_V is frozen, the linear layer on its pooled features is not. NOTE: its batch norm as in
-    `LinearProbe`.
+    f_V is frozen as in `LinearProbe`, the linear layer on its pooled features is not.
     """
     files, splits = "fho_lta_{}.json", EGO4D_SPLITS
     prefix, pixels, goal, sign = "backbone.", FORECASTING, f"verb ED@{FUTURE}", -1
-    make, make_test = staticmethod(make_action), staticmethod(make_test_action)
 
     def __init__(self, width=64, depth=18, num_classes=(115, 478), aggregator="transformer",
                  features=2048, layers=6, heads=8, inputs=INPUTS, future=FUTURE, as_released=False):
         super().__init__()
-        self.num_classes, self.future, self.as_released = list(num_classes), future, as_released
+        self.num_classes, self.as_released = list(num_classes), as_released
+        self.weight = future                                  # as released, a sum over the Z steps
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
         self.backbone.head, self.decoder = nn.Module(), nn.Module()
         self.backbone.head.projection = Classifier(self.backbone.out_dim, features)
@@ -966,10 +938,7 @@ class Anticipation(nn.Module):
         self.decoder.head.projections = nn.ModuleList(
             Classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.train(mode and self.as_released)
-        return self
+    train = LinearProbe.train                                 # f_V is frozen here, too
 
     def encode(self, clips):
         """(B, inputs, 3, T, H, W) -> (B, inputs, D)"""
@@ -988,10 +957,6 @@ class Anticipation(nn.Module):
                        [a.verb for a in future], [a.noun for a in future])
                 for actions in read_clips(args, path, testing)
                 for observed, future in action_windows(actions, INPUTS, FUTURE)]
-
-    def losses(self, out, batch):
-        """As released, a sum over the Z steps: Z times the mean."""
-        return verb_noun_loss(out, batch, weight=self.future)
 
     def predict(self, args, batch):
         """K futures of verbs and of nouns, drawn independently.    -> (B, Z, K) each"""
@@ -1078,11 +1043,6 @@ def sample_frames(start, stop, num_frames):
     return frames[np.arange(num_frames) % len(frames)]        # too few: they begin anew
 
 
-def keyframe_index(frames, pnr):
-    """Which of the frames is the first nearest to the point of no return."""
-    return int(np.abs(frames - pnr).argmin())
-
-
 def random_part(change, rng, min_frames):
     """(first, last) frame of a random part of 5 to 8 s, grown to keep the key frame.
 
@@ -1111,7 +1071,7 @@ def make_state(args, changes, i, rng):
     change, n = changes[i], args.num_frames
     frames = sample_frames(*random_part(change, rng, n), n)
     return {"clip": read_state(args, change, frames), "state": change.state,
-            "keyframe": keyframe_index(frames, change.pnr), "has_keyframe": change.pnr >= 0}
+            "keyframe": np.abs(frames - change.pnr).argmin(), "has_keyframe": change.pnr >= 0}
 
 
 def make_test_state(args, changes, i, rng):
@@ -1120,48 +1080,35 @@ def make_test_state(args, changes, i, rng):
     return {"clip": read_state(args, changes[i], frames)}
 
 
-class StateHeads(nn.Module):
-    """The key-frame head (which frame?) and the state head (does it change?); official names. Both
-    average the map over windows of `pool` x `pool`, so 8 x 8 places become 2 x 2.
-    """
-
-    def __init__(self, channels, side=8, pool=7, dropout=0.5):
-        super().__init__()
-        self.pool, self.dropout, d = pool, dropout, channels * (side - pool + 1) ** 2
-        self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
-        self.Keyframe_localisation_head.projection = Classifier(d, 1)
-        self.State_detection_head.projection = Classifier(d, 2)
-
-    def heads(self, x):
-        """(B, C, T, side, side) -> logits (B, T) of the key frame, (B, 2) of no change, change"""
-        x = F.avg_pool3d(x, (1, self.pool, self.pool), 1)                 # (B, C, T, 2, 2)
-
-        def flatten_places(x):                                            # (B, T, 2·2·C)
-            return F.dropout(x, self.dropout, self.training).permute(0, 2, 3, 4, 1).flatten(2)
-        keyframe = self.Keyframe_localisation_head.projection(flatten_places(x))      # (B, T, 1)
-        state = self.State_detection_head.projection(flatten_places(x.mean(2, keepdim=True)))
-        return keyframe.squeeze(2), state.squeeze(1)
-
-
-class StateChange(StateHeads):
-    """f_V without strides in time, so 16 frames stay 16, and the two heads.
-
-    NOTE: the release has the benchmark's I3D-ResNet-50; how RepLAI's R(2+1)D kept time is not
-    known. Strides of 1 fit the same weights: our design, not a reproduction.
+class StateChange(nn.Module):
+    """f_V without strides in time, so 16 frames stay 16, a key-frame head and a state head. These
+    see means over windows that make 2 x 2 places of the last map. NOTE: names and heads are the
+    benchmark's, whose network is an I3D-ResNet-50; how RepLAI's R(2+1)D kept time is not known.
     """
     files, splits = "fho_oscc-pnr_{}.json", EGO4D_SPLITS
     prefix, goal, sign = "backbone.", "StCC acc", 1
     make, make_test = staticmethod(make_state), staticmethod(make_test_state)
 
     def __init__(self, width=64, depth=18, crop=225, as_released=False):
-        side = -(-crop // 32)                                 # 8 for 225: it is halved five times
-        super().__init__(8 * width, side, max(1, side - 1))
+        super().__init__()
         self.backbone = common.R2Plus1D(width, depth, temporal_stride=1)
+        side = -(-crop // 32)                                 # of the last map: 8 for 225
+        self.pool = max(1, side - 1)
+        d = 8 * width * (side - self.pool + 1) ** 2
+        self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
+        self.Keyframe_localisation_head.projection = Classifier(d, 1)
+        self.State_detection_head.projection = Classifier(d, 2)
         self.pixels = ((0.0,) * 3, (1 / 255,) * 3) if as_released else common.IMAGENET   # 0 .. 255
 
     def forward(self, clip):
-        """(B, 3, T, H, W) -> logits (B, T), (B, 2)"""
-        return self.heads(self.backbone(clip))
+        """(B, 3, T, H, W) -> logits (B, T) of the key frame, (B, 2) of no change, change"""
+        x = F.avg_pool3d(self.backbone(clip), (1, self.pool, self.pool), 1)   # (B, C, T, 2, 2)
+
+        def flatten_places(x):                                            # (B, T, 2·2·C)
+            return F.dropout(x, 0.5, self.training).permute(0, 2, 3, 4, 1).flatten(2)
+        keyframe = self.Keyframe_localisation_head.projection(flatten_places(x))      # (B, T, 1)
+        state = self.State_detection_head.projection(flatten_places(x.mean(2, keepdim=True)))
+        return keyframe.squeeze(2), state.squeeze(1)
 
     def read(self, args, path, testing):
         """[Change, ...]. NOTE: the release takes null for a change; --as_released."""
@@ -1199,28 +1146,24 @@ class StateChange(StateHeads):
         """Accuracy in percent; seconds from the predicted to the annotated key frame."""
         label, pnr = np.array([c.state for c in changes]), np.array([c.pnr for c in changes])
         start, stop = np.array([c.frames for c in changes]).T
-        error = keyframe_errors(keyframe.numpy(), start, stop,
-                                np.array([c.seconds for c in changes]), pnr)
+        fps = (stop - start + 1) / np.array([c.seconds for c in changes])
+        error = np.abs(self.frame(changes, keyframe) - pnr) / fps
         error = error[(label == 1) & (pnr >= 0)]
         return {"StCC acc": percent(state.argmax(1).numpy() == label),
                 "PNR err (s)": float(error.mean()) if len(error) else math.nan}
 
     def submission(self, changes, missing, keyframe, state):
         """Both files. NOTE: key frames count from the video's start; this could not be verified."""
-        start, stop = np.array([c.frames for c in changes]).T
-        frame = start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
         return {"oscc.json": json.dumps([{"unique_id": c.id, "state_change": bool(x)}
                                          for c, x in zip(changes, state.argmax(1))]),
                 "pnr.json": json.dumps([{"unique_id": c.id, "pnr_frame": float(x)}
-                                        for c, x in zip(changes, frame)])}
+                                        for c, x in zip(changes, self.frame(changes, keyframe))])}
 
-
-def keyframe_errors(keyframe, start, stop, seconds, pnr):
-    """Seconds from the most likely of T frames, (R, T) scores, to the point of no return. NOTE: as
-    in the benchmark, frame k of T stands for the start of its share, k/T of the clip.
-    """
-    frame = keyframe.argmax(1) * (stop - start) / keyframe.shape[1]
-    return np.abs(frame - (pnr - start)) / ((stop - start + 1) / seconds)
+    @staticmethod
+    def frame(changes, keyframe):
+        """The likeliest key frame. NOTE: as in the benchmark frame k of T is k/T of the clip."""
+        start, stop = np.array([c.frames for c in changes]).T
+        return start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
 
 
 def make_task(args):
@@ -1250,16 +1193,15 @@ def audio_window(start, stop, sample_rate, total=None):
 
 
 def read_audio(path, start=0.0, stop=1e6):
-    """Sound between two times, in seconds from the first frame: ((channels, n) float32 in [-1, 1],
-    samples per second). Shorter where the file ends within.
-    """
+    """((channels, n) float32 in [-1, 1], sample rate) of the sound between two times in seconds."""
     return next(read_sounds(path, [(start, stop)]))
 
 
 def read_sounds(path, windows):
     """Yield what `read_audio` returns for each of several windows, ascending (start, stop).
 
-    A window equals its part of the whole sound, decoded in one go. Gaps are silent.
+    Times count from the first frame. A window equals its part of the whole sound, decoded in one
+    go; it is shorter at the end of the file, and silent in gaps.
     """
     with common.opened(path) as c:
         if not c.streams.audio:
@@ -1367,15 +1309,14 @@ def draw_moments(args, segments):
     times, curve, _ = find_moments(*read_audio(s.path, s.start, s.stop), args.prominence)
     t, d = s.moments[len(s.moments) // 2], args.delta_non_overlap
     clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4)
-    frames = np.concatenate(common.read_clip(s.path, clips, 128))         # (8, H, W, 3)
-    strip = Image.fromarray(np.concatenate(frames, 1))
-    strip = strip.resize((810, round(810 * strip.height / strip.width)))
-    image = Image.new("RGB", (900, 250 + strip.height), "white")
+    strip = Image.fromarray(np.hstack(np.concatenate(common.read_clip(s.path, clips, 96))))
+    image = Image.new("RGB", (90 + strip.width, 250 + strip.height), "white")
     image.paste(strip, (70, 240))
     draw = ImageDraw.Draw(image)
     draw.text((70, 8), f"{s.path.name} from {s.start:.0f} s: curve c and its moments; four frames "
               f"before and four after {t:.2f} s", "black")
-    common.plot(draw, (70, 45, 880, 200), times, {"c, over seconds": curve}, s.moments - s.start)
+    box = (70, 45, 70 + strip.width, 200)
+    common.plot(draw, box, times, {"c, over seconds": curve}, s.moments - s.start)
     common.write_figure(args.out / "moments.png", image)
     common.say(f"{args.out}/moments.png: moments of {s.path.name}")
 
@@ -1386,9 +1327,9 @@ def convert(args, device):
     common.adopt(args, common.saved_flags(path), ("width", "depth"))
     model = common.R2Plus1D(args.width, args.depth)
     common.load_weights(model, path, video_layouts(""))
-    content = {"state_dict": model.state_dict()}
     if common.rank() == 0:
-        common.write(args.out / "checkpoint_latest-ego.pth", lambda f: torch.save(content, f))
+        common.write(args.out / "checkpoint_latest-ego.pth",
+                     lambda f: torch.save({"state_dict": model.state_dict()}, f))
     common.say(f"done: {args.out}/checkpoint_latest-ego.pth")
 
 
@@ -1441,15 +1382,12 @@ def parse_args(argv=None):
            "(commands/*.sh)")
     p.flag("lr", float, "learning rate: peak of OneCycle (pretrain); x0.1 at 3/5 and 4/5 of the "
            "epochs (linear); half a cosine after a warm-up (Ego4D's tasks) (commands/*.sh)")
-    p.flag("weight_decay", float, "weight decay; not on parameters named bn in the tasks "
-           "(configs/optim)")
+    p.flag("weight_decay", float, "weight decay; in the tasks not of bn (configs/optim)")
     p.group("evaluation")
-    p.flag("clips", 1, "clips per action in evaluation, evenly spaced, scores averaged; 1 is the "
-           "centre (linear, recognition) (ours)")
+    p.flag("clips", 1, "evenly spaced clips per action in linear and recognition; 1: centre (ours)")
     p.flag("aggregator", "transformer", "how anticipation joins its 4 clips (lta_models.py)",
            ["transformer", "concat", "mean"])
-    p.flag("futures", 5, "number of predicted futures, K; the best one counts; 1: the most likely "
-           "(ego4d-forecasting/)")
+    p.flag("futures", 5, "predicted futures, K; the best counts; 1: the likeliest (benchmark)")
     args = common.parse(p, recipe, argv)
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:

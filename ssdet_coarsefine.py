@@ -1252,8 +1252,8 @@ def read_class_names(args):
     """Class names, from Charades_v1_classes.txt ("c000 NAME") or class_list.txt ("1 NAME")."""
     name = "Charades_v1_classes.txt" if args.dataset == "charades" else "class_list.txt"
     path = common.find(args.data, name, required=False)
-    return common.read_lines(path, lambda line: line.split(maxsplit=1)[1]) if path else [
-        str(c) for c in range(CLASSES[args.dataset])]
+    names = common.read_lines(path, lambda line: line.split(maxsplit=1)[1]) if path else []
+    return names or [str(c) for c in range(CLASSES[args.dataset])]
 
 
 def read_actions(args, split, names):
@@ -1263,12 +1263,12 @@ def read_actions(args, split, names):
     subset = "training" if split == "train" else "testing"
     first = int(args.dataset == "multithumos")                # its JSON numbers classes from 1
 
-    def row(row):                                             # "c059 11.90 21.20;c008 0.00 12.60"
+    def from_table(row):                                      # "c059 11.90 21.20;c008 0.00 12.60"
         actions = [action.split() for action in row["actions"].split(";") if action]
         return row["id"], float(row["length"]), [(int(c[1:]), float(start), float(end))
                                                  for c, start, end in actions]
 
-    def entry(name, value=None):                              # the entries of a list have no names
+    def from_json(name, value=None):                          # the entries of a list have no names
         if not isinstance(value, dict) or value.get("subset") not in ("training", "testing"):
             raise ValueError('expected is {"VIDEO": {"subset": "training" or "testing", "duration":'
                              ' SECONDS, "actions": [[CLASS, START, END], ...]}, ...}')
@@ -1279,9 +1279,9 @@ def read_actions(args, split, names):
              "multithumos": ("multithumos.json", f"{names[0]}.txt")}
     path = common.find(args.data, *forms[args.dataset])
     if path.suffix == ".csv":
-        return path, common.read_table(path, row)
+        return path, common.read_table(path, from_table)
     if path.suffix == ".json":
-        return path, [video for part, video in common.read_json(path, entry) if part == subset]
+        return path, [video for part, video in common.read_json(path, from_json) if part == subset]
     return path.parent, read_class_files(path.parent, split, names)
 
 
@@ -1289,12 +1289,12 @@ def read_class_files(folder, split, names):
     """The same from MultiTHUMOS' CLASS.txt with lines "VIDEO START END"; seconds are 0: unknown."""
     prefix, videos = "video_validation" if split == "train" else "video_test", {}
 
-    def row(line):
+    def from_line(line):
         video, start, end = line.split()
         return video, float(start), float(end)
 
     for c, name in enumerate(names):
-        for video, start, end in common.read_lines(folder / f"{name}.txt", row):
+        for video, start, end in common.read_lines(folder / f"{name}.txt", from_line):
             if video.startswith(prefix):
                 videos.setdefault(video, []).append((c, start, end))
     return [(video, 0.0, actions) for video, actions in sorted(videos.items())]
@@ -1312,12 +1312,12 @@ def read_videos(args, split, names, need_files=True):
     videos = common.spread([Video(name, paths.get(name), seconds, actions)
                             for name, seconds, actions in rows], args.limit)
     missing = [video.name for video in videos if need_files and video.path is None]
+    note = f"{len(missing)} of them are missing, such as {missing[0]}" if missing else ""
     if missing and (split == "test" or len(missing) == len(videos)):
-        raise UserError(f"{args.data}: {len(missing)} of {len(videos)} videos of the {split} split "
-                        f"are missing, such as {missing[0]}: neither a file nor a folder of frames")
+        raise UserError(f"{args.data}: {len(videos)} videos of the {split} split, {note}: neither "
+                        "a file nor a folder of frames")
     common.say(f"{split}: {len(rows)} videos, {sum(len(actions) for *_, actions in rows)} actions "
-               f"of {len(names)} classes in {path}"
-               + (f"; {len(missing)} videos are missing, such as {missing[0]}" if missing else ""))
+               f"of {len(names)} classes in {path}" + f"; {note}" * bool(note))
     return [video for video in videos if video.path or not need_files]
 
 
@@ -1354,18 +1354,20 @@ def read_kinetics(args, split, names=None):
 
 def read_kinetics_rows(path):
     """[(label, id, start, end)] of Kinetics' CSV or JSON, times in whole seconds."""
-    def row(row):
+    def from_table(row):
         start, end = int(float(row["time_start"])), int(float(row["time_end"]))
         return row["label"], row["youtube_id"], start, end
 
-    def entry(name, value=None):
+    def from_json(name, value=None):                          # the entries of a list have no names
         if not isinstance(value, dict) or "annotations" not in value:
             raise ValueError('expected is {"ID": {"annotations": {"label": CLASS, "segment": '
                              '[START, END]}}, ...}')
         start, end = value["annotations"]["segment"]
         return value["annotations"]["label"], name, int(start), int(end)
 
-    return common.read_table(path, row) if path.suffix == ".csv" else common.read_json(path, entry)
+    if path.suffix == ".csv":
+        return common.read_table(path, from_table)
+    return common.read_json(path, from_json)
 
 
 # ---- 10. networks and weights (train_fine.py, train_coarse_fineFEAT.py) --------------------------

@@ -71,8 +71,8 @@ FIGURES = [  # paper, what is measured, key of metrics.json, pre-trained, scratc
     ("RepLAI", "Ego4D, error of the key frame, s", "PNR err (s)", "replai_state",
      "replai_state_scratch", None)]
 PICTURES = {  # name in the README: (file, pixels from the top)
-    "replai": ("replai_pretrain/moments.png", 700), "f2c": ("f2c_test/timeline.png", 650),
-    "ssdet": ("ssdet_test/timeline.png", 556), "cpctrans": ("cpc_test/retrieval.png", 560)}
+    "replai": ("replai_pretrain/moments.png", 700), "f2c": ("f2c_test/timeline.png", 540),
+    "ssdet": ("ssdet_test/timeline.png", 480), "cpctrans": ("cpc_test/retrieval.png", 500)}
 
 
 def steps(script, out, seed):

@@ -194,7 +194,8 @@ def vtn(case):
         model.frame_encoder.all_rows = True
         with mock.patch.object(f2c_oops, "local_attention", lambda *a: whole(*a, chunk=7)):
             tokens = model.frame_encoder(x, lengths)
-    seen = None if lengths is None else lengths - int(model.frame_encoder.as_released)  # of the frames
+    hidden = int(model.frame_encoder.as_released)             # of the frames
+    seen = None if lengths is None else lengths - hidden
     return {**found, "tokens": tokens if seen is None else torch.cat(
         [rows[:1 + n] for rows, n in zip(tokens, seen.tolist())])}
 
@@ -258,7 +259,8 @@ def two_level(case, as_released):
     path = released(case)
     video, each = (network(f2c_oops.F2C2V, case, path, as_released=as_released, per_clip=per)
                    for per in (False, True))
-    local = network(f2c_oops.F2C, case, released(case, strip="local_model."), as_released=as_released)
+    local = network(f2c_oops.F2C, case, released(case, strip="local_model."),
+                    as_released=as_released)
     with torch.no_grad():
         z = video.frame_encoder(clips)
         return {"clip_features": z, "clip_logits_single_scale": local(clips),
@@ -523,8 +525,9 @@ def located(case):
     assert np.bincount(video).tolist() == c["clips_per_video"]
     times = [f2c_oops.predicted_time(prob[video == i], spans[video == i])
              for i in range(len(c["t"]))]
-    counted = [f2c_oops.has_labels(f2c_oops.Annotation(sorted(t), math.inf, sorted(r)), "train", "video")
-               for t, r in zip(c["t"], c["rel_t"])]           # the lengths are not told
+    counted = [f2c_oops.has_labels(f2c_oops.Annotation(sorted(t), math.inf, sorted(rel_t)),
+                                   "train", "video")          # the lengths are not told
+               for t, rel_t in zip(c["t"], c["rel_t"])]
     return times, [f2c_oops.time_error(x, t) for x, t, n in zip(times, c["t"], counted) if n]
 
 
@@ -546,8 +549,8 @@ def localization_errors(case):
 
 def classification_accuracy(case):
     logits = only_input(case)
-    found = f2c_oops.classification_metrics(np.array(case.config["labels"]), logits.argmax(1).numpy(),
-                           logits.softmax(1).numpy(), f2c_oops.LABELS)
+    scores = torch.cat([logits.softmax(1), logits.argmax(1, keepdim=True)], 1)
+    found = f2c_oops.classification_metrics([case.config["labels"]], [scores], f2c_oops.LABELS)
     return {"top1": found["top1"] / 100, "per_class": [found[n] / 100 for n in f2c_oops.LABELS]}
 
 
@@ -575,9 +578,9 @@ def lr_schedule(case):
     return {"lr": rates}
 
 
-# ---- pictures, backbones -----------------------------------------------------------------------
+# ---- frames, backbones -------------------------------------------------------------------------
 
-def pictures_of(case):
+def frames_as_bytes(case):
     """The values made bytes: clamped, truncated."""
     limits = torch.iinfo(torch.uint8)
     return only_input(case).clamp(limits.min, limits.max).to(torch.uint8)
@@ -585,12 +588,12 @@ def pictures_of(case):
 
 def clip_transform(case):
     (crop,) = set(case.config["crop"])
-    clip = f2c_oops.resize_clip(pictures_of(case), tuple(case.config["resize"]), crop)
+    clip = f2c_oops.resize_clip(frames_as_bytes(case), tuple(case.config["resize"]), crop)
     return {"clip": clip.transpose(0, 1)}
 
 
 def frame_normalise(case):
-    return {"frames": f2c_oops.normalize(pictures_of(case), *f2c_oops.HALF)}
+    return {"frames": f2c_oops.normalize(frames_as_bytes(case), *f2c_oops.HALF)}
 
 
 def features(case, model, rules=()):

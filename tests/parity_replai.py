@@ -4,6 +4,7 @@ Weights reach the networks as a user's would: written as a released checkpoint a
 the function behind `--init`.
 """
 
+import argparse
 import copy
 import functools
 import math
@@ -258,20 +259,22 @@ def one_cycle(case):
         for k, v in (("lr", lr), ("momentum", momentum))}}
 
 
+def rates(stage, lr, epochs, **how):
+    args = argparse.Namespace(stage=stage, lr=lr, epochs=epochs)
+    return {"lr": [replai.learning_rate(args, i, 1, **how) for i in range(epochs)]}
+
+
 def per_epoch(case):
     c = case.config
     if c["cos"]:
-        return warmup_cosine_of(c["lr"], 0, c["epochs"])
-    return {"lr": [replai.step_lr(c["lr"], i, c["milestones"]) for i in range(c["epochs"])]}
-
-
-def warmup_cosine_of(lr, warmup, steps):
-    return {"lr": [replai.warmup_cosine(lr, i, warmup, steps) for i in range(steps)]}
+        return rates("statechange", c["lr"], c["epochs"])
+    return rates("linear", c["lr"], c["epochs"], milestones=[
+        (m + 0.5) / c["epochs"] for m in c["milestones"]])
 
 
 def warmup_cosine(case):
     c = case.config
-    return warmup_cosine_of(c["base_lr"], c["warmup_steps"], c["total_steps"])
+    return rates("recognition", c["base_lr"], c["total_steps"], warmup=c["warmup_steps"], most=1)
 
 
 def linear_classifier(case):
@@ -347,28 +350,45 @@ def lta_windows(case):
 
 
 def frame_sampling(case):
-    frames = [replai.sample_frames(*row[:3]) for row in case.input("rows")]
-    return {"frames": [f.tolist() for f in frames], "keyframe_index": [
-        None if row[3] is None else replai.keyframe_index(f, row[3])
-        for f, row in zip(frames, case.input("rows"))]}
+    """Numbers of frames, and the key frame as a training sample has it."""
+    rows = case.input("rows")
+    args = argparse.Namespace(num_frames=0)
+    keyframes = []
+    for start, stop, args.num_frames, pnr in rows:
+        change = replai.Change("", None, [], 0.0, (start, stop), 1, pnr)
+        with (mock.patch.object(replai, "random_part", lambda *_, part=(start, stop): part),
+              mock.patch.object(replai, "read_state", lambda *_: None)):
+            keyframes.append(None if pnr is None else int(replai.make_state(
+                args, [change], 0, None)["keyframe"]))
+    return {"frames": [replai.sample_frames(*row[:3]).tolist() for row in rows],
+            "keyframe_index": keyframes}
 
 
 def keyframe_metrics(case):
     rows, fps = case.input("rows"), re.search(r"\(end - start\) / (\d+)", case.config["fps"])
-    start, stop, pnr = (np.array([np.nan if x is None else x for x in c]) for c in zip(*rows))
-    errors = replai.keyframe_errors(case.input("keyframe").flatten(1).numpy(), start, stop,
-                                    (stop - start) / int(fps[1]), pnr)
-    guess, changed = case.input("state").flatten(1).argmax(1).numpy(), ~np.isnan(pnr)
-    return {"accuracy": float((guess == changed).mean()),
-            "keyframe_error_seconds_each": [None if math.isnan(e) else e for e in errors.tolist()],
-            "keyframe_error_seconds": float(errors[changed].mean())}
+    keyframe, state = (case.input(k).flatten(1) for k in ("keyframe", "state"))
+    changes = [replai.Change("", None, [], (stop - start) / int(fps[1]), (start, stop),
+                             int(pnr is not None), -1 if pnr is None else pnr)
+               for start, stop, pnr in rows]
+    model = replai.StateChange(1, 10)
+    metrics = [model.metrics(None, *x) for x in (
+        (changes, keyframe, state), *(([c], k[None], s[None]) for c, k, s in zip(
+            changes, keyframe, state)))]
+    errors = [m["PNR err (s)"] for m in metrics]
+    return {"accuracy": metrics[0]["StCC acc"] / 100, "keyframe_error_seconds": errors[0],
+            "keyframe_error_seconds_each": [None if math.isnan(e) else e for e in errors[1:]]}
 
 
 def state_heads(case):
+    """The map comes in place of the frames; no dropout."""
     c = case.config
-    heads = replai.StateHeads(c["channels"], c["map"], c["pool"], dropout=0.0)
-    keyframe, state = case.load(heads, [()], ("",)).heads(case.input("map"))
-    losses = replai.StateChange.losses(None, (keyframe, state), {
+    with mock.patch.object(common, "R2Plus1D", lambda *_, **__: nn.Identity()):
+        model = replai.StateChange(c["channels"] // 8, crop=32 * c["map"])
+    assert model.pool == c["pool"]
+    case.load(model, [()], ("",))
+    with mock.patch.object(replai.F, "dropout", lambda x, *_: x):
+        keyframe, state = model(case.input("map"))
+    losses = model.losses((keyframe, state), {
         "state": torch.tensor(c["state_labels"]), "keyframe": torch.tensor(c["keyframe_index"]),
         "has_keyframe": torch.tensor(c["state_labels"]) > 0})
     return {"keyframe_logits": keyframe[:, None], "state_logits": state[:, :, None],

@@ -300,7 +300,8 @@ def test_localization_is_counted_as_the_benchmark_does():
 
 def test_accuracy_is_counted_per_true_class():
     p = np.array([[0.7, 0.2, 0.1], [0.3, 0.5, 0.2], [0.1, 0.8, 0.1], [0.9, 0.1, 0.0]])
-    got = f.classification_metrics(np.array([0, 0, 1, 1]), p.argmax(1), p, "abc", "val_")
+    scores = np.concatenate([p, p.argmax(1)[:, None]], 1)
+    got = f.classification_metrics([[0, 0, 1], [1]], [scores[:3], scores[3:]], "abc", "val_")
     assert got == pytest.approx({"val_top1": 50, "val_a": 50, "val_b": 50, "val_loss": -np.mean(
         np.log([0.7, 0.3, 0.8, 0.1]))})                       # c has no clips
 
@@ -500,28 +501,23 @@ def test_evaluation_scores_each_clip_as_the_definition_says(name, chain, feats, 
 def released(model, path):
     """Save weights under the release's names, with what it has besides.   -> path"""
     two, state = hasattr(model, "clip_encoder"), {}
-    for key, x in model.state_dict().items():
-        level, _, rest = key.partition(".")
-        prefix = {"clip_encoder": "global_model."}.get(level, "local_model." if two else "")
-        if level == "head":
-            prefix, rest = "global_model." if two else "", f"mlp_head.{rest}"
-        elif rest != "cls_token":
-            rest = f"temporal_encoder.{rest}"
-            for ours, theirs in (
-                    ("layers.", "encoder.layer."), (".out.", ".attention.output.dense."),
-                    (".norm1.", ".attention.output.LayerNorm."), (".fc1.", ".intermediate.dense."),
-                    (".fc2.", ".output.dense."), (".norm2.", ".output.LayerNorm."),
-                    ("encoder.norm.", "encoder.embeddings.LayerNorm."),
-                    ("encoder.position.", "encoder.embeddings.position_embeddings."),
-                    ("encoder.token_type.", "encoder.embeddings.token_type_embeddings.")):
-                rest = rest.replace(ours, theirs)
-            rest = re.sub(r"(layer\.\d+\.)((query|key|value)\w*)", r"\1attention.self.\2", rest)
-        state[f"module.{prefix}{rest}"] = x
-    unused = "module.local_model." if two else "module."
-    state |= {f"{unused}lin_projector.weight": torch.zeros(8, 4),
-              f"{unused}temporal_encoder.embeddings.position_ids": torch.zeros(1, 9)}
-    if two:
-        state["module.local_model.mlp_head.0.weight"] = torch.zeros(128)
+    local, top = ("local_model.", "global_model.") if two else ("", "")
+    layer, tables = "temporal_encoder.encoder.layer", "temporal_encoder.embeddings"
+    for name, x in model.state_dict().items():
+        for ours, theirs in (
+                (r"^head", f"{top}mlp_head"), (r"\.layers", f".{layer}"),
+                (r"\.(query|key|value)", r".attention.self.\1"), (r"\.fc1", ".intermediate.dense"),
+                (r"\.out", ".attention.output.dense"), (r"\.norm1", ".attention.output.LayerNorm"),
+                (r"\.fc2", ".output.dense"), (r"\.norm2", ".output.LayerNorm"),
+                (r"r\.norm", f"r.{tables}.LayerNorm"),
+                (r"r\.position", f"r.{tables}.position_embeddings"),
+                (r"r\.token_type", f"r.{tables}.token_type_embeddings"),
+                (r"^frame_encoder\.", local), (r"^clip_encoder\.", top)):
+            name = re.sub(ours, theirs, name)
+        state[f"module.{name}"] = x
+    state |= {f"module.{local}lin_projector.weight": torch.zeros(8, 4),
+              f"module.{local}{tables}.position_ids": torch.zeros(1, 9)}
+    state |= {"module.local_model.mlp_head.0.weight": torch.zeros(128)} if two else {}
     torch.save({"epoch": 7, "state_dict": state, "optimizer": {}}, path)
     return path
 

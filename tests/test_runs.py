@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import time
 import zipfile
 from functools import partial
 
@@ -224,7 +223,7 @@ def test_nan_stops_before_the_update(name, data, runs, tmp_path):
 
 def test_nan_between_two_checks_never_reaches_a_checkpoint(data, runs, tmp_path):
     """Nor does it if only one of two processes has it."""
-    flags = "--log_every", 3, "--save_every", 100, "--epochs", 3, "--limit", 26
+    flags = "--log_every", 3, "--save_every", 100
     for name, n in (("cpc", 1), ("pretrain", 2)):
         r = run(name, tmp_path / name, data, runs, *flags, n=n,
                 before=partial(running.nan_in_step, 1, n - 1))
@@ -300,7 +299,7 @@ def test_a_broken_list_is_named(name, file, fault, data, runs, tmp_path):
     if r.code == 0:                                           # rows that are left may be enough
         assert fault == "cut" or path.suffix == ".txt" and fault in ("empty", "a word")
     else:
-        assert str(path) in one_error(r) or str(path.parent) in one_error(r)
+        assert str(path) in one_error(r)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------
@@ -329,11 +328,10 @@ MISTAKES = {       # what is wrong: (stage, flags, words of the error)
     "a stream of another kind": ("detect", "--stream coarse", "--stream")}
 
 
-@pytest.mark.parametrize("n", [1, 2])
-@pytest.mark.parametrize("what", MISTAKES)
+@pytest.mark.parametrize("what, n", [
+    *((what, 1) for what in MISTAKES),
+    *((what, 2) for what in ("no videos", "code as weights", "other flags"))])
 def test_a_mistake_is_one_line(what, n, data, runs, tmp_path):
-    if n == 2 and what not in ("no videos", "code as weights", "other flags"):
-        pytest.skip("one process shows it")
     name, flags, words = MISTAKES[what]
     torch.save({"model": Code(tmp_path / "made")}, tmp_path / "code.pt")
     out = tmp_path / "out"
@@ -355,22 +353,20 @@ def test_a_wrong_flag_is_one_line_and_status_2(script, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_within_five_seconds(script, tmp_path):
-    start = time.process_time(), os.times().children_user
+    start = os.times().children_user                          # CPU time, for a busy machine
     r = running.command(script, "--help", cwd=tmp_path)
-    assert r.code == 0 and os.times().children_user - start[1] < 5
+    assert r.code == 0 and os.times().children_user - start < 5
     assert r.out.count("(default: ") > 15 and max(map(len, r.out.splitlines())) <= 100
     for flag in ("--stage", "--dataset", "--as_released", "--init", "--batch_size", "--tiny"):
         assert flag in r.out
     assert not [*tmp_path.iterdir()]
 
 
-# ---- without a GPU what can be said about one, and with one ---------------------------------------
+# ---- GPUs ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [*TRAIN, *PREPARE, *SCORE])
+@pytest.mark.parametrize("name", [*TRAIN, "features", "extract", *SCORE])
 def test_networks_and_losses_leave_no_tensor_on_the_cpu(name, data, runs, tmp_path):
     """Forward on a GPU that does not exist, see running.fake_cuda."""
-    if name == "moments":
-        pytest.skip("has no network")
     r = run(name, tmp_path / "out", data, runs, before=partial(running.fake_cuda, 2))
     assert r.code == 0 and "came to its end" in r.out, r
 
@@ -383,14 +379,15 @@ def test_two_steps_run_under_bfloat16_autocast(name, data, runs, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", PRETRAINING)
-def test_two_steps_of_the_published_network_run_on_gpus(name, data, runs, tmp_path):
-    n = min(2, torch.cuda.device_count())
+def test_two_steps_of_each_default_stage_run_on_gpus(name, data, runs, tmp_path):
+    """With the published networks; F2C's is as small as the features of this world."""
     script, *flags = STAGES[name].replace("DATA", str(data)).replace("RUNS", str(runs)).split()
-    more = "--init", "none", "--epochs", 1, "--batch_size", 6, "--log_every", 1
-    flags = flags[flags.index("--data"):]                     # without --tiny
-    r = running.command(script, *flags, *more, "--out", tmp_path / "out", n=n, timeout=300)
+    if name != "f2c":
+        flags.remove("--tiny")
+    r = running.command(script, *flags, "--init", "none", "--epochs", 1, "--out", tmp_path / "out",
+                        n=min(2, torch.cuda.device_count()), gpus=True, timeout=300)
     assert r.code == 0, r
-    rows = [json.loads(x) for x in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
 
 

@@ -141,7 +141,7 @@ def plan(name, k, seed, world, size, fps, seconds, coding, **details):
 
 def random_of(seed, name, *numbers):
     """Random numbers of a dataset, a split or a video."""
-    return np.random.default_rng((seed, crc32(name.encode()), *numbers))
+    return np.random.default_rng((seed, crc32(name.encode()), *numbers, 9))     # 0 would be cut off
 
 
 def even_quality(k, gop):
