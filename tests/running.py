@@ -34,6 +34,8 @@ from torch._subclasses.fake_tensor import (  # noqa: E402
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import common  # noqa: E402
@@ -182,14 +184,26 @@ def bf16_on_the_cpu(k, rank):
     common.check_finite = lambda *_: None
     for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         optimizer.step = lambda *_: None
-    common.Log.__call__ = counted(k, leave)
+    common.Log.__call__ = counted(k, lambda *_: leave(k))
+
+
+class OneDevice(TorchDispatchMode):
+    """An error where an operation gets tensors of two devices; numbers and indices may differ."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        devices = {x.device.type for x in tree_leaves((args, kwargs or {}))
+                   if torch.is_tensor(x) and x.dim()}
+        if len(devices) > 1 and not function.name().startswith(("aten::copy_", "aten::index")):
+            raise RuntimeError(f"{function} got tensors on {devices}")
+        return function(*args, **kwargs or {})
 
 
 def fake_cuda(k, rank):
-    """Networks and losses run forward on a GPU that does not exist, for k steps or one prediction.
+    """Networks and losses run forward on a GPU that does not exist, for k steps.
 
     Tensors have a shape, a type and a device there, no values. So a tensor left on the CPU is an
     error, and so is a training step that waits for a value. All begins with the first move there.
+    k = 0: a stage without training ends when its network has run.
     """
     start_run, load = common.start_run, DataLoader.__iter__
     mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda")
@@ -209,7 +223,7 @@ def fake_cuda(k, rank):
         with (common.autocast(device, args.precision), torch.no_grad(), contextlib.suppress(
                 DataDependentOutputException, DynamicOutputShapeException)):
             network(common.to_device(next(iter(loader)), device))
-        leave()
+        leave(len(steps))
 
     def convert(module, function, recurse=True):              # without the swap of Module._apply
         for child in module.children():
@@ -221,23 +235,28 @@ def fake_cuda(k, rank):
             module._buffers[name] = x if x is None else function(x)
         return module
 
+    began, steps = [], []
+
     def begins(move):
         def to(x, *args, **kw):
-            if device in args and not torch._C._get_dispatch_mode(
-                    torch._C._TorchDispatchModeKey.FAKE):
-                mode.__enter__()
-            return leave() if "cpu" in args else move(x, *args, **kw)
+            if device in args and not began:
+                began.extend([mode.__enter__(), OneDevice().__enter__()])
+            if "cpu" in args and getattr(x, "is_cuda", False) and not k:
+                leave(0)                                      # a result: the network has run
+            return move(x, *args, **kw)
         return to
 
     warnings.simplefilter("ignore")                           # CUDA is not available
     common.start_run = lambda *args, **kw: (start_run(*args, **kw), device)[1]
     common.compute, common.load_checkpoint = real(common.compute), real(common.load_checkpoint)
+    common.gather = lambda rows, expect: dict(sorted(rows.items()))
     common.load_weights = lambda module, *_, **__: {*module.state_dict()}
     common.check_finite = common.save = common.share_buffers = lambda *_, **__: None
-    common.Log.__call__, common.predict = counted(k, leave), predict
+    common.Log.__call__, common.predict = counted(k, lambda *_: leave(k)), predict
     DataLoader.__iter__, nn.Module._apply = batches, convert
     nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
-    torch.Tensor.cpu, torch.Tensor.backward = leave, lambda *_: None
+    torch.Tensor.cpu = lambda x: x.to("cpu")
+    torch.Tensor.backward = lambda loss: steps.append(loss.device)
     torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
     item, torch.Tensor.item = torch.Tensor.item, lambda x: 0.0            # before the first step
     common.seed_step = lambda *_: setattr(torch.Tensor, "item", item)
@@ -245,8 +264,8 @@ def fake_cuda(k, rank):
         script.DDP = lambda model, **_: model
 
 
-def leave(*_):
+def leave(steps):
     """End this process as one that is done."""
-    print("came to its end")
+    print(f"done, {steps} training steps")
     sys.stdout.flush()
     os._exit(0)

@@ -23,17 +23,12 @@ def flags(**values):
                                  "log_every": 1, "save_every": 1, "stage": "x", **values})
 
 
-def alone(function):
-    """Run it in a process group of one, as start_run makes it."""
-    def wrapped(*args, **kw):
-        common.init_distributed()
-        try:
-            return function(*args, **kw)
-        finally:
-            torch.distributed.destroy_process_group()
-    wrapped.__name__ = function.__name__
-    wrapped.__wrapped__ = function
-    return wrapped
+@pytest.fixture
+def alone():
+    """A process group of one, as start_run makes it."""
+    common.init_distributed()
+    yield
+    torch.distributed.destroy_process_group()
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -184,8 +179,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new" and json.loads((tmp_path / "b.json").read_text()) == {"x": 1.5}
 
 
-@alone
-def test_a_run_continues_only_as_it_began(tmp_path):
+def test_a_run_continues_only_as_it_began(tmp_path, alone):
     args, model = flags(out=tmp_path, lr=0.1, data=tmp_path / "data"), nn.Linear(2, 3)
     path, optimizer = tmp_path / "last.pt", torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     assert common.resume(path, args, 9, model=model) == {"step": 0}
@@ -263,8 +257,7 @@ def test_a_folder_keeps_to_what_it_was_made_with(tmp_path):
         common.claim(tmp_path, {"net": "a", "size": 4})
 
 
-def test_the_log_counts_and_forgets_steps_that_are_done_again(tmp_path, capsys):
-    @alone
+def test_the_log_counts_and_forgets_steps_that_are_done_again(tmp_path, capsys, alone):
     def steps(start, stop):
         log, total = common.Log(flags(out=tmp_path, log_every=2), start, stop), 0
         batches = ({"x": torch.zeros(2), "broken": ["", "a.mp4: bad"]} for _ in range(stop))
@@ -310,10 +303,7 @@ def test_each_item_is_predicted_once_and_all_processes_get_all(tmp_path, n):
         assert torch.equal(p["grad"], torch.full((3, 2), n * (n + 1) / 2))
 
 
-def test_gather_refuses_a_missing_result(tmp_path):
-    @alone
-    def gather():
-        assert [*common.gather({1: "b", 0: "a"}, 2).items()] == [(0, "a"), (1, "b")]
-        with pytest.raises(RuntimeError, match="1 results for 2 items"):
-            common.gather({0: "a"}, 2)
-    gather()
+def test_gather_refuses_a_missing_result(alone):
+    assert [*common.gather({1: "b", 0: "a"}, 2).items()] == [(0, "a"), (1, "b")]
+    with pytest.raises(RuntimeError, match="1 results for 2 items"):
+        common.gather({0: "a"}, 2)
