@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import struct
-import threading
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -66,11 +65,6 @@ def with_empty(*places, data=b"\x7f"):
 def cut(packets):
     """What `ffmpeg -c copy` leaves of a stream that is cut within a group of frames."""
     return packets[10:]
-
-
-def lost(packets):
-    """The last frame of the second group is missing."""
-    return packets[:49] + packets[50:]
 
 
 def hidden(packets):
@@ -147,7 +141,6 @@ KINDS = {          # name: (suffix, arguments of write_video; n frames)
     "h264 mkv uneven": (".mkv", {**B, "times": uneven(100)}),
     "h264 cut": (".mp4", {**B, "edit": cut}),
     "h264 open gop cut": (".mp4", {"options": OPEN, "bf": 3, "edit": cut}),
-    "h264 lost frame": (".mp4", {"edit": lost}),
     "h264 pts = dts": (".mp4", {**B, "edit": numbered}),
     "h264 pts = dts mkv": (".mkv", {**B, "edit": numbered}),
     "h264 avi": (".avi", {}),
@@ -272,8 +265,6 @@ def test_a_decode_gives_the_frames_that_were_written(media, name):
         assert numbers[0] > 0
     if "hidden start" in name:
         numbers = numbers[10:]
-    if "lost frame" in name:
-        numbers.remove(49)
     assert [number_of(frame) for frame in frames] == numbers
     if "edit" not in how:
         right = how.get("times", np.array(numbers) / float(how.get("fps", 25)))
@@ -486,19 +477,16 @@ def test_any_part_of_the_sound_is_that_of_a_sequential_decode(sounding, name):
             assert least < 1e-4, (start, stop, least)
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_a_gap_in_the_sound_is_silent(tmp_path, suffix):
+def test_a_gap_in_the_sound_is_silent(tmp_path):
     def gap(packets):
         return [p for p in packets if p.stream.type == "video" or not 1 < p.pts * p.time_base < 2]
-    path = write_video(tmp_path / f"a{suffix}", [paint(k) for k in range(100)], edit=gap,
+    path = write_video(tmp_path / "a.mp4", [paint(k) for k in range(100)], edit=gap,
                        sound=("aac", 48000, "mono", tones(48000, 1)))
     x, rate = read_audio(path)
     assert not x[:, int(1.1 * rate):int(1.9 * rate)].any()
     y, _ = read_audio(path, 2.5, 3.0)
-    assert suffix == ".mkv" or np.array_equal(y, x[:, int(2.5 * rate):3 * rate])
-    shifted = [np.corrcoef(y[0], tones(rate, 1)[0, 120000 + k:144000 + k])[0, 1]
-               for k in range(-49, 50)]
-    assert max(shifted) > 0.95
+    assert np.array_equal(y, x[:, int(2.5 * rate):3 * rate])
+    assert np.corrcoef(y[0], tones(rate, 1)[0, 120000:144000])[0, 1] > 0.95
 
 
 def test_a_file_without_sound_says_so(media, sounding):
@@ -603,16 +591,13 @@ def test_names_of_any_kind_are_read(tmp_path, media, monkeypatch):
 
 
 def test_many_opens_leave_nothing_behind(tmp_path, media, sounding):
-    whole = media("h264 faststart").read_bytes()
-    (tmp_path / "bad.mp4").write_bytes(whole[:3000])
-    paths = [media("h264 faststart"), tmp_path / "bad.mp4", tmp_path / "nowhere.mp4",
-             media("mpeg4"), sounding("aac mkv")]
+    (tmp_path / "bad.mp4").write_bytes(media("h264 faststart").read_bytes()[:3000])
+    paths = [media("h264"), tmp_path / "bad.mp4", tmp_path / "nowhere.mp4", media("mpeg4"),
+             sounding("aac mkv")]
 
     def held():
-        return (len(os.listdir("/proc/self/fd")), threading.active_count(),
-                len(os.listdir("/proc/self/task")))
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
     for k in range(60):
         attempt(("clip", "sound", "stream")[k % 3], paths[k % 5])
-        if k == 15:
-            before = held()
+        before = held() if k == 15 else before if k > 15 else None
     assert held() == before
