@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-from functools import partial
 
 import numpy as np
 import pytest
@@ -34,68 +33,57 @@ def alone():
 # ---- samples -------------------------------------------------------------------------------------
 
 def number(args, items, i, rng, *extra):
-    return {"index": i, "item": items[i], "random": rng.random(), "extra": sum(extra)}
+    if items[i] == "broken":
+        raise VideoError(f"{i}.mp4: broken")
+    return {"index": i, "random": rng.random(), "extra": sum(extra)}
 
 
-def drawn(args, items, start, steps, **how):
+def samples(items, **how):
+    return common.Samples(flags(**how), items, number)
+
+
+def drawn(items, start, steps, plan=None, **how):
     """[[index of a sample]] of the batches of some steps."""
-    dataset = common.Samples(args, items, number)
     return [batch["index"].tolist() for batch in common.batches(
-        args, dataset, torch.device("cpu"), start, steps, **how)]
+        flags(**how), samples(items, **how), torch.device("cpu"), start, steps, plan=plan)]
 
 
 def test_an_epoch_is_a_permutation_without_its_last_partial_batch():
-    epochs = np.array(drawn(flags(), range(11), 0, 6)).reshape(3, 8)
+    epochs = np.array(drawn(range(11), 0, 6)).reshape(3, 8)
     assert all(len({*epoch}) == 8 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert drawn(flags(seed=1), range(11), 0, 1) != drawn(flags(), range(11), 0, 1)
-    assert drawn(flags(), range(11), 3, 6) == drawn(flags(), range(11), 0, 6)[3:]
-    with pytest.raises(UserError, match="3 training samples do not fill a batch of 4"):
-        drawn(flags(), range(3), 0, 1)
+    assert drawn(range(11), 0, 1, seed=1) != drawn(range(11), 0, 1)
+    assert drawn(range(11), 3, 6) == drawn(range(11), 0, 6)[3:]
 
 
 def test_a_plan_of_batch_sizes_goes_through_all_samples_without_a_gap():
     plan = [(4, 1), (2, 5), (6, 0), (4, 2), (4, 3)]
-    batches = drawn(flags(), range(10), 0, 5, plan=plan)
+    batches = drawn(range(10), 0, 5, plan)
     assert [len(b) for b in batches] == [4, 2, 6, 4, 4]
     first, second = np.split(np.concatenate(batches), 2)
     assert {*first} == {*second} == {*range(10)}
-    assert drawn(flags(), range(10), 2, 5, plan=plan) == batches[2:]
-    dataset = common.Samples(flags(), range(10), number)
-    batch = next(iter(common.batches(flags(), dataset, torch.device("cpu"), 1, 5, plan=plan)))
+    assert drawn(range(10), 2, 5, plan) == batches[2:]
+    batch = next(iter(common.batches(flags(), samples(range(10)), torch.device("cpu"), 1, 5,
+                                     plan=plan)))
     assert batch["extra"].tolist() == [5, 5]
 
 
-def share_of_rank(rank):
-    return drawn(flags(), range(11), 0, 4)
-
-
-def test_processes_take_the_parts_of_the_same_batches(tmp_path):
-    parts = running.processes(share_of_rank, 2, tmp_path)
-    assert [a + b for a, b in zip(*parts)] == drawn(flags(), range(11), 0, 4)
-
-
 def test_a_sample_depends_on_seed_epoch_and_number_alone():
-    dataset = common.Samples(flags(), range(9), number)
-    assert dataset[3, 5] == dataset[3, 5] and dataset[3, 5]["random"] != dataset[4, 5]["random"]
-    assert dataset[5] == dataset[5] and "broken" not in dataset[5]
-    assert dataset[3, 5]["random"] != common.Samples(flags(seed=1), range(9), number)[3, 5]["random"]
+    data = samples(range(9))
+    assert data[3, 5] == data[3, 5] and data[5] == data[5] and "broken" not in data[5]
+    others = data[3, 5], data[4, 5], data[3, 6], samples(range(9), seed=1)[3, 5]
+    assert len({sample["random"] for sample in others}) == 4
 
 
 def test_a_broken_sample_is_replaced_in_training_alone():
-    def make(args, items, i, rng):
-        if i % 2:
-            raise VideoError(f"{i}.mp4: broken")
-        return {"index": i}
-
-    dataset = common.Samples(flags(), range(6), make)
-    sample = dataset[0, 3]
-    assert sample == dataset[0, 3] and sample["index"] % 2 == 0
+    data = samples(["whole", "broken"] * 3)
+    sample = data[0, 3]
+    assert sample == data[0, 3] and sample["index"] % 2 == 0
     assert sample["broken"].startswith("3.mp4: broken")
     with pytest.raises(VideoError, match=r"^3\.mp4: broken$"):
-        dataset[3]
+        data[3]
     with pytest.raises(VideoError, match="20 samples in a row"):
-        common.Samples(flags(), [1, 3], lambda a, items, i, rng: make(a, items, 1, rng))[0, 0]
+        samples(["broken"] * 2)[0, 0]
 
 
 def test_a_limit_is_spread_evenly():
@@ -106,45 +94,45 @@ def test_a_limit_is_spread_evenly():
 
 # ---- annotation files ----------------------------------------------------------------------------
 
-def test_rows_are_parsed_and_a_bad_one_is_named(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("\ufeffname,size\nx,1\n\"y,\nz\",2\n")
-    assert common.read_table(path, lambda r: (r["name"], int(r["size"]))) == [("x", 1), ("y,\nz", 2)]
-    path.write_text("name,size\nx,1\ny,two\n")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:3: .*'two'"):
-        common.read_table(path, lambda r: int(r["size"]))
-    with pytest.raises(UserError, match=r"a\.csv:2: 'length' is missing"):
-        common.read_table(path, lambda r: r["length"])
-    path.write_text("")
-    with pytest.raises(UserError, match=r"a\.csv"):
-        common.read_table(path, str)
-    with pytest.raises(UserError, match=r"b\.csv: no such file"):
-        common.read_table(tmp_path / "b.csv", str)
+def table(path):
+    return common.read_table(path, lambda row: (row["name"], int(row["size"])))
 
 
-def test_json_entries_are_parsed_and_a_bad_one_is_named(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps({"clips": [{"n": 1}, {"n": 2}], "videos": {"a": {"n": 3}}}))
-    assert common.read_json(path)["clips"][1] == {"n": 2}
-    assert common.read_json(path, lambda e: e["n"], "clips") == [1, 2]
-    assert common.read_json(path, lambda name, e: (name, e["n"]), "videos") == [("a", 3)]
-    for parse, key, message in ((lambda e: e["m"], "clips", r"a\.json:0: 'm' is missing"),
-                                (lambda name, e: int(name), "videos", r"a\.json:a: "),
-                                (str, "films", r"a\.json: 'films' is missing")):
-        with pytest.raises(UserError, match=message):
-            common.read_json(path, parse, key)
-    for content in (b"", b"{", b'{"a": "\xff"}'):
+def clips(path):
+    return common.read_json(path, lambda clip: int(clip["size"]), "clips")
+
+
+def named_clips(path):
+    return common.read_json(path, lambda name, clip: (name, int(clip["size"])), "clips")
+
+
+def lines(path):
+    return common.read_lines(path, lambda line: int(line.split()[1]))
+
+
+@pytest.mark.parametrize("read, content, result", [
+    (table, b'\xef\xbb\xbfname,size\nx,1\n"y,\nz",2\n', [("x", 1), ("y,\nz", 2)]),
+    (clips, b'{"clips": [{"size": 1}, {"size": 2}]}', [1, 2]),
+    (named_clips, b'{"clips": {"a": {"size": 3}}}', [("a", 3)]),
+    (lines, b"one 1\r\n\n  two 2", [1, 2]),
+    (table, b"name,size\nx,1\ny,two\n", ":3: .*'two'"),
+    (table, b"name\nx\n", ":2: 'size' is missing"),
+    (table, b"", ": "),
+    (clips, b'{"clips": [{"size": 1}, {"length": 2}]}', ":1: 'size' is missing"),
+    (named_clips, b'{"clips": {"a": {"size": "two"}}}', ":a: .*'two'"),
+    (clips, b'{"films": []}', ": 'clips' is missing"),
+    *((clips, content, ": ") for content in (b"", b"{", b'{"clips": "\xff"}')),
+    (lines, b"one 1\n\ntwo b", ":3: .*'b'"),
+    *((read, None, ": no such file") for read in (table, clips, lines))])
+def test_lists_are_parsed_and_a_bad_row_is_named(read, content, result, tmp_path):
+    path = tmp_path / "list.txt"
+    if content is not None:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.json: "):
-            common.read_json(path)
-
-
-def test_lines_are_parsed_and_a_bad_one_is_named(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one 1\r\n\n  two 2")
-    assert common.read_lines(path) == ["one 1", "two 2"]
-    with pytest.raises(UserError, match=r"a\.txt:3: .*'two'"):
-        common.read_lines(path, lambda line: int(line.replace("one ", "").split()[0]))
+    if isinstance(result, list):
+        assert read(path) == result
+    else:
+        with pytest.raises(UserError, match=f"^{re.escape(str(path))}{result}"):
+            read(path)
 
 
 def test_files_and_videos_are_found_below_a_folder(tmp_path):
@@ -165,42 +153,35 @@ def test_files_and_videos_are_found_below_a_folder(tmp_path):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "folder" / "a.txt"
-    common.write(path, "old")
-
     def torn(f):
         f.write(b"half")
         raise OSError("disk full")
+
+    path = tmp_path / "folder" / "a.json"
+    common.write_json(path, {"x": 1.5})
     with pytest.raises(Exception, match="disk full"):
         common.write(path, torn)
-    assert path.read_text() == "old"
+    assert json.loads(path.read_text()) == {"x": 1.5}
     common.write(path, b"new")
-    common.write_json(tmp_path / "b.json", {"x": 1.5})
-    assert path.read_text() == "new" and json.loads((tmp_path / "b.json").read_text()) == {"x": 1.5}
+    assert path.read_text() == "new"
 
 
 def test_a_run_continues_only_as_it_began(tmp_path, alone):
     args, model = flags(out=tmp_path, lr=0.1, data=tmp_path / "data"), nn.Linear(2, 3)
-    path, optimizer = tmp_path / "last.pt", torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    path, other = tmp_path / "last.pt", nn.Linear(2, 3)
     assert common.resume(path, args, 9, model=model) == {"step": 0}
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    common.save(path, 7, args, samples=9, model=model, optimizer=optimizer, best=1.5)
-    other = nn.Linear(2, 3)
-    again = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9)
-    saved = common.resume(path, args, 9, model=other, optimizer=again)
+    common.save(path, 7, args, samples=9, model=model, best=1.5)
+    args.workers, args.data = 3, tmp_path                     # these may change
+    saved = common.resume(path, args, 9, model=other)
     assert saved["step"] == 7 and saved["best"] == 1.5 and torch.equal(other.weight, model.weight)
-    assert again.state_dict()["state"][0]["momentum_buffer"].equal(
-        optimizer.state_dict()["state"][0]["momentum_buffer"])
-    args.workers, args.data = 3, tmp_path
-    common.resume(path, args, 9, model=other)                 # these may change
-    for change, words in (({"lr": 0.2}, r"was made with lr 0\.1, now it is 0\.2"),
-                          ({}, "samples 9, now it is 8")):
-        with pytest.raises(UserError, match=words):
-            common.resume(path, flags(**{**vars(args), **change}), 9 if change else 8, model=other)
-    common.resume(path, flags(**{**vars(args), "lr": 0.2}), 9, free=["lr"], model=other)
+    with pytest.raises(UserError, match="samples 9, now it is 8"):
+        common.resume(path, args, 8, model=other)
     with pytest.raises(UserError, match="another network"):
         common.resume(path, args, 9, model=nn.Linear(2, 4))
+    args.lr = 0.2
+    with pytest.raises(UserError, match=r"was made with lr 0\.1, now it is 0\.2"):
+        common.resume(path, args, 9, model=other)
+    common.resume(path, args, 9, free=["lr"], model=other)
     model.weight.data[0] = torch.nan
     with pytest.raises(UserError, match=r"weight is not finite"):
         common.save(path, 8, args, model=model)
@@ -211,40 +192,38 @@ def network():
     return nn.ModuleDict({"body": nn.Linear(2, 3), "head": nn.Linear(3, 4)})
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"model": x, "epoch": 3},
-                                  lambda x: {"state_dict": {f"module.{k}": v for k, v in x.items()}},
-                                  lambda x: {"model_state": x, "cfg": "text"}])
-def test_weights_are_found_in_any_wrapper(tmp_path, wrap, capsys):
-    source, target, path = network(), network(), tmp_path / "a.pt"
-    torch.save(wrap(source.state_dict()), path)
-    assert common.load_weights(target, path) == {*source.state_dict()}
-    assert all(torch.equal(v, target.state_dict()[k]) for k, v in source.state_dict().items())
+@pytest.mark.parametrize("wrapped", [
+    lambda x: x, lambda x: {"model": x, "epoch": 3}, lambda x: {"model_state": x, "cfg": "text"},
+    lambda x: {"state_dict": {f"module.{k}": v for k, v in x.items()}}])
+def test_weights_are_found_in_any_wrapper(wrapped, tmp_path, capsys):
+    state, target = network().state_dict(), network()
+    torch.save(wrapped(state), tmp_path / "a.pt")
+    assert common.load_weights(target, tmp_path / "a.pt") == {*state}
+    assert all(torch.equal(v, target.state_dict()[k]) for k, v in state.items())
     assert "4 tensors loaded, 0 of the file not used" in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
-    path, state = tmp_path / "a.pt", network().state_dict()
-    renamed = {k.replace("body", "backbone.0").replace("head", "fc"): v for k, v in state.items()}
-    torch.save(renamed, path)
-    with pytest.raises(UserError, match=r"a\.pt: 4 tensors are missing"):
-        common.load_weights(network(), path)
+    path, state, target = tmp_path / "a.pt", network().state_dict(), network()
     layouts = (), ((r"^backbone\.0\.", "body."),)
-    with pytest.raises(UserError, match=r"2 tensors are missing, such as head\."):
-        common.load_weights(network(), path, layouts)
-    target = network()
-    assert common.load_weights(target, path, layouts, required=["body."]) == {
-        "body.weight", "body.bias"}
-    assert torch.equal(target["body"].weight, state["body.weight"])
+    renamed = {k.replace("body", "backbone.0").replace("head", "fc"): v for k, v in state.items()}
+    for tensors, layout, message in (
+            (renamed, [()], r"a\.pt: 4 tensors are missing"),
+            (renamed, layouts, r"2 tensors are missing, such as head\."),
+            ({**state, "body.bias": torch.full((3,), torch.inf)}, [()],
+             "1 tensors are not finite, such as body.bias"),
+            ({**state, "head.weight": torch.zeros(5, 3)}, [()],
+             "1 tensors have another shape, such as head.weight")):
+        torch.save(tensors, path)
+        with pytest.raises(UserError, match=message):
+            common.load_weights(network(), path, layout)
+    common.load_weights(target, path, skip=["head."])
+    capsys.readouterr()
+    torch.save(renamed, path)
+    assert common.load_weights(target, path, layouts, ["body."]) == {"body.weight", "body.bias"}
     said = capsys.readouterr().out
     assert "2 of the file not used ['fc" in said and "2 of the network left random ['head" in said
-    torch.save({**state, "head.weight": torch.zeros(5, 3)}, path)
-    with pytest.raises(UserError, match="1 tensors have another shape, such as head.weight"):
-        common.load_weights(network(), path)
-    common.load_weights(target, path, skip=["head."])
-    torch.save({**state, "body.bias": torch.full((3,), torch.inf)}, path)
-    with pytest.raises(UserError, match="1 tensors are not finite, such as body.bias"):
-        common.load_weights(network(), path)
-    for content in (b"", b"no checkpoint", b"PK\3\4 damaged"):
+    for content in (b"", b"PK\3\4 damaged"):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pt: no checkpoint, damaged, or"):
             common.load_weights(network(), path)
@@ -259,7 +238,7 @@ def test_a_folder_keeps_to_what_it_was_made_with(tmp_path):
 
 def test_the_log_counts_and_forgets_steps_that_are_done_again(tmp_path, capsys, alone):
     def steps(start, stop):
-        log, total = common.Log(flags(out=tmp_path, log_every=2), start, stop), 0
+        log = common.Log(flags(out=tmp_path, log_every=2), start, stop)
         batches = ({"x": torch.zeros(2), "broken": ["", "a.mp4: bad"]} for _ in range(stop))
         for step, batch in log.steps(batches):
             assert "broken" not in batch
@@ -274,7 +253,8 @@ def test_the_log_counts_and_forgets_steps_that_are_done_again(tmp_path, capsys, 
 
 # ---- processes -----------------------------------------------------------------------------------
 
-def predicted(rank):
+def results(rank):
+    """What one process predicts, gathers and draws."""
     dataset = common.Samples(flags(), range(7), lambda args, items, i, rng: {
         "x": torch.tensor([float(i)]), "n": i % 3 + 1, "name": f"item {i}"})
     seen = []
@@ -287,20 +267,23 @@ def predicted(rank):
     y = common.gather_rows(x, dim=1)
     (y * (rank + 1)).sum().backward()
     return {**out, "seen": sum(seen), "y": y.detach(), "grad": x.grad,
-            "sum": common.sum_processes(torch.tensor([rank + 1.]))}
+            "sum": common.sum_processes(torch.tensor([rank + 1.])).item(),
+            "drawn": drawn(range(11), 0, 3, batch_size=6)}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_each_item_is_predicted_once_and_all_processes_get_all(tmp_path, n):
-    parts = running.processes(predicted, n, tmp_path)
+def test_processes_share_the_items_and_all_get_all_results(n, tmp_path):
+    parts = running.processes(results, n, tmp_path)
     assert sum(p["seen"] for p in parts) == 7 and all(p["seen"] for p in parts)
-    for r, p in enumerate(parts):
+    for p in parts:
         assert p["twice"].flatten().tolist() == [0, 2, 4, 6, 8, 10, 12]
         assert [len(x) for x in p["rows"]] == [1, 2, 3, 1, 2, 3, 1]
-        assert p["sum"].item() == n * (n + 1) / 2
-        right = torch.cat([torch.arange(6.).view(3, 2) + 10 * k for k in range(n)], 1)
-        assert torch.equal(p["y"], right)
+        assert p["sum"] == n * (n + 1) / 2
+        assert torch.equal(p["y"], torch.cat(
+            [torch.arange(6.).view(3, 2) + 10 * k for k in range(n)], 1))
         assert torch.equal(p["grad"], torch.full((3, 2), n * (n + 1) / 2))
+    batches = [sum(shares, []) for shares in zip(*(p["drawn"] for p in parts))]
+    assert batches == drawn(range(11), 0, 3, batch_size=6)
 
 
 def test_gather_refuses_a_missing_result(alone):

@@ -3,29 +3,27 @@
     python tests/toy.py --out data/toy                all of them, a minute on two cores
     python tests/toy.py --out data/toy epic ego4d     two of them
 
-Every dataset shows one of four worlds. In each of them a single frame tells nothing about the
-class: place, size, angle, colours and ground are random, and alike for all classes. What tells the
-class is how something moves, how it changes and how it sounds.
+Every dataset shows one of four worlds. A single frame tells nothing about the class there: place,
+size, angle, colours and ground are random, and alike for all classes. What tells the class is how
+something moves, how it changes and how it sounds.
 
-strikes   EPIC-KITCHENS-100, Ego4D. A hand comes in and strikes an object, which changes, with a
-          sound. The verb is what changes (it moves up or down, grows, shrinks, shakes, spins) and
-          the pitch of the sound. The noun is the course of the change and the timbre. Between
-          strikes other objects may slide in, silently. Some videos of Ego4D are routines, for
-          anticipation: two verbs take turns, so four actions tell the next twenty. Others are
-          quiet, for the change of state. Both have no sound and are no part of pre-training.
-actions   UCF101, HMDB51. Classes are pairs, and each is the other one played backwards. Three
-          objects have a height, a size, a distance from their middle and a length. One of the four
-          runs through its range in about a second; then three other objects begin anew.
+strikes   EPIC-KITCHENS-100, Ego4D. A hand strikes an object, which changes, with a sound. The verb
+          is what changes (it moves up or down, grows, shrinks, shakes, spins) and the pitch. The
+          noun is the course of the change and the timbre. Other objects may slide in, silently.
+          In some videos of Ego4D, routines, two verbs take turns, so four actions tell the next
+          twenty; others are quiet, for the change of state. Neither has sound or pre-trains.
+actions   UCF101, HMDB51. Classes are pairs, each the other one played backwards. Three objects have
+          a height, a size, a distance from their middle and a length. One of the four runs through
+          its range in about a second; then three other objects begin anew.
 mishaps   Oops!. An object rolls, walks or carries another one. From a known moment on kicks throw
-          it about. Every frame has the same distribution before and after that moment; a second of
-          motion tells which it is.
+          it about. Every frame is distributed alike before and after; a second of motion tells.
 deeds     Kinetics-400, Charades, MultiTHUMOS. Objects appear, rest, do one of eight things, rest
           and fade. In Kinetics one object does the same again and again; in the long videos two
           objects act at a time, and nothing tells which action comes next.
 
-Videos share objects and ground within a group of UCF101 or a film of HMDB51 only, and all routines
-are in one room. All random numbers come from (seed, dataset, number of the video): the same seed
-makes the same files with any number of processes.
+Only videos of a group of UCF101 or a film of HMDB51 share objects and ground; all routines are in
+one room. All random numbers come from (seed, dataset, number of the video): the same seed makes the
+same files with any number of processes.
 """
 
 import argparse
@@ -148,6 +146,12 @@ def even_quality(k, gop):
     """Coding with the same quality for all frames, because blur would tell speeds."""
     order = {"bf": "2"} if k % 6 == 0 else {}            # B-frames: not in the order of time
     return {"options": {"preset": "ultrafast", "qp": "22", **order}, "gop": gop}
+
+
+def deal(rng, things):
+    """The things in random order, again and again: all equally often."""
+    while True:
+        yield from reversed([things[i] for i in rng.permutation(len(things))])
 
 
 def frame_times(video):
@@ -360,11 +364,6 @@ def strike_things(rng, room, video, times, pan):
                         length + 0 * out, way + 0 * out)
 
 
-def click(rng, rate):
-    t = np.arange(int(0.008 * rate)) / rate
-    return CLICK * rng.uniform(-1, 1, len(t)) * np.exp(-t / 0.003)
-
-
 def strike_sound(rng, verb, noun, rate):
     """A click and a ring whose pitch tells the verb and whose timbre tells the noun."""
     seconds, overtones, noisy, envelope = TIMBRE[noun]
@@ -377,9 +376,10 @@ def strike_sound(rng, verb, noun, rate):
         tone *= (1 - noisy) + noisy * flutter / flutter.std()
     fade = np.minimum(1, np.minimum(t, seconds - t) / 0.01)
     out = RING * loudness * envelope(t) * fade * tone / max(1, sum(overtones))
+    short = np.arange(int(0.008 * rate)) / rate          # a click
     for k, at in enumerate((0, 0.25, 0.5) if noun == "brittle" else (0,)):
-        c = click(rng, rate) * 0.8**k
-        out[int(at * rate):int(at * rate) + len(c)] += c
+        click = CLICK * rng.uniform(-1, 1, len(short)) * np.exp(-short / 0.003) * 0.8**k
+        out[int(at * rate):int(at * rate) + len(click)] += click
     return out * rng.uniform(0.85, 1)
 
 
@@ -421,12 +421,9 @@ def plan_strikes(name, k, seed, kind, seconds, fps, sound="on", count=None):
 
 def deal_strikes(videos, rng):
     """Give every strike of a split a verb and a noun, all pairs equally often."""
-    pairs, deck = [(v, n) for v in VERBS for n in NOUNS], []
+    pairs = deal(rng, [(v, n) for v in VERBS for n in NOUNS])
     for video in videos:
-        video["strikes"] = []
-        for t in video["times"]:
-            deck = deck or [pairs[i] for i in rng.permutation(len(pairs))]
-            video["strikes"].append((t, *deck.pop()))
+        video["strikes"] = [(t, *next(pairs)) for t in video["times"]]
 
 
 def deal_routines(videos, rng):
@@ -434,18 +431,14 @@ def deal_routines(videos, rng):
 
     Pairs of verbs times four, of which two keep their noun; so each verb meets each noun alike.
     """
-    nouns, routines, deck = list(NOUNS), [], []
+    nouns, routines = list(NOUNS), []
     for i, (one, two) in enumerate([("up", "down"), ("grow", "shrink"), ("shake", "spin")]):
         a, b, c, d = nouns[i:] + nouns[:i]
         routines += [((one, a), (two, a)), ((two, b), (one, b)),
                      ((one, c), (two, d)), ((two, c), (one, d))]
-    for video in videos:
-        deck = deck or [routines[i] for i in rng.permutation(len(routines))]
-        turns = deck.pop()
+    for video, turns in zip(videos, deal(rng, routines)):
         video["strikes"] = [(t, *turns[i % 2]) for i, t in enumerate(video["times"])]
 
-
-# ---- EPIC-KITCHENS-100 -------------------------------------------------------------------------
 
 EPIC_COLUMNS = ["narration_id", "participant_id", "video_id", "narration_timestamp",
                 "start_timestamp", "stop_timestamp", "start_frame", "stop_frame", "narration",
@@ -497,20 +490,13 @@ def make_epic(root, seed):
         write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15],
                   [row for video in mine for row in epic_rows(video, rng)])
         videos += mine
-    write_epic_lists(folder)
-    return [video for video in videos if video["paths"]]
-
-
-def write_epic_lists(folder):
-    """Tail classes, in the toy the last 86 of 97 verbs and 228 of 300 nouns, and unseen people."""
-    for word, number, tail in (("verb", 97, 86), ("noun", 300, 228)):
+    for word, number, tail in (("verb", 97, 86), ("noun", 300, 228)):         # the last ones
         write_csv(folder / f"EPIC_100_tail_{word}s.csv", [word],
                   [{word: i} for i in range(number - tail, number)])
     write_csv(folder / "EPIC_100_unseen_participant_ids_validation.csv", ["participant_id"],
               [{"participant_id": p} for p in ("P18", "P32")])
+    return [video for video in videos if video["paths"]]
 
-
-# ---- Ego4D -------------------------------------------------------------------------------------
 
 EGO4D = {  # split: kinds of its videos
     "train": ["dense", "calm", "normal", "calm", "calm", "normal", "dense", "normal",
@@ -707,8 +693,6 @@ def plan_action(name, k, seed, motion, place, fps, size, frames, path):
                 motion=motion, room=(seed, crc32(f"{name} room".encode()), place), paths=[path])
 
 
-# ---- UCF101 and HMDB51 -------------------------------------------------------------------------
-
 UCF_MOTIONS = {  # official number and name of the class: action
     (4, "BabyCrawling"): "approach", (15, "BodyWeightSquats"): "fold", (16, "Bowling"): "leave",
     (35, "Hammering"): "gather", (36, "HammerThrow"): "scatter", (37, "HandstandPushups"): "unfold",
@@ -838,8 +822,6 @@ def plan_mishap(k, seed, kind):
                 radius=rng.uniform(0.12, 0.15) * math.sqrt(size[0] * size[1]))
 
 
-# ---- Oops! -------------------------------------------------------------------------------------
-
 # A running number follows directly. What a script must survive: commas, quotes, %, emoji, a year.
 TITLES = ["Some Fails (March 2099) _ Channel", "Some Fails, Part 2 (May 2099) _ Channel",
           'The "Easy" Jump, and More _ Channel', "Don't Try This! - Mishaps of the Week _ Clips",
@@ -873,13 +855,6 @@ def oops_entry(video, rng):
             "n_notfound": missing}
 
 
-def heldout_entry(video, rng):
-    """What a fourth annotator says, less exactly."""
-    found = video["kind"] != "never" and rng.random() > 0.06
-    t = np.clip(video["truth"] + rng.normal(0, 0.15), 0, video["seconds"]) if found else -1
-    return {"t": [round(float(t), 6)], "stdev": 0, "rel_stdev": 0, "n_notfound": int(not found)}
-
-
 def make_oops(root, seed):
     """Write the annotations of the toy Oops!.   -> the videos to draw"""
     rng, folder, videos = random_of(seed, "oops"), root / "annotations", []
@@ -895,8 +870,12 @@ def make_oops(root, seed):
             videos.append(video | {"paths": [path]})
             if kind != "unlabelled":
                 times[names[-1]] = oops_entry(video, rng)
-                if split == "val":
-                    heldout[names[-1]] = heldout_entry(video, rng)
+                if split == "val":                       # a fourth annotator, less exactly
+                    t, found = -1.0, kind != "never" and rng.random() > 0.06
+                    if found:
+                        t = max(0.0, min(video["seconds"], video["truth"] + rng.normal(0, 0.15)))
+                    heldout[names[-1]] = {"t": [round(t, 6)], "stdev": 0, "rel_stdev": 0,
+                                          "n_notfound": int(not found)}
         write_lines(folder / f"{split}.txt", names)
         (folder / "splits").mkdir(exist_ok=True)
         write_csv(folder / "splits" / f"{split}_all_org.csv", ["filename"],
@@ -1011,10 +990,10 @@ def plan_untrimmed(name, k, seed, fps, seconds, idle):
 
 def deal_deeds(videos, rng):
     """Give every object of a split something to do, all deeds equally often."""
-    deck = []
+    """Give every object of a split something to do, all deeds equally often."""
+    deeds = deal(rng, list(DEEDS))
     for actor in (a for video in videos for a in video["actors"] if a["busy"]):
-        deck = deck or [list(DEEDS)[i] for i in rng.permutation(len(DEEDS))]
-        actor["deed"] = deck.pop()
+        actor["deed"] = next(deeds)
 
 
 def intervals(video, names, digits):
@@ -1023,8 +1002,6 @@ def intervals(video, names, digits):
     return [[classes[a["deed"]], round(max(a["begin"], 0.0), digits),
              round(min(a["end"], end), digits)] for a in video["actors"] if a["busy"]]
 
-
-# ---- Kinetics-400, Charades and MultiTHUMOS ----------------------------------------------------
 
 KINETICS = {"abseiling": "sink", "climbing a rope": "rise", "folding paper": "shrink",
             "inflating balloons": "grow", "massaging person's back": "pulse",
@@ -1071,14 +1048,6 @@ def make_kinetics400(root, seed):
     return videos
 
 
-def charades_row(name, video, actions, rng):
-    """A row of Charades_v1_train.csv or Charades_v1_test.csv."""
-    return dict(zip(CHARADES_COLUMNS, (
-        name, "A1B2", "Other (Porch, cellar)", 6, 7, "Yes", rng.choice(SCRIPTS), "bag;door",
-        ";".join(SCRIPTS), ";".join(f"c{c:03} {a:.2f} {b:.2f}" for c, a, b in actions),
-        f"{video['seconds']:.2f}")))
-
-
 def make_charades(root, seed):
     """Write the annotations of the toy Charades.   -> the videos to draw"""
     rng, folder, drawn = random_of(seed, "charades"), root / "Charades", []
@@ -1098,7 +1067,10 @@ def make_charades(root, seed):
             name, mine = names.pop(), intervals(video, CHARADES, 2)
             if k % 20 == 0 and mine:                     # as in the real file: behind the end
                 mine[-1][2] = round(video["seconds"] + rng.uniform(0.2, 1), 2)
-            rows.append(charades_row(name, video, mine, rng))
+            actions = ";".join(f"c{c:03} {a:.2f} {b:.2f}" for c, a, b in mine)
+            rows.append(dict(zip(CHARADES_COLUMNS, (
+                name, "A1B2", "Other (Porch, cellar)", 6, 7, "Yes", rng.choice(SCRIPTS), "bag;door",
+                ";".join(SCRIPTS), actions, f"{video['seconds']:.2f}"))))
             drawn.append(video | {"paths": [root / "Charades_v1" / f"{name}.mp4"]})
         write_csv(folder / f"Charades_v1_{split}.csv", CHARADES_COLUMNS, rows)
     return drawn
