@@ -535,14 +535,14 @@ def localization(case):
     times, errors = located(case)
     keys = [k for k in case.case["outputs"] if k.startswith("accuracy_")]
     within = [float(k.removeprefix("accuracy_")) for k in keys]
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)), within)
+    found = f2c_oops.localization_metrics(errors, within)
     return {"predicted_times": times, "videos_counted": len(errors),
             **{k: found[f"within_{t:g}s"] / 100 for k, t in zip(keys, within)}}
 
 
 def localization_errors(case):
     _, errors = located(sibling(case, "same_data_as"))
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)))
+    found = f2c_oops.localization_metrics(errors)
     return {"mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
             "std": found["std_error_s"]}
 
