@@ -706,9 +706,8 @@ def localization_labels(actions, seconds, classes=157, count=25):
 
 
 def charades_localize(labels, scores):
-    """(AP by class, their mean, their mean weighted by positives) of lists of (25, K), in the order
-    of the annotations, which ties keep. NOTE: classes without positives are NaN and left out of the
-    mean; in Charades_v1_localize.m they make it NaN.
+    """(AP by class, mean, mean weighted by positives) of lists of (25, K); ties keep their order.
+    NOTE: classes without positives are NaN and left out; in Charades_v1_localize.m they are not.
     """
     labels, scores = (torch.from_numpy(np.concatenate(x)) for x in (labels, scores))
     positives = labels.sum(0, dtype=torch.float64).numpy()
@@ -1244,9 +1243,10 @@ def read_actions(args, split, names):
         return row["id"], float(row["length"]), [(int(c[1:]), float(start), float(end))
                                                  for c, start, end in actions]
 
-    def from_json(name, value):
-        if value["subset"] not in ("training", "testing"):
-            raise ValueError(f"the subset {value['subset']!r} is neither training nor testing")
+    def from_json(name, value=None):                          # the entries of a list have no names
+        if not isinstance(value, dict) or value.get("subset") not in ("training", "testing"):
+            raise ValueError('expected is {"VIDEO": {"subset": "training" or "testing", "duration":'
+                             ' SECONDS, "actions": [[CLASS, START, END], ...]}, ...}')
         return value["subset"], (name, float(value["duration"]), [
             (int(c) - first, float(start), float(end)) for c, start, end in value["actions"]])
 
