@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from parity_tools import Tensorised, watch
+from parity_tools import Tensorised, own_names, parameters_of, watch
 from torch import nn
 
 import common
@@ -86,34 +86,16 @@ def whole(case):
     return args, model
 
 
-def own_names(case, own):
-    """{name in the file: ours} of the tensors that have a place in our network."""
-    found = {}
-    for layout, old in itertools.product(cpctrans.LAYOUTS, case.entries()):
-        new = old
-        for pattern, replacement in layout:
-            new = re.sub(pattern, replacement, new)
-        if new in own:
-            found[old] = new
-    return found
-
-
 def unused(case, model):
     """{name: shape} of what the file's state holds and our network has no place for."""
-    loaded = own_names(case, model.state_dict())
+    loaded = own_names(case, cpctrans.LAYOUTS, model.state_dict())
     return {k: shape for k, shape in case.entries().items() if k not in loaded}
-
-
-def parameters_of(entries):
-    """Without the buffers: statistics of batch norm and the table of positions."""
-    return {k: v for k, v in entries.items()
-            if k.rsplit(".", 1)[-1] in ("weight", "bias", "a_2", "b_2")}
 
 
 def as_named(case, model):
     """State and gradients under the original's names."""
     state, params = model.state_dict(), dict(model.named_parameters())
-    named = own_names(case, state)
+    named = own_names(case, cpctrans.LAYOUTS, state)
     return {**{old: state[new] for old, new in named.items()},
             **{f"grad:{old}": params[new].grad for old, new in named.items() if new in params}}
 
@@ -127,8 +109,7 @@ def without_dropout(model):
 
 def siblings(case, has):
     """The cases of the file whose state is a whole network with the tensor `has`, as Cases."""
-    cases = [type(case)(case.stem, case.file, c, case.folder) for c in case.file["cases"]]
-    return [c for c in cases if {has, "backbone.conv1.weight"} <= set(c.entries())]
+    return [c for c in case.others() if {has, "backbone.conv1.weight"} <= set(c.entries())]
 
 
 def usual(cases):
@@ -358,15 +339,18 @@ def weights_transfer(case):
     args.init, load, filled = released(first), common.load_weights, set()
     with mock.patch.object(common, "load_weights", lambda *a, **k: filled.update(load(*a, **k))):
         cpctrans.load_init(args, model)
-    shared = {k for k, own in own_names(first, model.state_dict()).items() if own in filled}
+    def size(source, network):
+        return len(own_names(source, cpctrans.LAYOUTS, network.state_dict())) + len(
+            unused(source, network))
+
+    ours = own_names(first, cpctrans.LAYOUTS, model.state_dict())
+    shared = {k for k, own in ours.items() if own in filled}
     both = set(unused(first, pretrained)) & set(unused(second, model))
     left, random = set(first.entries()) - shared - both, set(model.state_dict()) - filled
     assert left == set(c["pretrain_keys_unused"]), left
     assert random == set(c["classifier_keys_left_at_init"]), random
     return {"counts_pretrain_classifier_shared": [
-        len(own_names(first, pretrained.state_dict())) + len(unused(first, pretrained)),
-        len(own_names(second, model.state_dict())) + len(unused(second, model)),
-        len(shared) + len(both)]}
+        size(first, pretrained), size(second, model), len(shared) + len(both)]}
 
 
 # ---- evaluation, schedules, lists ----------------------------------------------------------------
