@@ -56,10 +56,10 @@ def released(case, within="", blank=False):
     return path
 
 
-def load_part(case, module, within, own):
-    """Load a bare submodule, called `within...` in the release and `own...` in our network."""
-    holder = module
-    for name in reversed(own.rstrip(".").split(".")):
+def load_part(case, module, within):
+    """Load a bare submodule that is called `within...` in the release."""
+    holder, own = module, within.replace("transEnc.transEncoder", "transEnc")
+    for name in reversed(own.replace("transEnc.", "encoder.").rstrip(".").split(".")):
         holder = nn.ModuleDict({name: holder})
     common.load_weights(holder, released(case, within), cpctrans.LAYOUTS)
     return module.eval()
@@ -128,7 +128,7 @@ def backbone(case):
     made = cpctrans.read_settings(released(case, "backbone."))
     assert case.config.get("net", made["net"]) == made["net"]
     network = common.PredictiveResNet(made["net"], made["width"])
-    load_part(case, network, "backbone.", "backbone.").train(case.training())
+    load_part(case, network, "backbone.").train(case.training())
     names = ("bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     maps = watch({k: getattr(network, k) for k in names})
     with torch.no_grad():
@@ -140,22 +140,22 @@ def backbone(case):
 def layernorm(case):
     eps = {"eps": case.config["eps"]} if "eps" in case.config else {}
     norm = cpctrans.LayerNorm(case.entries()["a_2"][0], **eps)
-    load_part(case, norm, "transEnc.transEncoder.norm.", "encoder.norm.")
+    load_part(case, norm, "transEnc.transEncoder.norm.")
     return {"y": norm(case.input("x"))}
 
 
 def attention(case):
-    x, inside = case.input("x"), "layers.0.self_attn."
+    x = case.input("x")
     module = cpctrans.Attention(x.shape[-1], case.config["h"])
-    load_part(case, module, "transEnc.transEncoder." + inside, "encoder." + inside)
+    load_part(case, module, "transEnc.transEncoder.layers.0.self_attn.")
     weights = watch({"weights": module.dropout})["weights"]
     return {"y": module(x), "attention": weights[0]}
 
 
 def feedforward(case):
-    inside, (hidden, d) = "layers.0.feed_forward.", case.entries()["w_1.weight"]
+    hidden, d = case.entries()["w_1.weight"]
     module = with_hidden(cpctrans.EncoderLayer(d, 1), d, hidden).feed_forward
-    load_part(case, module, "transEnc.transEncoder." + inside, "encoder." + inside)
+    load_part(case, module, "transEnc.transEncoder.layers.0.feed_forward.")
     return {"y": module(case.input("x"))}
 
 
@@ -171,7 +171,7 @@ def encoder(case):
     module = cpctrans.Encoder(x.shape[-1], c["h"], c["N"])
     for layer in module.layers:
         with_hidden(layer, x.shape[-1], c["d_ff"])
-    load_part(case, module, "transEnc.", "encoder.")
+    load_part(case, module, "transEnc.")
 
     def tokens(x):                                            # each a frame of one cell
         return module(x[..., None, None])[..., 0, 0]
@@ -189,7 +189,7 @@ def convgru(case):
     assert (c["kernel_size"], c["num_layers"]) == (1, 1), "only one layer of 1x1 gates exists"
     x = case.input("x")                                       # (B, T, D, S, S)
     h = case.input("h")[0] if any(k.endswith(".h") for k in made) else None
-    module = load_part(case, cpctrans.ConvGRU(x.shape[2]), "agg.", "agg.")
+    module = load_part(case, cpctrans.ConvGRU(x.shape[2]), "agg.")
     if h is None:
         states = watch({"gru": module})["gru"]
         assert torch.equal(module.last_state(x), states[-1])
@@ -308,8 +308,7 @@ def steps(case):
     if "slow_lr" in adam:
         rates = sorted(g["lr"] for g in optimizer.param_groups)
         assert np.allclose(rates, [adam["slow_lr"], adam["lr"]], rtol=1e-9), rates
-    clips = [torch.from_numpy(x) for _, x in sorted(case.inputs().items(), key=lambda i: int(
-        re.search(r"\d*$", i[0])[0] or 0))]
+    clips = [torch.from_numpy(x) for x in case.in_order()]
     without_dropout(model).train()
     losses, top1 = [], []
     for step in range(c["steps"]):
@@ -357,8 +356,7 @@ def weights_transfer(case):
 
 def video_aggregation(case):
     times = int(re.search(r"\((\d+)\*v\) mod num_class", case.what)[1])
-    clips = [torch.from_numpy(x).flatten(0, -2) for _, x in sorted(
-        case.inputs().items(), key=lambda i: int(re.search(r"\d+$", i[0])[0]))]
+    clips = [torch.from_numpy(x).flatten(0, -2) for x in case.in_order()]
     assert [len(x) for x in clips] == case.config["clips_per_video"]
     prob, logits = (torch.stack(x) for x in zip(*map(cpctrans.aggregate, clips)))
     label = times * torch.arange(len(clips)) % case.config["num_class"]

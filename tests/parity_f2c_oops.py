@@ -333,11 +333,11 @@ def t1_warp(case):
     return frames_of(rows)
 
 
-def videos_of(inputs, lengths):
-    """The videos of a case, (T, D) each, in the order of their numbers."""
-    videos = sorted(inputs.items(), key=lambda i: int(re.search(r"\d+$", i[0])[0]))
-    assert [len(x) for _, x in videos] == lengths
-    return [x for _, x in videos]
+def videos_of(case):
+    """The videos of a case, (T, D) each."""
+    videos = case.in_order()
+    assert [len(x) for x in videos] == case.config["lengths"]
+    return videos
 
 
 def t1_collate(case):
@@ -348,7 +348,7 @@ def t1_collate(case):
     size = told(case, r"length <= (\d+) are skipped")
     rng = Dealt(c["integers"], None, c["warp_offsets"], c["permutations"])
     labels, rows = [], []
-    for x in videos_of(case.inputs(), c["lengths"]):
+    for x in videos_of(case):
         if len(x) > size:
             rng.numbers.pop(0)
             made = f2c_oops.transform_clips(rng, len(x), names, size, as_released=True)
@@ -384,7 +384,7 @@ def t2_collate(case):
     c, names = case.config, f2c_oops.VIDEO_TRANSFORMS
     rng = Dealt(c["integers"], c["splits_double_flip_then_warp_per_video"], (), c["permutations"])
     labels, rows = [], []
-    for x in videos_of(case.inputs(), c["lengths"]):
+    for x in videos_of(case):
         left = len(rng.numbers)
         made = f2c_oops.transform_video(rng, len(x), names, as_released=True)
         left -= 1 if "speed" in dict(made) else 2
@@ -496,18 +496,13 @@ def located(case):
 
 
 def localization(case):
-    times, errors = located(case)
-    keys = [k for k in case.case["outputs"] if k.startswith("accuracy_")]
-    within = [float(k.removeprefix("accuracy_")) for k in keys]
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)), within)
+    times, errors = located(sibling(case, "same_data_as"))
+    within = {k: float(k.removeprefix("accuracy_")) for k in case.case["outputs"]
+              if k.startswith("accuracy_")}
+    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)), [*within.values()])
     return {"predicted_times": times, "videos_counted": len(errors),
-            **{k: found[f"within_{t:g}s"] / 100 for k, t in zip(keys, within)}}
-
-
-def localization_errors(case):
-    _, errors = located(sibling(case, "same_data_as"))
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)))
-    return {"mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
+            **{k: found[f"within_{t:g}s"] / 100 for k, t in within.items()},
+            "mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
             "std": found["std_error_s"]}
 
 
@@ -602,7 +597,7 @@ ADAPTERS = {
     "t2_collate_as_released": t2_collate, "clip_labels": clip_labels, "clip_frames": clip_frames,
     "anticipation_labels": anticipation_labels,
     "anticipation_official_oops": anticipation_official, "balanced_training_labels": balanced,
-    "localization": localization, "localization_official_errors": localization_errors,
+    "localization": localization, "localization_official_errors": localization,
     "classification_accuracy": classification_accuracy, "regression_variant": regression,
     "lr_schedule": lr_schedule, "clip_transform_r21d": clip_transform,
     "frame_normalise_vit": frame_normalise, "vit_small": vit, "vit_b16": vit,

@@ -82,6 +82,11 @@ class Case:
         """The input whose name ends in `last`, as a tensor or an array."""
         return only(self.inputs(), last)
 
+    def in_order(self):
+        """The inputs by the numbers that their names end in."""
+        return [x for _, x in sorted(self.inputs().items(), key=lambda item: int(
+            re.search(r"\d*$", item[0])[0] or 0))]
+
     def construct(self, name, entry):
         if not isinstance(entry, dict):
             return entry
