@@ -180,8 +180,8 @@ def gradients(case, model, *x):
     total, number = f2c_oops.cross_entropy(model(*x), torch.tensor(case.config["labels"]))
     loss = total / number
     loss.backward()
-    names, ours = own_names(case, [f2c_oops.RELEASED], model.state_dict()), dict(
-        model.named_parameters())
+    names = own_names(case, [f2c_oops.RELEASED], model.state_dict())
+    ours = dict(model.named_parameters())
     found = {k: ours[names[k]].grad if k in names else None for k in parameters_of(case.entries())}
     return {"loss": loss, **{f"grad:{k}": g for k, g in found.items()}, "zero_or_none": [
         k for k, g in found.items() if g is None or not g.any()]}

@@ -4,7 +4,6 @@ annotation files, evaluation and processes.
 
 import argparse
 import json
-import os
 import re
 
 import numpy as np
@@ -212,6 +211,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
     capsys.readouterr()
     torch.save(renamed, path)
     assert common.load_weights(target, path, layouts, ["body."]) == {"body.weight", "body.bias"}
+    assert torch.equal(target["body"].weight, state["body.weight"])
     said = capsys.readouterr().out
     assert "2 of the file not used ['fc" in said and "2 of the network left random ['head" in said
     for content in (b"", b"PK\3\4 damaged"):

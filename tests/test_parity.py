@@ -239,9 +239,10 @@ def faults(got, want, bound, at=""):
         got = got.tolist()
     if isinstance(want, list):
         size = len(got) if isinstance(got, (list, tuple)) else "no list"
+        if size != len(want):
+            return [f"{at}: {size} entries, the original {len(want)}"]
         return [f for i, (a, b) in enumerate(zip(got, want))
-                for f in faults(a, b, bound, f"{at}[{i}]")] if size == len(want) else [
-                    f"{at}: {size} entries, the original {len(want)}"]
+                for f in faults(a, b, bound, f"{at}[{i}]")]
     if isinstance(want, (str, bool, type(None))) or got is None:
         return [] if got == want else [f"{at}: {got!r}, the original {want!r}"]
     slack = bound.atol + bound.rtol * abs(want)
