@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from parity_tools import Tensorised, watch
+from parity_tools import Tensorised, own_names, parameters_of, watch
 from torch import nn
 
 import common
@@ -56,10 +56,10 @@ def released(case, within="", blank=False):
     return path
 
 
-def load_part(case, module, within, own):
-    """Load a bare submodule, called `within...` in the release and `own...` in our network."""
-    holder = module
-    for name in reversed(own.rstrip(".").split(".")):
+def load_part(case, module, within):
+    """Load a bare submodule that is called `within...` in the release."""
+    holder, own = module, within.replace("transEnc.transEncoder", "transEnc")
+    for name in reversed(own.replace("transEnc.", "encoder.").rstrip(".").split(".")):
         holder = nn.ModuleDict({name: holder})
     common.load_weights(holder, released(case, within), cpctrans.LAYOUTS)
     return module.eval()
@@ -86,34 +86,16 @@ def whole(case):
     return args, model
 
 
-def own_names(case, own):
-    """{name in the file: ours} of the tensors that have a place in our network."""
-    found = {}
-    for layout, old in itertools.product(cpctrans.LAYOUTS, case.entries()):
-        new = old
-        for pattern, replacement in layout:
-            new = re.sub(pattern, replacement, new)
-        if new in own:
-            found[old] = new
-    return found
-
-
 def unused(case, model):
     """{name: shape} of what the file's state holds and our network has no place for."""
-    loaded = own_names(case, model.state_dict())
+    loaded = own_names(case, cpctrans.LAYOUTS, model.state_dict())
     return {k: shape for k, shape in case.entries().items() if k not in loaded}
-
-
-def parameters_of(entries):
-    """Without the buffers: statistics of batch norm and the table of positions."""
-    return {k: v for k, v in entries.items()
-            if k.rsplit(".", 1)[-1] in ("weight", "bias", "a_2", "b_2")}
 
 
 def as_named(case, model):
     """State and gradients under the original's names."""
     state, params = model.state_dict(), dict(model.named_parameters())
-    named = own_names(case, state)
+    named = own_names(case, cpctrans.LAYOUTS, state)
     return {**{old: state[new] for old, new in named.items()},
             **{f"grad:{old}": params[new].grad for old, new in named.items() if new in params}}
 
@@ -127,8 +109,7 @@ def without_dropout(model):
 
 def siblings(case, has):
     """The cases of the file whose state is a whole network with the tensor `has`, as Cases."""
-    cases = [type(case)(case.stem, case.file, c, case.folder) for c in case.file["cases"]]
-    return [c for c in cases if {has, "backbone.conv1.weight"} <= set(c.entries())]
+    return [c for c in case.others() if {has, "backbone.conv1.weight"} <= set(c.entries())]
 
 
 def usual(cases):
@@ -147,7 +128,7 @@ def backbone(case):
     made = cpctrans.read_settings(released(case, "backbone."))
     assert case.config.get("net", made["net"]) == made["net"]
     network = common.PredictiveResNet(made["net"], made["width"])
-    load_part(case, network, "backbone.", "backbone.").train(case.training())
+    load_part(case, network, "backbone.").train(case.training())
     names = ("bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     maps = watch({k: getattr(network, k) for k in names})
     with torch.no_grad():
@@ -159,22 +140,22 @@ def backbone(case):
 def layernorm(case):
     eps = {"eps": case.config["eps"]} if "eps" in case.config else {}
     norm = cpctrans.LayerNorm(case.entries()["a_2"][0], **eps)
-    load_part(case, norm, "transEnc.transEncoder.norm.", "encoder.norm.")
+    load_part(case, norm, "transEnc.transEncoder.norm.")
     return {"y": norm(case.input("x"))}
 
 
 def attention(case):
-    x, inside = case.input("x"), "layers.0.self_attn."
+    x = case.input("x")
     module = cpctrans.Attention(x.shape[-1], case.config["h"])
-    load_part(case, module, "transEnc.transEncoder." + inside, "encoder." + inside)
+    load_part(case, module, "transEnc.transEncoder.layers.0.self_attn.")
     weights = watch({"weights": module.dropout})["weights"]
     return {"y": module(x), "attention": weights[0]}
 
 
 def feedforward(case):
-    inside, (hidden, d) = "layers.0.feed_forward.", case.entries()["w_1.weight"]
+    hidden, d = case.entries()["w_1.weight"]
     module = with_hidden(cpctrans.EncoderLayer(d, 1), d, hidden).feed_forward
-    load_part(case, module, "transEnc.transEncoder." + inside, "encoder." + inside)
+    load_part(case, module, "transEnc.transEncoder.layers.0.feed_forward.")
     return {"y": module(case.input("x"))}
 
 
@@ -190,7 +171,7 @@ def encoder(case):
     module = cpctrans.Encoder(x.shape[-1], c["h"], c["N"])
     for layer in module.layers:
         with_hidden(layer, x.shape[-1], c["d_ff"])
-    load_part(case, module, "transEnc.", "encoder.")
+    load_part(case, module, "transEnc.")
 
     def tokens(x):                                            # each a frame of one cell
         return module(x[..., None, None])[..., 0, 0]
@@ -208,7 +189,7 @@ def convgru(case):
     assert (c["kernel_size"], c["num_layers"]) == (1, 1), "only one layer of 1x1 gates exists"
     x = case.input("x")                                       # (B, T, D, S, S)
     h = case.input("h")[0] if any(k.endswith(".h") for k in made) else None
-    module = load_part(case, cpctrans.ConvGRU(x.shape[2]), "agg.", "agg.")
+    module = load_part(case, cpctrans.ConvGRU(x.shape[2]), "agg.")
     if h is None:
         states = watch({"gru": module})["gru"]
         assert torch.equal(module.last_state(x), states[-1])
@@ -327,8 +308,7 @@ def steps(case):
     if "slow_lr" in adam:
         rates = sorted(g["lr"] for g in optimizer.param_groups)
         assert np.allclose(rates, [adam["slow_lr"], adam["lr"]], rtol=1e-9), rates
-    clips = [torch.from_numpy(x) for _, x in sorted(case.inputs().items(), key=lambda i: int(
-        re.search(r"\d*$", i[0])[0] or 0))]
+    clips = [torch.from_numpy(x) for x in case.in_order()]
     without_dropout(model).train()
     losses, top1 = [], []
     for step in range(c["steps"]):
@@ -358,23 +338,25 @@ def weights_transfer(case):
     args.init, load, filled = released(first), common.load_weights, set()
     with mock.patch.object(common, "load_weights", lambda *a, **k: filled.update(load(*a, **k))):
         cpctrans.load_init(args, model)
-    shared = {k for k, own in own_names(first, model.state_dict()).items() if own in filled}
+    def size(source, network):
+        return len(own_names(source, cpctrans.LAYOUTS, network.state_dict())) + len(
+            unused(source, network))
+
+    ours = own_names(first, cpctrans.LAYOUTS, model.state_dict())
+    shared = {k for k, own in ours.items() if own in filled}
     both = set(unused(first, pretrained)) & set(unused(second, model))
     left, random = set(first.entries()) - shared - both, set(model.state_dict()) - filled
     assert left == set(c["pretrain_keys_unused"]), left
     assert random == set(c["classifier_keys_left_at_init"]), random
     return {"counts_pretrain_classifier_shared": [
-        len(own_names(first, pretrained.state_dict())) + len(unused(first, pretrained)),
-        len(own_names(second, model.state_dict())) + len(unused(second, model)),
-        len(shared) + len(both)]}
+        size(first, pretrained), size(second, model), len(shared) + len(both)]}
 
 
 # ---- evaluation, schedules, lists ----------------------------------------------------------------
 
 def video_aggregation(case):
     times = int(re.search(r"\((\d+)\*v\) mod num_class", case.what)[1])
-    clips = [torch.from_numpy(x).flatten(0, -2) for _, x in sorted(
-        case.inputs().items(), key=lambda i: int(re.search(r"\d+$", i[0])[0]))]
+    clips = [torch.from_numpy(x).flatten(0, -2) for x in case.in_order()]
     assert [len(x) for x in clips] == case.config["clips_per_video"]
     prob, logits = (torch.stack(x) for x in zip(*map(cpctrans.aggregate, clips)))
     label = times * torch.arange(len(clips)) % case.config["num_class"]

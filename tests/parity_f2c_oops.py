@@ -16,7 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from parity_tools import watch
+from parity_tools import own_names, parameters_of, watch
 
 import common
 import f2c_oops
@@ -71,18 +71,13 @@ class Extreme:
         return np.arange(n)
 
 
-def check_drawn(case, choice, size, T):
-    """The case's words, "drawn uniformly from a..b", against what is drawn for T frames."""
-    told = re.search(r"drawn uniformly from (\d+)\.\.(\d+)", case.what)
-    drawn = []
-    for high in (False, True):
-        rng = Extreme(high)
-        if choice == "flip_offset":
-            f2c_oops.double_flip(rng, T, size)
-        else:
-            f2c_oops.random_speed_point(rng, np.arange(size), np.arange(size))
-        drawn.append(rng.drawn[-1])
-    assert drawn == [*map(int, told.groups())], (choice, drawn, told[0])
+def check_drawn(case, draw):
+    """The case's words, "drawn uniformly from a..b", against what draw(rng) draws last."""
+    lowest, highest = Extreme(False), Extreme(True)
+    draw(lowest)
+    draw(highest)
+    words = re.search(r"drawn uniformly from (\d+)\.\.(\d+)", case.what)
+    assert [lowest.drawn[-1], highest.drawn[-1]] == [*map(int, words.groups())], words[0]
 
 
 # ---- reading a case ----------------------------------------------------------------------------
@@ -96,11 +91,7 @@ def told(case, pattern, of=int):
 
 def sibling(case, key):
     """The case whose id stands under `key` of the config, else the case itself."""
-    other = case.config.get(key)
-    if other is None:
-        return case
-    found = next(c for c in case.file["cases"] if c["id"] == other)
-    return type(case)(case.stem, case.file, found, case.folder)
+    return next((c for c in case.others() if c.id == case.config.get(key)), case)
 
 
 def only_input(case):
@@ -139,31 +130,12 @@ def network(kind, case, path, **options):
     return model.eval()
 
 
-def own_names(case, rules, own):
-    """{name in the file: ours} of the tensors that have a place in our network."""
-    names = {}
-    for name in case.entries():
-        ours = name
-        for pattern, replacement in rules:
-            ours = re.sub(pattern, replacement, ours)
-        if ours in own:
-            names[name] = ours
-    return names
-
-
-def parameters_of(entries):
-    buffers = ("running_mean", "running_var", "num_batches_tracked", "position_ids")
-    return {k: shape for k, shape in entries.items() if not k.endswith(buffers)}
-
-
-def count(entries):
-    return sum(math.prod(shape) for shape in parameters_of(entries).values())
-
-
-def check_size(case, model, names):
+def check_size(case, model, rules=f2c_oops.RELEASED):
     """The original's number of parameters: ours and those that we have no place for."""
     c, ours = case.config, sum(p.numel() for p in model.parameters())
-    spare = count({k: v for k, v in case.entries().items() if k not in names})
+    names = own_names(case, [rules], model.state_dict())
+    spare = sum(math.prod(shape) for k, shape in parameters_of(case.entries()).items()
+                if k not in names)
     for n, key in ((ours + spare, "n_parameters"), (ours, "n_parameters_without_lin_projector")):
         assert n == c.get(key, n), f"{n} parameters, {key} {c[key]}"
 
@@ -179,15 +151,10 @@ def frame_level(case):
     return model, None if lengths is None else torch.tensor(lengths)
 
 
-def names_of(case, model):
-    """{name in the file: ours} of an F2C or F2C2V."""
-    return own_names(case, f2c_oops.RELEASED, model.state_dict())
-
-
 def vtn(case):
     """The rows of all tokens come by attention in blocks, the others by the whole."""
     model, lengths = frame_level(case)
-    check_size(case, model, names_of(case, model))
+    check_size(case, model)
     x, whole = only_input(case), f2c_oops.local_attention
     with torch.no_grad():
         found = {"features": model.frame_encoder(x, lengths), "logits": model(x, lengths)}
@@ -202,21 +169,21 @@ def vtn(case):
 
 def vtn_gradients(case):
     model, lengths = frame_level(case)
-    total, number = f2c_oops.cross_entropy(model(only_input(case), lengths),
-                                           torch.tensor(case.config["labels"]))
-    loss = total / number
-    loss.backward()
-    return {"loss": loss, **gradients(case, model)}
+    return gradients(case, model, only_input(case), lengths)
 
 
-def gradients(case, model):
-    """Under the original's names; None where there is none or no such parameter.
+def gradients(case, model, *x):
+    """Of the loss, under the original's names; None where there is none or no such parameter.
 
     zero_or_none: the names of those without, or with zeros alone.
     """
-    names, ours = names_of(case, model), dict(model.named_parameters())
+    total, number = f2c_oops.cross_entropy(model(*x), torch.tensor(case.config["labels"]))
+    loss = total / number
+    loss.backward()
+    names = own_names(case, [f2c_oops.RELEASED], model.state_dict())
+    ours = dict(model.named_parameters())
     found = {k: ours[names[k]].grad if k in names else None for k in parameters_of(case.entries())}
-    return {**{f"grad:{k}": g for k, g in found.items()}, "zero_or_none": [
+    return {"loss": loss, **{f"grad:{k}": g for k, g in found.items()}, "zero_or_none": [
         k for k, g in found.items() if g is None or not g.any()]}
 
 
@@ -271,14 +238,10 @@ def two_level(case, as_released):
 def stage2_loss(case):
     clips, order = pool_of(case)
     model = network(f2c_oops.F2C2V, case, released(case), as_released=True)
-    total, number = f2c_oops.cross_entropy(model(clips, order),
-                                           torch.tensor(case.config["labels"]))
-    loss = total / number
-    loss.backward()
-    ours = gradients(case, model)
-    return {"loss": loss, **ours, "local_model_params_with_grad": [
+    found = gradients(case, model, clips, order)
+    return {**found, "local_model_params_with_grad": [
         k for k in parameters_of(case.entries()) if k.startswith("local_model.")
-        and ours[f"grad:{k}"] is not None]}
+        and found[f"grad:{k}"] is not None]}
 
 
 def stage3_weighted_ce(case):
@@ -342,7 +305,8 @@ def t1_shuffle(case):
 
 def t1_double_flip(case):
     size = told(case, r"Crop (\d+)")
-    check_drawn(case, "flip_offset", size, max(c["T"] for c in case.config["cases"]))
+    longest = max(c["T"] for c in case.config["cases"])
+    check_drawn(case, lambda rng: f2c_oops.double_flip(rng, longest, size))
     return frames_of(f2c_oops.double_flip(Dealt([c["start"], c["offset"]]), c["T"], size)
                      for c in case.config["cases"])
 
@@ -353,7 +317,7 @@ def t1_random_point(case):
     normal, fast = (np.arange(int(a), int(b) + 1)
                     for a, b in re.findall(r"entries (\d+)\.\.(\d+)", case.what))
     size = told(case, r"(\d+) entries from offset")
-    check_drawn(case, "point_offset", size, 2 * size)
+    check_drawn(case, lambda rng: f2c_oops.random_speed_point(rng, normal, fast))
     assert len(normal) == size
     return frames_of(f2c_oops.random_speed_point(Dealt([offset]), normal, fast)
                      for offset in case.config["offsets"])
@@ -369,11 +333,11 @@ def t1_warp(case):
     return frames_of(rows)
 
 
-def videos_of(inputs, lengths):
-    """The videos of a case, (T, D) each, in the order of their numbers."""
-    videos = sorted(inputs.items(), key=lambda i: int(re.search(r"\d+$", i[0])[0]))
-    assert [len(x) for _, x in videos] == lengths
-    return [x for _, x in videos]
+def videos_of(case):
+    """The videos of a case, (T, D) each."""
+    videos = case.in_order()
+    assert [len(x) for x in videos] == case.config["lengths"]
+    return videos
 
 
 def t1_collate(case):
@@ -384,7 +348,7 @@ def t1_collate(case):
     size = told(case, r"length <= (\d+) are skipped")
     rng = Dealt(c["integers"], None, c["warp_offsets"], c["permutations"])
     labels, rows = [], []
-    for x in videos_of(case.inputs(), c["lengths"]):
+    for x in videos_of(case):
         if len(x) > size:
             rng.numbers.pop(0)
             made = f2c_oops.transform_clips(rng, len(x), names, size, as_released=True)
@@ -420,7 +384,7 @@ def t2_collate(case):
     c, names = case.config, f2c_oops.VIDEO_TRANSFORMS
     rng = Dealt(c["integers"], c["splits_double_flip_then_warp_per_video"], (), c["permutations"])
     labels, rows = [], []
-    for x in videos_of(case.inputs(), c["lengths"]):
+    for x in videos_of(case):
         left = len(rng.numbers)
         made = f2c_oops.transform_video(rng, len(x), names, as_released=True)
         left -= 1 if "speed" in dict(made) else 2
@@ -532,18 +496,13 @@ def located(case):
 
 
 def localization(case):
-    times, errors = located(case)
-    keys = [k for k in case.case["outputs"] if k.startswith("accuracy_")]
-    within = [float(k.removeprefix("accuracy_")) for k in keys]
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)), within)
+    times, errors = located(sibling(case, "same_data_as"))
+    within = {k: float(k.removeprefix("accuracy_")) for k in case.case["outputs"]
+              if k.startswith("accuracy_")}
+    found = f2c_oops.localization_metrics(errors, [*within.values()])
     return {"predicted_times": times, "videos_counted": len(errors),
-            **{k: found[f"within_{t:g}s"] / 100 for k, t in zip(keys, within)}}
-
-
-def localization_errors(case):
-    _, errors = located(sibling(case, "same_data_as"))
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)))
-    return {"mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
+            **{k: found[f"within_{t:g}s"] / 100 for k, t in within.items()},
+            "mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],
             "std": found["std_error_s"]}
 
 
@@ -598,7 +557,7 @@ def frame_normalise(case):
 
 def features(case, model, rules=()):
     common.load_weights(model, released(case), [rules])
-    check_size(case, model, own_names(case, rules, model.state_dict()))
+    check_size(case, model, rules)
     with torch.no_grad():
         return {"features": model.eval()(only_input(case))}
 
@@ -638,7 +597,7 @@ ADAPTERS = {
     "t2_collate_as_released": t2_collate, "clip_labels": clip_labels, "clip_frames": clip_frames,
     "anticipation_labels": anticipation_labels,
     "anticipation_official_oops": anticipation_official, "balanced_training_labels": balanced,
-    "localization": localization, "localization_official_errors": localization_errors,
+    "localization": localization, "localization_official_errors": localization,
     "classification_accuracy": classification_accuracy, "regression_variant": regression,
     "lr_schedule": lr_schedule, "clip_transform_r21d": clip_transform,
     "frame_normalise_vit": frame_normalise, "vit_small": vit, "vit_b16": vit,

@@ -9,26 +9,16 @@ import copy
 import functools
 import math
 import re
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from parity_tools import NUMBER, Twice, only, watch
 from scipy.signal import peak_prominences
 from torch import nn
 
 import common
 import replai
-
-
-def width_of(state, prefix=""):
-    return state[prefix + "conv1.0.weight"][0]
-
-
-def shapes(case):
-    return {k: tuple(v.shape) for k, v in case.state().items()}
 
 
 def twice(outputs, model):
@@ -59,22 +49,23 @@ def backbone(case, network, stages):
 
 def video_backbone(case):
     stages = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
-    network = common.R2Plus1D(width_of(shapes(case)), case.config["depth"])
+    width = case.entries()["conv1.0.weight"][0]
+    network = common.R2Plus1D(width, case.config["depth"])
     return backbone(case, network, dict(zip(stages, stages)))
 
 
 def audio_backbone(case):
-    return backbone(case, common.SpectrogramCNN(width_of(shapes(case))), {
+    return backbone(case, common.SpectrogramCNN(case.entries()["conv1.0.weight"][0]), {
         "conv1": "conv1", "conv2x": "block1", "conv3x": "block2", "conv4x": "block3",
         "conv5x": "block4"})
 
 
 def replai_model(case):
     """The model of a criterion's state, filled as pre-training's `--init` fills it."""
-    s = shapes(case)
+    s = case.entries()
     deep = any(k.startswith("backbone.video.conv2x.1.") for k in s)
     depth, out_dim = case.config.get("depth", 18 if deep else 10), s["mlp.video_clr.2.weight"][0]
-    model = replai.RepLAI(width_of(s, "backbone.video."), depth, out_dim)
+    model = replai.RepLAI(s["backbone.video.conv1.0.weight"][0], depth, out_dim)
     case.load(model, replai.PRETRAIN_LAYOUTS, ("backbone.",))
     return model
 
@@ -123,56 +114,43 @@ def criterion_sgd_steps(case):
     return twice(outputs, replai_model(case).train())
 
 
-def avc_of(video_l, video_r, audio, tau):
-    return replai.avc_loss(torch.stack([video_l, video_r]), audio, tau)
+def avc_gradients(inputs, tau):
+    """{name of an input: tensor} -> the loss, {grad:name: its gradient}"""
+    x = {k: v.requires_grad_() for k, v in inputs.items()}
+    video_l, video_r, audio = (only(x, k) for k in ("video_l", "video_r", "audio"))
+    loss = replai.avc_loss(torch.stack([video_l, video_r]), audio, tau)
+    loss.backward()
+    return loss.detach(), {f"grad:{k}": v.grad for k, v in x.items()}
 
 
 def avc(case):
     if case.config.get("world_size", 1) > 1:
         return avc_processes(case)
-    x, tau = case.inputs(), case.config["temperature"]
-    x = {k: torch.from_numpy(v).requires_grad_() for k, v in x.items()}
-    loss = avc_of(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
-    loss.backward()
-    return {"loss": loss, **{f"grad:{k}": v.grad for k, v in x.items()}}
+    inputs = {k: torch.from_numpy(v) for k, v in case.inputs().items()}
+    loss, grads = avc_gradients(inputs, case.config["temperature"])
+    return {"loss": loss, **grads}
 
 
-def avc_process(rank, world_size, folder, tau):
-    """What one of several processes does; its result is the file it leaves."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                            world_size=world_size)
-    x = torch.load(Path(folder) / f"in{rank}.pt")
-    x = {k: v.requires_grad_() for k, v in x.items()}
-    loss = avc_of(*(only(x, k) for k in ("video_l", "video_r", "audio")), tau)
-    loss.backward()
-    result = {f"loss_rank{rank}": loss.detach(), **{f"grad:{k}": v.grad for k, v in x.items()}}
-    common.write(Path(folder) / f"out{rank}.pt", lambda f: torch.save(result, f))
-    dist.barrier()
+def avc_process(shares, tau, rank):
+    return avc_gradients(shares[rank], tau)
 
 
 def avc_processes(case):
-    """One gloo process per rank; judged by the files, since gloo may abort at exit, work done."""
+    import running
     inputs, world = case.inputs(), case.config["world_size"]
-    for r in range(world):
-        mine = {k: torch.from_numpy(v) for k, v in inputs.items() if f".rank{r}." in k}
-        assert len(next(iter(mine.values()))) == case.config["per_rank_batch"]
-        torch.save(mine, case.folder / f"in{r}.pt")
-    spawn = torch.multiprocessing.get_context("spawn")
-    running = [spawn.Process(target=avc_process, daemon=True, args=(
-        r, world, str(case.folder), case.config["temperature"])) for r in range(world)]
-    for p in running:
-        p.start()
-    for p in running:
-        p.join(120)
-    files = [case.folder / f"out{r}.pt" for r in range(world)]
-    assert all(f.exists() for f in files), f"no result, exits {[p.exitcode for p in running]}"
-    return {k: v for f in files for k, v in torch.load(f).items()}
+    shares = [{k: torch.from_numpy(v) for k, v in inputs.items() if f".rank{r}." in k}
+              for r in range(world)]
+    assert all(len(v) == case.config["per_rank_batch"] for x in shares for v in x.values())
+    process = functools.partial(avc_process, shares, case.config["temperature"])
+    found = {}
+    for r, (loss, grads) in enumerate(running.processes(process, world, case.folder)):
+        found |= {f"loss_rank{r}": loss, **grads}
+    return found
 
 
 def astc(case):
     """g alone with the state's weights, then our `RepLAI.change` and AStC."""
-    s, made = shapes(case), case.inputs()
+    s, made = case.entries(), case.inputs()
     hidden, out_dim = s["mlp.aot_diff.0.weight"]
     model = nn.Module()
     model.mlp = nn.ModuleDict({"aot_diff": replai.head(out_dim, hidden, out_dim)})

@@ -4,9 +4,10 @@ A case is one entry of a fixture in `parity/`. It names its weights and inputs, 
 rebuilds them from these names. `PARITY_DIR=folder` takes the fixtures from another folder.
 """
 
-import importlib.util
+import itertools
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,19 +17,16 @@ import torch
 import common
 
 HERE = Path(__file__).resolve().parent / "parity"
-FOLDER = Path(os.environ.get("PARITY_DIR", HERE))
+FOLDER = Path(os.environ.get("PARITY_DIR", HERE)).resolve()
+sys.path += [str(FOLDER), str(HERE)]
+import recipe  # noqa: E402
+
 NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"                       # in the words of a case
-
-
-def load_recipe():
-    path = next(p for p in (FOLDER / "recipe.py", HERE / "recipe.py") if p.exists())
-    spec = importlib.util.spec_from_file_location("parity_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
+GREY = re.compile(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)")
+LABELS = re.compile(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* float32\((\d+)\)\)"
+                    r"\.astype\(int64\) % C")
+PIXELS = re.compile(r'(frame i: )?np\.clip\(values\(name(?: \+ "\." \+ i, \(h, w, 3\)|, shape)\)'
+                    r" \* (\d+) \+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)")
 
 
 # ---- reading a case ------------------------------------------------------------------------------
@@ -39,6 +37,10 @@ class Case:
     def __init__(self, stem, file, case, folder=None):
         self.stem, self.file, self.case, self.folder = stem, file, case, folder
         self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
+
+    def others(self):
+        """All cases of the file."""
+        return [Case(self.stem, self.file, case, self.folder) for case in self.file["cases"]]
 
     def entries(self):
         """{name: shape} of the state; references to other states are followed."""
@@ -80,43 +82,36 @@ class Case:
         """The input whose name ends in `last`, as a tensor or an array."""
         return only(self.inputs(), last)
 
+    def in_order(self):
+        """The inputs by the numbers that their names end in."""
+        return [x for _, x in sorted(self.inputs().items(), key=lambda item: int(
+            re.search(r"\d*$", item[0])[0] or 0))]
+
     def construct(self, name, entry):
         if not isinstance(entry, dict):
             return entry
-        how = entry.get("how", "values")
+        how, shape = entry.get("how", "values"), entry.get("shape")
         if re.match(r"values(, then|$)", how):
-            x = recipe.values(name, entry["shape"], entry.get("scale", 1.0),
-                              entry.get("shift", 0.0))
+            x = recipe.values(name, shape, entry.get("scale", 1.0), entry.get("shift", 0.0))
             if "then" not in entry:
                 return x
-            grey = re.match(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)",
-                            entry["then"])
-            if grey:
-                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
             how = entry["then"]
-        factor = re.match(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* "
-                          r"float32\((\d+)\)\)\.astype\(int64\) % C", how)
-        if factor:
-            x = np.floor(np.abs(recipe.values(name, entry["shape"])) * np.float32(factor[1]))
+            if grey := GREY.match(how):
+                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
+        if factor := LABELS.match(how):
+            x = np.floor(np.abs(recipe.values(name, shape)) * np.float32(factor[1]))
             x = x.astype(np.int64) % entry["C"]
             names = re.search(r"([\d, ]+) stand for ([\w, ]+)", how)
             if names:
                 table = dict(zip(*(re.split(r", ?", s.strip()) for s in names.groups())))
                 x = np.array([table[str(i)] for i in x.ravel()]).reshape(x.shape)
             return x
-        pixels = re.match(r"frame i: np\.clip\(values\(name \+ \"\.\" \+ i, \(h, w, 3\)\) \* (\d+) "
-                          r"\+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)", how)
-        plain = re.fullmatch(r"np\.clip\(values\(name, shape\) \* (\d+) \+ (\d+), (\d+), (\d+)\)"
-                             r"\.astype\(uint8\)", how)
-        if plain:
-            gain, shift, low, high = map(int, plain.groups())
-            x = recipe.values(name, entry["shape"]) * gain + shift
-            return np.clip(x, low, high).astype(np.uint8)
-        if pixels:
-            gain, shift, low, high = map(int, pixels.groups())
-            frames = [recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
-                      for i in range(entry["n"])]
-            return np.stack([np.clip(f * gain + shift, low, high).astype(np.uint8) for f in frames])
+        pixels = PIXELS.match(how)
+        if pixels and (pixels[1] or pixels[0] == how):
+            gain, shift, *limits = map(int, pixels.groups()[1:])
+            x = np.stack([recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
+                          for i in range(entry["n"])]) if pixels[1] else recipe.values(name, shape)
+            return np.clip(x * gain + shift, *limits).astype(np.uint8)
         if how.startswith("values(name, (channels, n), noise); then for each burst i at second t0"):
             return self.bursts(name, entry)
         raise NotImplementedError(f"{name}: no construction known for how = {how!r}")
@@ -146,6 +141,24 @@ class Case:
         mode = re.search(r"\b(eval|train)( mode|\b)", self.config.get("mode", self.what))
         assert mode, f"{self.id}: `what` names neither eval mode nor train mode"
         return mode[1] == "train"
+
+
+def own_names(case, layouts, own):
+    """{name in the file: ours} of the tensors that have a place in our network."""
+    found = {}
+    for layout, old in itertools.product(layouts, case.entries()):
+        new = old
+        for pattern, replacement in layout:
+            new = re.sub(pattern, replacement, new)
+        if new in own:
+            found[old] = new
+    return found
+
+
+def parameters_of(entries):
+    """Without the buffers: statistics of batch norm, positions and their table."""
+    buffers = {"running_mean", "running_var", "num_batches_tracked", "position_ids", "pe"}
+    return {k: x for k, x in entries.items() if k.rsplit(".", 1)[-1] not in buffers}
 
 
 def only(entries, last):

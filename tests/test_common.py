@@ -4,7 +4,6 @@ annotation files, evaluation and processes.
 
 import argparse
 import json
-import os
 import re
 
 import numpy as np
@@ -94,45 +93,36 @@ def test_a_limit_is_spread_evenly():
 
 # ---- annotation files ----------------------------------------------------------------------------
 
-def table(path):
-    return common.read_table(path, lambda row: (row["name"], int(row["size"])))
+LISTS = {
+    "table": lambda path: common.read_table(path, lambda row: (row["name"], int(row["size"]))),
+    "clips": lambda path: common.read_json(path, lambda clip: int(clip["size"]), "clips"),
+    "named": lambda path: common.read_json(path, lambda k, v: (k, int(v["size"])), "clips"),
+    "lines": lambda path: common.read_lines(path, lambda line: int(line.split()[1]))}
 
 
-def clips(path):
-    return common.read_json(path, lambda clip: int(clip["size"]), "clips")
-
-
-def named_clips(path):
-    return common.read_json(path, lambda name, clip: (name, int(clip["size"])), "clips")
-
-
-def lines(path):
-    return common.read_lines(path, lambda line: int(line.split()[1]))
-
-
-@pytest.mark.parametrize("read, content, result", [
-    (table, b'\xef\xbb\xbfname,size\nx,1\n"y,\nz",2\n', [("x", 1), ("y,\nz", 2)]),
-    (clips, b'{"clips": [{"size": 1}, {"size": 2}]}', [1, 2]),
-    (named_clips, b'{"clips": {"a": {"size": 3}}}', [("a", 3)]),
-    (lines, b"one 1\r\n\n  two 2", [1, 2]),
-    (table, b"name,size\nx,1\ny,two\n", ":3: .*'two'"),
-    (table, b"name\nx\n", ":2: 'size' is missing"),
-    (table, b"", ": "),
-    (clips, b'{"clips": [{"size": 1}, {"length": 2}]}', ":1: 'size' is missing"),
-    (named_clips, b'{"clips": {"a": {"size": "two"}}}', ":a: .*'two'"),
-    (clips, b'{"films": []}', ": 'clips' is missing"),
-    *((clips, content, ": ") for content in (b"", b"{", b'{"clips": "\xff"}')),
-    (lines, b"one 1\n\ntwo b", ":3: .*'b'"),
-    *((read, None, ": no such file") for read in (table, clips, lines))])
-def test_lists_are_parsed_and_a_bad_row_is_named(read, content, result, tmp_path):
+@pytest.mark.parametrize("kind, content, result", [
+    ("table", b'\xef\xbb\xbfname,size\nx,1\n"y,\nz",2\n', [("x", 1), ("y,\nz", 2)]),
+    ("clips", b'{"clips": [{"size": 1}, {"size": 2}]}', [1, 2]),
+    ("named", b'{"clips": {"a": {"size": 3}}}', [("a", 3)]),
+    ("lines", b"one 1\r\n\n  two 2", [1, 2]),
+    ("table", b"name,size\nx,1\ny,two\n", ":3: .*'two'"),
+    ("table", b"name\nx\n", ":2: 'size' is missing"),
+    ("table", b"", ": "),
+    ("clips", b'{"clips": [{"size": 1}, {"length": 2}]}', ":1: 'size' is missing"),
+    ("named", b'{"clips": {"a": {"size": "two"}}}', ":a: .*'two'"),
+    ("clips", b'{"films": []}', ": 'clips' is missing"),
+    *(("clips", content, ": ") for content in (b"", b"{", b'{"clips": "\xff"}')),
+    ("lines", b"one 1\n\ntwo b", ":3: .*'b'"),
+    *((kind, None, ": no such file") for kind in LISTS)])
+def test_lists_are_parsed_and_a_bad_row_is_named(kind, content, result, tmp_path):
     path = tmp_path / "list.txt"
     if content is not None:
         path.write_bytes(content)
     if isinstance(result, list):
-        assert read(path) == result
+        assert LISTS[kind](path) == result
     else:
         with pytest.raises(UserError, match=f"^{re.escape(str(path))}{result}"):
-            read(path)
+            LISTS[kind](path)
 
 
 def test_files_and_videos_are_found_below_a_folder(tmp_path):
@@ -221,6 +211,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, capsys):
     capsys.readouterr()
     torch.save(renamed, path)
     assert common.load_weights(target, path, layouts, ["body."]) == {"body.weight", "body.bias"}
+    assert torch.equal(target["body"].weight, state["body.weight"])
     said = capsys.readouterr().out
     assert "2 of the file not used ['fc" in said and "2 of the network left random ['head" in said
     for content in (b"", b"PK\3\4 damaged"):

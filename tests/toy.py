@@ -87,9 +87,7 @@ def write_video(path, frames, fps, audio=None, rate=44100, codec="libx264", opti
 
 def write_csv(path, columns, rows):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(f, lineterminator="\n").writerows([columns, *rows])
 
 
 def write_lines(path, lines, end="\n"):
@@ -461,10 +459,10 @@ def epic_rows(video, rng):
             stop = round(end + 3.3, 2)                   # as in the real files
         (verb_class, verbs), (noun_class, nouns) = VERBS[verb][0], NOUNS[noun][0]
         verb, noun = str(rng.choice(verbs)), str(rng.choice(nouns))
-        rows.append(dict(zip(EPIC_COLUMNS, [
+        rows.append([
             f"{name}_{i}", name[:3], name, stamp(start, 3), stamp(start, 2), stamp(stop, 2),
             int(start * video["fps"]), int(stop * video["fps"]), f"{verb}, gently, {noun}",
-            verb, verb_class, noun, noun_class, [noun], [noun_class]])))
+            verb, verb_class, noun, noun_class, [noun], [noun_class]])
     return rows
 
 
@@ -487,14 +485,15 @@ def make_epic(root, seed):
             paths = [root / "videos" / person / f"{name}.MP4"] * (k < count)
             mine.append(video | {"id": name, "overrun": (s, k) == (0, 1), "paths": paths})
         deal_strikes(mine, rng)
-        write_csv(folder / f"EPIC_100_{split}.csv", EPIC_COLUMNS[:8 if s == 2 else 15],
-                  [row for video in mine for row in epic_rows(video, rng)])
+        columns = EPIC_COLUMNS[:8 if s == 2 else 15]
+        write_csv(folder / f"EPIC_100_{split}.csv", columns,
+                  [row[:len(columns)] for video in mine for row in epic_rows(video, rng)])
         videos += mine
     for word, number, tail in (("verb", 97, 86), ("noun", 300, 228)):         # the last ones
         write_csv(folder / f"EPIC_100_tail_{word}s.csv", [word],
-                  [{word: i} for i in range(number - tail, number)])
+                  [[i] for i in range(number - tail, number)])
     write_csv(folder / "EPIC_100_unseen_participant_ids_validation.csv", ["participant_id"],
-              [{"participant_id": p} for p in ("P18", "P32")])
+              [["P18"], ["P32"]])
     return [video for video in videos if video["paths"]]
 
 
@@ -878,8 +877,7 @@ def make_oops(root, seed):
                                           "n_notfound": int(not found)}
         write_lines(folder / f"{split}.txt", names)
         (folder / "splits").mkdir(exist_ok=True)
-        write_csv(folder / "splits" / f"{split}_all_org.csv", ["filename"],
-                  [{"filename": name} for name in names])
+        write_csv(folder / "splits" / f"{split}_all_org.csv", ["filename"], zip(names))
     for name, table in (("transition_times", times), ("heldout_transition_times", heldout)):
         text = json.dumps(table, ensure_ascii=False)
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
@@ -1038,13 +1036,12 @@ def make_kinetics400(root, seed):
         for i, label in enumerate([x for x in KINETICS for _ in range(n)] + extra):
             name, start = names.pop(), int(rng.integers(0, 300))
             path = root / split / label.replace(" ", "_") / f"{name}_{start:06}_{start + 10:06}.mp4"
-            rows.append({"label": label, "youtube_id": name, "time_start": start,
-                         "time_end": start + 10, "split": subset})
+            rows.append([label, name, start, start + 10, subset])
             if i <= n * len(KINETICS):
                 video = plan_clip(10000 * s + i, seed, KINETICS[label], i == n * len(KINETICS))
                 videos.append(video | {"paths": [path]})
-        rows.sort(key=lambda r: (r["label"], r["youtube_id"]))
-        write_csv(root / f"{split}.csv", list(rows[0]), rows)
+        write_csv(root / f"{split}.csv",
+                  ["label", "youtube_id", "time_start", "time_end", "split"], sorted(rows))
     return videos
 
 
@@ -1068,9 +1065,9 @@ def make_charades(root, seed):
             if k % 20 == 0 and mine:                     # as in the real file: behind the end
                 mine[-1][2] = round(video["seconds"] + rng.uniform(0.2, 1), 2)
             actions = ";".join(f"c{c:03} {a:.2f} {b:.2f}" for c, a, b in mine)
-            rows.append(dict(zip(CHARADES_COLUMNS, (
+            rows.append([
                 name, "A1B2", "Other (Porch, cellar)", 6, 7, "Yes", rng.choice(SCRIPTS), "bag;door",
-                ";".join(SCRIPTS), actions, f"{video['seconds']:.2f}"))))
+                ";".join(SCRIPTS), actions, f"{video['seconds']:.2f}"])
             drawn.append(video | {"paths": [root / "Charades_v1" / f"{name}.mp4"]})
         write_csv(folder / f"Charades_v1_{split}.csv", CHARADES_COLUMNS, rows)
     return drawn
