@@ -383,8 +383,6 @@ def resize_nearest(x, size):
     NOTE: the default of the release's transform. Pillow chooses the pixels: from 224 to 196 every
     seventh is a tie, which only Pillow rounds as the release does.
     """
-    if size == x.shape[-1]:
-        return x
     ramp = Image.fromarray(np.arange(x.shape[-1], dtype=np.int32)[None])
     pixels = np.asarray(ramp.resize((size, 1), Image.Resampling.NEAREST))[0]
     frames = x.permute(0, 2, 3, 1).numpy()                    # (T, H, W, 3), the order in memory
@@ -742,9 +740,6 @@ def mean_of_videos(batches, as_released):
 
 # ---- 8. test (official file: Evaluate/test.py) ---------------------------------------------------
 
-CHUNK = 8                                 # clips of a video that go through the network at once
-
-
 def aggregate(logits):
     """A video's mean probabilities and mean logits over its clips.    (clips, K) -> (K,), (K,)"""
     return logits.softmax(-1).mean(0), logits.mean(0)
@@ -786,8 +781,8 @@ def evaluate(args, device):
 
 def evaluate_accuracy(args, device, model, videos, classes):
     """Metrics of the mean probabilities over all clips; predictions.json and confusion.json."""
-    def network(batch):                                       # one video: (1, clips, N, 3, S, S)
-        logits = torch.cat([model(normalize(x)) for x in batch["clips"][0].split(CHUNK)])
+    def network(batch):                                       # (1, clips, N, 3, S, S), one video
+        logits = torch.cat([model(normalize(x)) for x in batch["clips"][0].split(8)])
         prob, logits = aggregate(logits)
         return {"prob": prob[None], "logits": logits[None]}
 

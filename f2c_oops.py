@@ -16,14 +16,15 @@ fine-tuned to classify clips, to localize the transition and to anticipate the l
     L   = mean_i CE(Head(v_i), y_i)              (5)  y: which of 6 transformations of the video
 
     q_j = Head_3(z_j)  or  Head_3(Enc_clip(...)_j)        (6)  logits of clip j; clip or video level
-    L   = Σ_j w_yj CE(q_j, y_j) / Σ_j w_yj                (7)  w_c = max_k n_k / n_c; clip level: 1
-    s(q, y) = a_y1 + b_yN + Σ_j q_j[y_j] + Σ_j A[y_j-1, y_j]           (8)  or, at video level, CRF
+    L   = Σ_j w_yj CE(q_j, y_j) / Σ_j w_yj                (7)  w_c = max_k n_k / n_c, n: clips
+    s(q, y) = a_y1 + b_yN + Σ_j q_j[y_j] + Σ_j A[y_j-1, y_j]           (8)  score of labels, a CRF
     L   = log Σ_y' exp s(q, y') - s(q, y)                              (9)
     t̂   = middle of the clip with the largest p(y_j = 1)              (10)  p: of softmax or CRF
 
-Clips of (2) have L = 20 frames, all others 16. A labelled clip is one second at 16 frames per
-second: 0 intentional; 1 transition: it contains the annotated time t; 2 unintentional: it starts
-after t. Published sizes: D = 768 (ViT-B/16), 3 layers, 16 heads, an attention window of 32.
+Loss at clip level: (7) with w = 1; at video level: (9), or (7) with --loss ce. Clips of F2C have 20
+frames, all others 16. A labelled clip is one second at 16 frames per second: 0 intentional;
+1 transition: it contains the annotated time t; 2 unintentional: it starts after t. Published sizes:
+D = 768 (ViT-B/16), 3 layers, 16 heads, an attention window of 32.
 
 Features     torchrun --nproc_per_node 8 f2c_oops.py --stage features --data data/oops
 F2C          torchrun --nproc_per_node 8 f2c_oops.py
@@ -108,10 +109,12 @@ def random_speed_point(rng, normal, fast):
 
 
 def warp(rng, T, size, as_released=False):
-    """`size` frames in order, from one to the next a random step of 1 to 2^M.
+    """`size` frames in order. M >= 2: from one to the next a random step of 1 to 2^M. M <= 1: a
+    random subset of up to 40 consecutive frames.
+
     NOTE: the release crops 19·2^M frames. (a) The steps can leave this crop, and the release
     crashes; with `as_released` we clamp. (b) For M = 0 the crop has 19 frames and all of them are
-    used: no warp, and the length gives the label away. We crop 20·2^M frames, for M <= 1 up to 40.
+    used: no warp, and the length gives the label away.
     """
     M = max_speed(T, size)
     extent = (size - as_released) * 2 ** M if as_released or M > 1 else min(T, 2 * size)
@@ -124,7 +127,7 @@ def warp(rng, T, size, as_released=False):
 
 def transform_clips(rng, T, names, size=20, as_released=False):
     """[(name, frames (size,))]: one clip per transformation in `names`; none of a video that is
-    too short. At most one of the speeds is drawn.
+    too short. One of the speeds is drawn, so "normal" can occur twice.
     """
     if T <= size:
         return []
@@ -169,7 +172,7 @@ def transform_video(rng, T, names, size=16, as_released=False):
     versions["flip"] = np.concatenate([x[:flip_at], x[flip_at:][::-1]])
     versions["shuffle"] = split_clips(x, size)[rng.permutation(len(x) // size)].ravel()
     versions["warp"] = np.roll(x, -roll_at)
-    # NOTE: in the release the random point has the label of the double flip, 3; 2 is never used.
+    # NOTE: in the release the random point has label 3, the double flip's; label 2 is never used.
     labels = {"point": "flip"} if as_released and len(names) == len(VIDEO_TRANSFORMS) else {}
     return [(labels.get(name, name), split_clips(frames, size))
             for name, frames in versions.items() if name in names]
@@ -211,46 +214,33 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, ff), nn.Linear(ff, dim)
         self.norm2, self.drop = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
 
-    def attend_local(self, h, valid):
-        """Local attention of all tokens; row 0 is replaced by `attend_global`.    -> (B, n, E)"""
-        q, k, v = (p(h).unflatten(2, (self.heads, -1)).transpose(1, 2)
-                   for p in (self.query, self.key, self.value))               # (B, H, n, d)
-        dropout = self.drop.p if self.training else 0.0
-        rows = local_attention(q, k, v, valid, self.half_window, dropout)
-        return rows.transpose(1, 2).flatten(2)
-
-    def attend_global(self, h, valid):
-        """softmax(q·k/√d) v with the class token as the only query.    -> (B, 1, E)
-
-        k_j = W h_j + b and v_j = V h_j + c are not computed, which saves a fifth of the products:
-        q·k_j = (Wᵀq)·h_j + q·b, and Σ_j a_j v_j = V Σ_j a_j h_j + c Σ_j a_j.
-        """
-        q = self.query_global(h[:, 0]).unflatten(1, (self.heads, -1))         # (B, H, d)
-        (W, b), (V, c) = ((p.weight.unflatten(0, q.shape[1:]), p.bias.unflatten(0, q.shape[1:]))
-                          for p in (self.key_global, self.value_global))      # (H, d, E), (H, d)
-        score = torch.einsum("bhd,hde->bhe", q, W) @ h.mT + (q * b).sum(2, keepdim=True)
-        if valid is not None:
-            score = score.masked_fill(~valid[:, None], -math.inf)             # (B, H, n)
-        a = self.drop((score / q.shape[2] ** 0.5).softmax(2))
-        row = torch.einsum("bhe,hde->bhd", a @ h, V) + c * a.sum(2, keepdim=True)
-        return row.flatten(1)[:, None]
+    def project(self, x, *layers):
+        """What each of the layers makes of x, split into heads.    (B, n, E) -> [(B, H, n, d)]"""
+        return [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
 
     def forward(self, h, valid=None, only_class=False):
         """(B, n, E) -> (B, n, E), or with `only_class` the class token's row, (B, 1, E)."""
-        rows = self.attend_global(h, valid)
+        dropout = self.drop.p if self.training else 0.0
+        q, = self.project(h[:, :1], self.query_global)
+        k, v = self.project(h, self.key_global, self.value_global)
+        mask = None if valid is None else valid[:, None, None]                # (B, 1, 1, n)
+        rows = F.scaled_dot_product_attention(q, k, v, mask, dropout)         # (B, H, 1, d)
         if only_class:
             h = h[:, :1]
         else:
-            rows = torch.cat([rows, self.attend_local(h, valid)[:, 1:]], 1)
-        h = self.norm1(self.drop(self.out(rows)) + h)
+            q, k, v = self.project(h, self.query, self.key, self.value)
+            near = local_attention(q, k, v, valid, self.half_window, dropout)
+            rows = torch.cat([rows, near[:, :, 1:]], 2)                       # (B, H, n, d)
+        h = self.norm1(self.drop(self.out(rows.transpose(1, 2).flatten(2))) + h)
         return self.norm2(self.drop(self.fc2(F.gelu(self.fc1(h)))) + h)
 
 
 class Encoder(nn.Module):
     """Transformer over a class token and n frame features or clip embeddings ("VTN").
 
-    all_rows: return every row, not only the class token's. NOTE: in the release the class token
-    counts as one of the n valid tokens, so the last frame is always masked.
+    all_rows: return every row, not only the class token's.
+    NOTE: in the release the class token counts as one of the n valid tokens, so the last frame is
+    always masked.
     """
 
     def __init__(self, dim, layers=3, heads=16, window=32, ff=3072, positions=7200, dropout=0.1,
@@ -269,7 +259,8 @@ class Encoder(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.zeros_(self.position.weight[-1:].detach())
         # Without all_rows the last layer's local attention is not used and gets no gradient, which
-        # DDP must know. NOTE: so F2C2V leaves that of Enc_clip random for the video level.
+        # DDP must know. NOTE: so F2C2V does not train that of Enc_clip, and fine-tuning at video
+        # level starts from random weights there.
         last = self.layers[-1]
         for part in () if all_rows else (last.query, last.key, last.value):
             part.requires_grad_(False)
@@ -582,7 +573,7 @@ def make_model(args, dim, classes):
     torch.manual_seed(args.seed)                              # the same on every process
     sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
              "as_released": args.as_released}                 # and the defaults, as in configs/
-    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py uses Adam with weight decay 1e-8
+    if args.backbone in CLIP_NETS:    # NOTE: r21d/mainr21d.py has Adam, weight decay 1e-8
         return nn.Sequential(
             nn.Flatten(), nn.Linear(dim, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 128),
             nn.Dropout(0.1), nn.ReLU(), nn.Linear(128, classes))
@@ -696,8 +687,8 @@ def resize_clip(frames, size=(128, 171), crop=112):
 
 
 def crop_square(frame, side):
-    """The centre of a frame whose short side is scaled to `side`; larger ones came scaled down.
-    NOTE: the release crops up to 56 pixels off the centre.    (H, W, 3) -> (side, side, 3)
+    """The centre of a frame; one below `side` is enlarged.    (H, W, 3) -> (side, side, 3)
+    NOTE: the release crops up to 56 pixels off the centre.
     """
     short = min(frame.shape[:2])
     if short < side:
@@ -789,12 +780,10 @@ GRID = 0.25                          # seconds between labelled clips, at the le
 
 
 class Annotation(NamedTuple):
-    """t: transition times in seconds of three annotators, sorted, -1 where one found none; length
-    of the video in seconds; rel_t: t / length, sorted.
-    """
-    t: tuple
-    length: float
-    rel_t: tuple
+    """The transition as three annotators saw it."""
+    t: tuple                                   # times in seconds, sorted; -1: none found
+    length: float                              # of the video, seconds
+    rel_t: tuple                               # t / length, sorted
 
 
 def has_labels(annotation, split, level):
@@ -807,8 +796,8 @@ def has_labels(annotation, split, level):
 def cut_clips(T, fps, times, spacing):
     """Clips of 16 frames at 16 fps, `spacing` seconds apart: frames (N, 16), start and end (N, 2).
 
-    Position k of the grid at 16 fps is frame ⌊k·fps/16⌋ of T. T frames have ⌊16·T/fps⌋ positions,
-    or ⌈16·T/fps⌉ if fps is a multiple of 16. A remainder shorter than a clip is dropped.
+    Position k of the grid at 16 fps is frame ⌊k·fps/16⌋. A video of T frames has ⌊16·T/fps⌋ of
+    them, or ⌈16·T/fps⌉ if fps is a multiple of 16. A remainder shorter than a clip is dropped.
     NOTE: the release converts frames to times and back, which is sometimes one frame too early.
     """
     frames_per_position = float(fps) / FPS
@@ -843,11 +832,10 @@ def video_labels(spans, t, as_released=False):
 
 
 def labels_of(args, spans, t, spacing, protocol="paper"):
-    """(clips that the model sees, their labels) for classification or, `args.anticipate` seconds
-    ahead, for anticipation.
+    """(clips that the model sees, their labels). In anticipation, `args.anticipate` = a seconds:
 
-    paper: a clip has the label of the time so much later, by itself. oops, the benchmark's: clip
-    i - anticipate / spacing has the label of clip i.
+    paper: every clip, with the label that it would have a seconds later, by `clip_labels`.
+    oops, the benchmark's: clip i - a / spacing, with the label of clip i, by `video_labels`.
     """
     clips = np.arange(len(spans))
     if args.anticipate and protocol == "paper":
@@ -873,22 +861,18 @@ def balance_labels(labels, rng):
 
 
 class Video(NamedTuple):
-    """A video and its file of `length` features of width `dim`. If it has labels: the times of the
-    frames (T,), or start and end of a 3-D network's clips (T, 2), in seconds. Of its labelled clips
-    the rows in the file (N, 16), or (N, 1), start and end (N, 2), and labels (N,); sequences: the
-    model sees them in so many interleaved sequences.
-    """
+    """A video and its file of features. If it has labels: all from `annotation` on."""
     path: Path
     features: Path
-    length: int
-    dim: int
+    length: int                                # rows of the file
+    dim: int                                   # their width
     annotation: Annotation | None = None
-    times: np.ndarray | None = None
+    times: np.ndarray | None = None            # of each row, seconds: (T,); 3-D net: spans (T, 2)
     fps: float = 0.0
-    rows: np.ndarray | None = None
-    spans: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    sequences: int = 1
+    rows: np.ndarray | None = None             # of each labelled clip: (N, 16); 3-D net: (N, 1)
+    spans: np.ndarray | None = None            # start and end of each, seconds: (N, 2)
+    labels: np.ndarray | None = None           # (N,)
+    sequences: int = 1                         # interleaved sequences in which the model sees them
 
 
 def read_names(path):
@@ -912,9 +896,7 @@ def read_annotations(data):
 
 
 def map_features(path):
-    """arr_0 of a .npz file, (T, D), mapped into memory. np.savez does not compress, so that reading
-    a clip's rows is 20 times faster than np.load.
-    """
+    """arr_0 of an .npz file, (T, D), mapped into memory: a clip comes 20 times faster by this."""
     with common.reading(path, error=VideoError), open(path, "rb") as f:
         sizes = f.read(30)[26:]                               # of the archive's first file's name
         f.seek(int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little"), 1)
@@ -991,8 +973,8 @@ def label_videos(args, videos, spacing, sequences=1):
     labelled = []
     for video in videos:
         if video.times.ndim == 2:                             # clips GRID apart
-            every = round(spacing / GRID)
-            rows, spans = np.arange(video.length)[::every, None], video.times[::every]
+            stride = round(spacing / GRID)
+            rows, spans = np.arange(video.length)[::stride, None], video.times[::stride]
         else:
             rows, spans = cut_clips(video.length, video.fps, video.times, spacing)
         if len(rows):
@@ -1040,8 +1022,6 @@ def classify(args, device):
     train_videos, val_videos = (label_videos(args, read_videos(args, split, 1, annotations),
                                              args.spacing) for split in ("train", "val"))
     counts = np.bincount(np.concatenate([v.labels for v in train_videos]), minlength=3)
-    # The official videos at 29.97 fps have 18,096, 4,142 and 19,740 clips 1 s apart, and 61,346,
-    # 16,090 and 83,493 clips 0.25 s apart, at video level and --as_released.
     common.say(f"training clips {args.spacing:g} s apart: "
                + ", ".join(f"{n} {label}" for n, label in zip(counts, LABELS)))
     if args.level == "video":
@@ -1082,8 +1062,9 @@ def predict_clips(args, device, model, videos):
 
 
 def classification_metrics(labels, scores, names, prefix=""):
-    """Loss, accuracy, and accuracy of each true class, in percent, of the clips of some videos.
-    labels: [(N,)]; scores: [(N, C + 1)], probabilities and predicted class; names: of the C classes
+    """loss: mean -log p(true label), whatever the training loss; top1, and accuracy of each true
+    class, in percent. For each video labels (N,), and scores (N, C + 1): probabilities, and the
+    predicted class. names: of the C classes
     """
     labels, scores = (np.concatenate([np.asarray(x) for x in xs]) for xs in (labels, scores))
     labels = labels.astype(int)
@@ -1110,27 +1091,22 @@ def predicted_times(args, videos, scores):
 
 def time_error(t_hat, t):
     """Seconds to the nearest annotated time. NOTE: as in the benchmark an annotation of -1 stays in
-    the list. No time is within 1 s of it, but it can lower the mean error.
+    the list. No time above 0 is within 1 s of it, but it can lower the mean error.
     """
     return min(abs(t_hat - x) for x in t)
 
 
-def localization_metrics(errors, lengths, tolerances=(0.25, 1.0)):
-    """Share of videos within each tolerance, in percent; mean, median and standard deviation of the
-    error in seconds; mean and median relative to the video's length.
-    """
+def localization_metrics(errors, tolerances=(0.25, 1.0)):
+    """Percent of the videos within each tolerance; mean, median, deviation of errors in seconds."""
     e = np.asarray(errors)
-    relative = e / np.asarray(lengths)
     return {**{f"within_{k:g}s": 100 * float((e <= k).mean()) for k in tolerances},
             "mean_error_s": float(e.mean()), "median_error_s": float(np.median(e)),
-            "std_error_s": float(e.std(ddof=1)) if len(e) > 1 else 0.0,
-            "mean_relative_error": float(relative.mean()),
-            "median_relative_error": float(np.median(relative))}
+            "std_error_s": float(e.std(ddof=1)) if len(e) > 1 else 0.0}
 
 
 def localize(args, videos, times):
-    """Localization metrics of the predicted times, and of three baselines: a random time, the
-    middle of the video, and a fourth annotator (human). Writes localization.csv.
+    """Localization metrics of the predicted times; of chance, a random time near the middle
+    annotation; and of a fourth annotator (human). Writes localization.csv.
     """
     annotations = [v.annotation for v in videos]
     errors = [time_error(t, a.t) for t, a in zip(times, annotations, strict=True)]
@@ -1142,14 +1118,13 @@ def localize(args, videos, times):
     path = common.find(args.data, "heldout_transition_times.json")
     fourth = dict(common.read_json(path, lambda name, entry: (name, float(entry["t"][0]))))
     human = [(fourth[v.path.stem], v.annotation.t) for v in videos if v.path.stem in fourth]
-    metrics = localization_metrics(errors, [a.length for a in annotations])
+    metrics = localization_metrics(errors)
     for k in (0.25, 1.0):
         shares = {"chance": [(min(a.length, a.t[1] + k) - max(0.0, a.t[1] - k)) / a.length
                              for a in annotations],
-                  "middle": [time_error(a.length / 2, a.t) <= k for a in annotations],
                   "human": [t >= 0 and time_error(t, others) <= k for t, others in human]}
-        metrics |= {f"{who}_within_{k:g}s": 100 * float(np.mean(x)) if x else math.nan
-                    for who, x in shares.items()}
+        metrics |= {f"{baseline}_within_{k:g}s": 100 * float(np.mean(x)) if x else math.nan
+                    for baseline, x in shares.items()}
     return metrics
 
 
@@ -1159,12 +1134,12 @@ def classification(args, videos, scores):
     for spacing in (GRID, 1.0):
         for protocol in ("paper", "oops") if args.anticipate else ("paper",):
             if protocol == "oops" and args.anticipate % spacing:
-                continue                                      # no clip is so far ahead of another
-            every, labels, rows = round(spacing / GRID), [], []
+                continue                                      # not a multiple of the spacing
+            stride, labels, rows = round(spacing / GRID), [], []
             for v, x in zip(videos, scores, strict=True):
-                clips, y = labels_of(args, v.spans[::every], v.annotation.t[1], spacing, protocol)
+                clips, y = labels_of(args, v.spans[::stride], v.annotation.t[1], spacing, protocol)
                 labels.append(y)
-                rows.append(x[::every][clips])
+                rows.append(x[::stride][clips])
             name = f"{protocol}_{spacing:g}s" if args.anticipate else f"{spacing:g}s"
             metrics |= {f"{k}_{name}": x for k, x in classification_metrics(
                 labels, rows, LABELS).items()}

@@ -14,14 +14,14 @@ aligned in time, and then scale and shift the coarse features.
     x'(t) = x(s), y'(t) = 0 for s ≤ t < s+n;  x'(t) = x(t-n+1) after that       Freeze     (1)
     x'(t) = Σ_m γ_m(t) x_m(t)      M clips; clip m is visible where k_m(t) = 1  MixUp      (2)
     γ_m(t) = visible area of clip m                                             CutMix     (3)
-    L = Σ_m [Σ_bt γ_m CE(z, y_m)] / Σ_bt k_m       z: logits of a frame         loss       (4)
-    p = σ(conv(X)/2),  q = (1-p) / Σ(1-p),  c_i = Σ_{j≤i} q_j,  X_i = X((T-1)c_i)
-                                                                                Grid Pool  (5)
+    L = Σ_m [Σ_bt γ_m CE(z, y_m)] / Σ_bt k_m       z: logits of a frame         SSDet loss (4)
+    p = sigmoid(conv(X)/2),  q = (1-p) / Σ(1-p),  c_i = Σ_{j≤i} q_j
+    X_i = X((T-1) c_i)                                                          Grid Pool  (5)
     z'_j = z at the index i where c_i = j / (L-1)                               Unpool     (6)
     G_i(τ) = exp(-(τ-μ_i)² / 2σ²) / max_τ,  μ_i = s + c_i T,  σ = N/8           alignment  (7)
     A_i = Σ_τ v a G_i F_τ / Σ_τ v a G_i       attention a = a(F), mask v        filter     (8)
-    X ← X · σ(W_s [scale(A)_1..4]) + W_b [bias(A)_1..4]                         fusion     (9)
-    L = ½ BCE(max_t P, max_t Y) + ½ BCE(P, Y)        P = σ(z)                   loss      (10)
+    X ← X · sigmoid(W_s [scale(A)_1..4]) + W_b [bias(A)_1..4]                   fusion     (9)
+    L = ½ BCE(max_t P, max_t Y) + ½ BCE(P, Y)        P = sigmoid(z)        detection loss (10)
 
 x: clip, y: labels; X, F: coarse and fine features; c: times of Grid Pool; in (7) s: start of the
 coarse clip, N: valid fine steps. Names as released: W_b = conv_at, W_s = conv_at2; a = at2(at1(F));
@@ -54,7 +54,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.utils.data import Subset
 
 import common
 from common import UserError
@@ -92,9 +91,7 @@ class Mixture(NamedTuple):
 
 
 def volume_freeze(mix, start, length):
-    """Repeat frame `start` for `length` frames and give these label 0. Later frames are delayed;
-    the end of the clip is cut off.      start, length: (B,)
-    """
+    """Repeat frame `start` for `length` frames, with label 0; delay the rest.      (B,), (B,)"""
     start, length = start[:, None], length[:, None]
     t = torch.arange(mix.x.shape[2], device=mix.x.device)
     source = torch.where(t < start, t, (t - length + 1).maximum(start))   # (B, T)  (1)
@@ -136,8 +133,10 @@ def cross_fade(T, start, end, total=1):
     """Weights of two clips that sum to `total`, and where they are present, (2, B, T) each.
 
     Frames k = 1..n show both clips. There the weight of the own clip is, if it
-        starts and ends later           k / (n+1)                 starts and ends earlier   1 - that
-        starts earlier, ends later      |t + 1 - middle| 2/(n+1)  is inside its partner     1 - that
+        starts and ends later         k / (n+1)
+        starts and ends earlier       1 - k / (n+1)
+        starts earlier, ends later    |t + 1 - middle| 2 / (n+1)
+        is inside its partner         1 - |t + 1 - middle| 2 / (n+1)
     NOTE: as in the code; the minimum is half a frame off. The README's figure has (2k-1)/(2n+1).
     """
     t = torch.arange(T, device=start.device)
@@ -165,15 +164,13 @@ def volume_mixup(mix, start, length, partner, extend=True):
 
 
 def volume_cutmix_growing(mix, start, length, partner, extend=True):
-    """While both clips are present, the later clip's window grows from one side over the other's.
-
-    NOTE: this follows code that is commented out in the release. There, frames of neither clip are
-    black (extend=False); we leave no such frames.
+    """In shared frames the later clip's window grows from one side over the other's. NOTE: as code
+    that is commented out in the release, where frames of neither clip are black (extend=False).
     """
     T, W = mix.x.shape[2], mix.x.shape[4]
     start, end = clip_intervals(T, start, length, extend)
     width, present = cross_fade(T, start, end, total=W)       # in columns
-    width = (width + W // 16 * present[0] * present[1]).clamp(0, W)       # they overlap, to blend
+    width = (width + W // 16 * present[0] * present[1]).clamp(0, W)       # overlap, to be blended
     width, column = width[..., None], torch.arange(W, device=mix.x.device)
     left, right = column < width[0], column >= W - width[1]   # own and partner's window, (B, T, W)
     shared = (left & right).sum(-1, keepdim=True)
@@ -232,7 +229,7 @@ def draw_choices(rng, name, T, B, device=None):
 def draw_augmentations(args, step, T, B, device):
     """{name: choices} of a step, on or off for the whole batch of all processes, as released."""
     on = np.random.default_rng((args.seed, step)).random(len(AUGMENTATIONS)) < args.aug_prob
-    rng = np.random.default_rng((args.seed, step, common.rank()))         # partners: in a process
+    rng = np.random.default_rng((args.seed, step, 1 + common.rank()))     # 0 would repeat `on`
     return {name: draw_choices(rng, name, T, B, device) for name, draw in zip(AUGMENTATIONS, on)
             if draw and name in args.augment}
 
@@ -250,7 +247,7 @@ def pretraining_loss(logits, mix):
 
 
 def pretrain(args, device):
-    """SSDet. --task classify is the same with one label per clip and without augmentations."""
+    """SSDet. --task classify is the same with one label per clip, and its recipe augments none."""
     clips, names = read_kinetics(args, "train")
     val_clips, _ = read_kinetics(args, "val", names)
     detect = args.task == "detect"       # NOTE: in the release frozen frames have Kinetics' class 0
@@ -267,7 +264,7 @@ def pretrain(args, device):
 
     plan = step_shapes(args, len(dataset))                    # the shape of every step's batch
     start, steps = saved["step"], len(plan)
-    epochs = np.cumsum([0, *(shape.batch for shape in plan)]) // len(dataset) // args.val_every
+    rounds = np.cumsum([0, *(s.batch for s in plan)]) // len(dataset) // args.val_every
     log, metrics = common.Log(args, start, steps), {}
     ddp.train()
     for step, batch in log.steps(common.batches(args, dataset, device, start, steps,
@@ -287,7 +284,7 @@ def pretrain(args, device):
         loss, accuracy = pretraining_loss(z.float(), mix)     # (4)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        ended = step + 1 == steps or epochs[step + 1] > epochs[step]
+        ended = step + 1 == steps or rounds[step + 1] > rounds[step]
         saving = ended or (step + 1) % args.save_every == 0
         if saving or log.due(step):
             common.check_finite(step, model, loss)            # NaN stops the run before the update
@@ -315,9 +312,9 @@ def evaluate_kinetics(args, device, model, clips):
         clip, label = batch["clip"], batch["label"]           # (B, 3 clips, 3, T, S, S), (B,)
         z = model(normalize_clips(args, clip.flatten(0, 1)))
         z = z[:, int(args.task == "detect"):].unflatten(0, clip.shape[:2])    # (B, 3, K, T)
-        hit = z.softmax(2).mean((1, 3)).argmax(1) == label    # background is never predicted
+        correct = z.softmax(2).mean((1, 3)).argmax(1) == label      # never background
         frames = (z.argmax(2) == label[:, None, None]).float().mean((1, 2))
-        return {"val_top1": 100 * hit.float(), "val_frames": 100 * frames}
+        return {"val_top1": 100 * correct.float(), "val_frames": 100 * frames}
 
     dataset = common.Samples(args, clips, make_kinetics_crops)
     found = common.predict(args, device, dataset, network, "validate", batch_size=4)
@@ -332,8 +329,8 @@ def warmup_and_steps(step, lr, milestones, warmup):
 
 
 def learning_rate(args, step, steps, val_losses=()):
-    """Learning rate of a step, without multigrid's and the group's factor. NOTE: SSDet's is
-    constant, as the release resumes at step 500,000, after all its milestones.
+    """Base learning rate of a step; multigrid and the groups have factors of their own. NOTE:
+    SSDet's is constant, as the release resumes at step 500,000, after all its milestones.
     """
     milestones = [] if args.multigrid == "fair" else [m * steps for m in args.milestones]
     lr = warmup_and_steps(step, args.lr, milestones, args.warmup)
@@ -355,8 +352,8 @@ def plateau_drops(val_losses, patience=10, threshold=1e-4):
 
 
 def make_optimizer(args, model):
-    """SGD on two groups: the backbone at lr x `backbone_lr`; new layers, which are fc1 and fc2 at
-    lr, or rw and mix of --stream coarse at 10 lr. NOTE: weight decay acts on all parameters.
+    """SGD on two groups: new layers, which are rw and mix at 10 lr for --stream coarse, and fc1 and
+    fc2 at lr for others; the rest at lr x `backbone_lr`. NOTE: weight decay acts on all parameters.
     """
     new, scale = (("rw", "mix"), 10.0) if args.stream == "coarse" else (("fc1.", "fc2."), 1.0)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -387,7 +384,7 @@ class GridPool(nn.Module):
         z = self.conv3(z).mean((1, 3, 4)).float()             # (B, T/4)
         p = torch.sigmoid(0.5 * z)                            # high p: small step, dense sampling
         q = (1 - p) / (1 - p).sum(1, keepdim=True)
-        c = F.pad(q.cumsum(1), (1, 0))                        # (B, L), L = T/4 + 1
+        c = F.pad(q.cumsum(1).clamp(max=1), (1, 0))           # (B, L), L = T/4 + 1
         return sample(x, c * (x.shape[2] - 1)), c             # (5)
 
 
@@ -431,7 +428,7 @@ def gaussian(start, num_valid, fine_steps, c=None, T=None, L=None, coarse_stride
     """Weights G (7) of T' fine steps for L coarse times: (B, T', L).
 
     start: s, first coarse frame in fine steps (B,); num_valid: N (B,); fine_steps: T'. Without Grid
-    Pool μ_i = s + coarse_stride·i. NOTE: 1 in the release, but coarse steps are 4 fine steps apart.
+    Pool μ_i = s + coarse_stride·i: coarse steps are 4 fine steps apart. NOTE: s + i in the release.
     """
     start, num_valid = start.float()[:, None], num_valid.float()[:, None]
     mu = start + (coarse_stride * torch.arange(L, device=start.device) if c is None else c * T)
@@ -443,8 +440,8 @@ def gaussian(start, num_valid, fine_steps, c=None, T=None, L=None, coarse_stride
 class FusionFilter(nn.Module):
     """Filter (8) of one level of fine features; predicts a bias and a scale for the coarse ones.
 
-    F: (B, C, T', h, w), G: (B, T', L), valid: (B, T'), 1 for fine steps and 0 for padding -> two of
-    (B, C', L, h, w), or with spatial_mean (B, C', L, 1, 1). sigmoid_scale: if no Mixing follows.
+    x: F, (B, C, T', h, w); G: (B, T', L); valid: v, (B, T'), 1 for fine steps, 0 for padding -> two
+    of (B, C', L, h, w), or with spatial_mean (B, C', L, 1, 1). sigmoid_scale: if no Mixing follows.
     """
 
     def __init__(self, channels, out, spatial_mean=False, sigmoid_scale=False, dropout=0.5):
@@ -473,10 +470,8 @@ class FusionFilter(nn.Module):
 
 
 def resize_maps(x, size):
-    """(B, C, L, h, w) -> (B, C, L, size, size): adaptive max pooling, as released; if size is a
-    multiple of h it repeats values, which is faster.
-    """
-    planes = x.flatten(1, 2)                                  # (B, C·L, h, w)
+    """Adaptive max pooling, as released: (B, C, L, h, w) -> (B, C, L, size, size)"""
+    planes = x.flatten(1, 2)                                  # (B, C·L, h, w); repeating is faster
     repeat = size % x.shape[-1] == 0 and x.shape[-1] == x.shape[-2]
     y = F.interpolate(planes, size) if repeat else F.adaptive_max_pool2d(planes, size)
     return y.unflatten(1, (-1, x.shape[2]))
@@ -485,8 +480,8 @@ def resize_maps(x, size):
 class Mixing(nn.Module):
     """W_b and W_s of (9): lists of (B, C_l, L, h, w) -> two of (B, C, L, size, size).
 
-    The convolutions are pointwise: repeating after them gives the same at 1/64 of the memory. If
-    `size` is no multiple of h (never at 224 pixels), maps are resized first.
+    The convolutions are pointwise, so repeating values after them gives the same and needs 1/64 of
+    the memory. If `size` is no multiple of h (never at 224 pixels), maps are resized first.
     """
 
     def __init__(self, channels, out):
@@ -504,10 +499,7 @@ class Mixing(nn.Module):
 
 
 class Coarse(common.X3D):
-    """Coarse stream: X3D with temporal pooling by 4 after stage 1 and fusion of fine features.
-
-    pool, fusion: see --help; coarse_stride: see `gaussian`.
-    """
+    """Coarse stream: X3D with temporal pooling by 4 after stage 1 and fusion of fine features."""
 
     def __init__(self, version="M", classes=157, pool="grid", fusion="mixed",
                  norm=common.SplitBatchNorm, dropout=0.5, coarse_stride=4):
@@ -597,7 +589,7 @@ def resize_logits(logits, length, align_corners):
 
 
 def detection_loss(logits, label, mask):
-    """Loss (10) and its two terms.      logits, label: (B, K, N); mask: (B, N), 0 for padding
+    """Loss (10) of a process, cls, loc.      logits, label: (B, K, N); mask: (B, N), 0 for padding
 
     NOTE: SSDet's repository has no mask: padded frames count as negative there.
     """
@@ -675,18 +667,13 @@ def validate(args, device, model, videos, names):
     return {f"val_{name}": x for name, x in metrics.items()}
 
 
-def reads_features(args):
-    """Does the network of --stream read stored features of the fine stream?"""
-    return args.stream == "coarse" and args.fusion != "none"
-
-
 def model_inputs(args, batch):
-    """Arguments of the forward pass of --stream."""
+    """Arguments of the forward pass: clips, and what the batch holds of the fine stream."""
     inputs = [normalize_clips(args, batch["clip"], batch["clip_mask"])]
-    if args.stream == "two":
+    if "fine" in batch:
         valid = batch["fine_mask"]
         inputs += [normalize_clips(args, batch["fine"], valid), valid, batch["start"]]
-    elif reads_features(args):
+    elif "conv5" in batch:
         features = {level: batch[level] for level in LEVELS}
         inputs += [features, batch["conv5_mask"], batch["start"]]
     return inputs
@@ -719,9 +706,8 @@ def localization_labels(actions, seconds, classes=157, count=25):
 
 
 def charades_localize(labels, scores):
-    """(AP by class, their mean, their mean weighted by positives) of lists of (25, K), in the order
-    of the annotations, which ties keep. NOTE: classes without positives are NaN and left out of the
-    mean; in Charades_v1_localize.m they make it NaN.
+    """(AP by class, mean, mean weighted by positives) of lists of (25, K); ties keep their order.
+    NOTE: classes without positives are NaN and left out; in Charades_v1_localize.m they are not.
     """
     labels, scores = (torch.from_numpy(np.concatenate(x)) for x in (labels, scores))
     positives = labels.sum(0, dtype=torch.float64).numpy()
@@ -748,8 +734,8 @@ def chunks(T, limit=1000):
 
 
 def detect(args, device, models, videos, names, what):
-    """{name: of every video}: logits (K, T), averaged over the models of an ensemble, their loss,
-    Grid Pool's times in sampled frames, numbers of frames, and seconds.
+    """{name: of every video}: logits (K, T), the mean of an ensemble; loss; grid_times, in sampled
+    frames; video_frames and label_frames, how many; seconds.
     """
     def network(batch):
         T, logits, times = batch["clip"].shape[2], [], []
@@ -774,10 +760,10 @@ def detect(args, device, models, videos, names, what):
 
 
 def evaluate_detector(args, device, models, videos, names, what):
-    """({metric: percent}, AP by class, [(K, frames) logits], [(25, K) scores], detect's result).
+    """(metrics in percent and loss, AP by class, [(K, frames) logits], [(25, K) scores], `detect`).
 
-    mAP: over every frame (NOTE: which frames of MultiTHUMOS the papers use is unverified);
-    mAP_25, wAP_25: the official protocol of Charades.
+    mAP: over every frame (NOTE: which ones of MultiTHUMOS the papers use is unverified); classes
+    without positives count as 0, as in apmeter.py. mAP_25, wAP_25: Charades' official protocol.
     """
     found, classes = detect(args, device, models, videos, names, what), len(names)
     logits, labels, scores_25, labels_25 = [], [], [], []
@@ -888,10 +874,10 @@ def extract(args, device):
         (args.features / level / v.name).is_file() for level in LEVELS)]
     common.barrier()                                          # before the first of them is written
 
-    mine = range(len(todo))[common.rank()::common.world_size()]
+    mine = todo[common.rank()::common.world_size()]
     make = functools.partial(make_clip, classes=len(names), whole=True)
-    dataset = Subset(common.Samples(args, todo, make), mine)
-    for i, item in zip(mine, common.read_items(args, dataset, "extract")):
+    dataset = common.Samples(args, mine, make)
+    for video, item in zip(mine, common.read_items(args, dataset, "extract")):
         with torch.inference_mode(), common.autocast(device, args.precision):
             clip = item["clip"][None].to(device)
             maps = [fine_features(model, normalize_clips(args, clip[:, :, a:b]))
@@ -899,8 +885,8 @@ def extract(args, device):
         for level in LEVELS:
             x = torch.cat([m[level] for m in maps], 2).half().cpu()
             if not x.isfinite().all():
-                raise UserError(f"{todo[i].path}: its features are not finite; nothing was written")
-            common.write(args.features / level / todo[i].name, functools.partial(torch.save, x))
+                raise UserError(f"{video.path}: its features are not finite; nothing was written")
+            common.write(args.features / level / video.name, functools.partial(torch.save, x))
     common.barrier()
     common.finish(args, {"videos": len(videos), "new": len(todo)})
 
@@ -912,9 +898,9 @@ def read_features(args, name):
 
 
 def check_features(args):
-    """Stop if --stream reads features that were extracted with another stride."""
+    """Stop at features of another stride. Their crop may differ, as maps are pooled to 7x7."""
     path = args.features / "about.json"
-    if reads_features(args) and path.exists() and (
+    if args.stream == "coarse" and args.fusion != "none" and path.exists() and (
             common.read_json(path).get("stride") != args.stride):
         raise UserError(f"{path}: these features have another --stride than {args.stride}")
 
@@ -1035,8 +1021,7 @@ def fair_rates(schedule, gamma=0.1):
 FRAMES = {"kinetics400": "frame_{:05d}.jpg", "charades": "{id}-{:06d}.jpg",
           "multithumos": "{id}-{:06d}.jpg"}                   # names in folders of frames, from 1
 # Random crop sizes as a fraction of the short side. Kinetics and --stream x3d use only the first.
-SCALES = {160: (160 / 180, 160 / 225), 312: (312 / 360, 312 / 450)}
-SCALES_224 = (224 / 256, 224 / 320)
+SCALES = {160: (160 / 180, 160 / 225), 224: (224 / 256, 224 / 320), 312: (312 / 360, 312 / 450)}
 # Mean and standard deviation of colours. NOTE: FAIR's weights were trained with 0.45 and 0.225; the
 # release ignores it. For MultiTHUMOS we take those of Charades.
 KINETICS_NORM = ((110.63666788 / 255, 103.16065604 / 255, 96.29023126 / 255),
@@ -1098,7 +1083,7 @@ def read_square(film, numbers, crop, scale=None, u=0.5, v=0.5, flip=False):
 
 def draw_crop(args, rng):
     """(scale, u, v, flip) of a training clip, the same for all of its frames."""
-    scales = SCALES.get(args.crop, SCALES_224)
+    scales = SCALES.get(args.crop, SCALES[224])
     if args.dataset == "kinetics400" or args.stream == "x3d":
         scales = scales[:1]
     return scales[rng.integers(len(scales))], *rng.random(2), rng.random() < 0.5
@@ -1119,11 +1104,6 @@ def kinetics_frames(length, start, span, stride, speed=1, kept_span=None):
     return np.resize(numbers, (kept_span or span) // stride)
 
 
-def max_start_kinetics(length, span):
-    """Largest start. NOTE: the release leaves out videos of 81 frames or fewer; ours start at 0."""
-    return max(0, length - span - 1)
-
-
 def kinetics_crops(length, span, stride, crops=3):
     """Frames of the clips for validation, evenly spaced: (crops, span // stride)"""
     numbers, T = np.arange(0, length, stride), span // stride
@@ -1137,9 +1117,7 @@ def clip_frames(length, start, span, stride):
 
 
 def max_start(length, span, stride):
-    """Largest start of a clip of an untrimmed video. NOTE: of a video shorter than the clip it is
-    stride - 1, so that the end is lost, as released.
-    """
+    """Largest start of a clip. NOTE: as released, up to stride - 1 also if the video is shorter."""
     return min(max(stride, length - min(length, span)), length) - 1
 
 
@@ -1151,13 +1129,10 @@ def video_frames(length, stride, whole=False):
     return np.arange(0, end, stride), end
 
 
-def fine_start_at_test(length, span):
-    """Start of the fine clip of --stream two at test: 2·span frames in the middle of the video."""
-    return max(0, (length - min(length, 2 * span)) // 2 - 1)
-
-
-def fine_frames(length, start, fine_start, span, stride):
+def fine_frames(length, start, span, stride, fine_start=None):
     """(frames of the fine clip of --stream two, offset of the coarse clip from it in steps)"""
+    if fine_start is None:                                    # at test, in the middle of the video
+        fine_start, span = max(0, (length - min(length, 2 * span)) // 2 - 1), 2 * span
     return clip_frames(length, fine_start, span, stride), (start - fine_start) // stride
 
 
@@ -1170,10 +1145,10 @@ def frame_labels(actions, length, seconds, classes):
 
 
 def make_kinetics_clip(args, clips, i, rng, frames, crop):
-    """Training sample: a random clip; frames and crop are the step's, see StepShape."""
+    """A random clip, of a step's shape. NOTE: the release leaves out videos of up to 81 frames."""
     path, label = clips[i]
     film, span = Film(path, FRAMES["kinetics400"]), args.num_frames * args.stride
-    start = rng.integers(0, max_start_kinetics(film.length, span) + 1)
+    start = rng.integers(0, max_start(film.length, span, 1) + 1)
     speed = rng.integers(1, args.num_frames // frames + 1)
     numbers = kinetics_frames(film.length, start, span, args.stride, speed, frames * args.stride)
     return {"clip": read_square(film, numbers, crop, *draw_crop(args, rng)), "label": label}
@@ -1189,21 +1164,19 @@ def make_kinetics_crops(args, clips, i, rng):
 
 
 def make_clip(args, videos, i, rng, classes, whole=False):
-    """Sample of an untrimmed video: a random clip for training, or the whole video at test, its
-    frames' labels, and what --stream gets of the fine stream.
-    """
+    """Sample of an untrimmed video: a random clip for training, at test the whole video."""
     video, span, stride = videos[i], args.num_frames * args.stride, args.stride
     film = Film(video.path, FRAMES[args.dataset], 24.0 if args.dataset == "charades" else None)
     if not (video.seconds or film.fps):
         raise UserError(f"{video.path}: frames without a rate; multithumos.json has the duration")
     seconds = video.seconds or film.length / film.fps
     if whole:
-        start, fine_start, fine_span = 0, fine_start_at_test(film.length, span), 2 * span
+        start, fine_start = 0, None
         numbers, end = video_frames(film.length, stride, args.stream in ("x3d", "two"))
         crop = ()                                             # the centre square
     else:
         start = int(rng.integers(0, max_start(film.length, span, stride) + 1))
-        fine_start, fine_span = int(rng.integers(0, start + 1)), span
+        fine_start = int(rng.integers(0, start + 1))
         numbers, end = clip_frames(film.length, start, span, stride), start + span
         crop = draw_crop(args, rng)                           # the same for both streams
     label = torch.from_numpy(frame_labels(video.actions, film.length, seconds, classes))
@@ -1212,9 +1185,11 @@ def make_clip(args, videos, i, rng, classes, whole=False):
               "label": label, "video_frames": film.length, "label_frames": label.shape[1],
               "seconds": seconds}
     if args.stream == "two":
-        fine, sample["start"] = fine_frames(film.length, start, fine_start, fine_span, stride)
+        fine, sample["start"] = fine_frames(film.length, start, span, stride, fine_start)
         sample["fine"] = read_square(film, fine, args.crop, *crop)
-    return {**sample, **(read_features(args, video.name) if reads_features(args) else {})}
+    if args.stream == "coarse" and args.fusion != "none":
+        sample |= read_features(args, video.name)
+    return sample
 
 
 def collate(samples):
@@ -1355,13 +1330,10 @@ def read_kinetics(args, split, names=None):
 def read_kinetics_rows(path):
     """[(label, id, start, end)] of Kinetics' CSV or JSON, times in whole seconds."""
     def from_table(row):
-        start, end = int(float(row["time_start"])), int(float(row["time_end"]))
-        return row["label"], row["youtube_id"], start, end
+        times = (int(float(row[key])) for key in ("time_start", "time_end"))
+        return row["label"], row["youtube_id"], *times
 
-    def from_json(name, value=None):                          # the entries of a list have no names
-        if not isinstance(value, dict) or "annotations" not in value:
-            raise ValueError('expected is {"ID": {"annotations": {"label": CLASS, "segment": '
-                             '[START, END]}}, ...}')
+    def from_json(name, value):
         start, end = value["annotations"]["segment"]
         return value["annotations"]["label"], name, int(start), int(end)
 
@@ -1424,7 +1396,7 @@ def load_network(model, path, strict=False, heads=True):
 
 
 def load_init(args, model):
-    """Load --init. Classifiers keep their random initialization, but for --stream two."""
+    """Load --init. Classifiers stay random, except with --stream two."""
     zoo = "https://dl.fbaipublicfiles.com"
     published = {"fair": f"{zoo}/pyslowfast/x3d_models/x3d_{args.version.lower()}.pyth",
                  "pytorchvideo": f"{zoo}/pytorchvideo/model_zoo/kinetics/SLOWFAST_8x8_R50.pyth"}
@@ -1436,7 +1408,7 @@ def load_init(args, model):
 
 
 def with_flags_of(args, path):
-    """A copy of args with the network's flags from a checkpoint of ours; others bring none."""
+    """A copy of args with the network's flags from the checkpoint, if it is one of ours."""
     own, saved = copy.copy(args), common.saved_flags(path)
     if saved and saved.get("stage") != "finetune":
         raise UserError(f"{path}: was trained by --stage {saved.get('stage')} and is no detector")
@@ -1482,7 +1454,7 @@ def recipe(chosen):
         r["feature_cap"] = 1024          # derived from the paper's GFLOPs, unverified
     if chosen.tiny:
         r |= {**TINY, **TINY_RUNS.get(run, {})}
-    if chosen.epochs or r["iters"]:      # one of both says how long to train
+    if chosen.epochs or r["iters"]:      # one of them is set, the other None
         r["iters" if chosen.epochs else "epochs"] = None
     runs = f"runs/ssdet_coarsefine_{dataset}"
     best = {s: f"{runs}_finetune_{s}/best.pt" for s in ("fine", "coarse", run)}
@@ -1493,8 +1465,8 @@ def recipe(chosen):
     if stage in ("extract", "evaluate"):
         r |= dict.fromkeys(("batch_size", "epochs", "iters", "lr", "weight_decay"))
         r["init"] = [best["fine" if stage == "extract" else run]]
-    named = run == "classify" or stage == "finetune" or stage == "evaluate" and stream
-    r["out"] = Path(f"{runs}_{stage}" + f"_{run}" * bool(named))
+    named = run == "classify" or stage == "finetune" or (stage == "evaluate" and stream)
+    r["out"] = Path(f"{runs}_{stage}_{run}" if named else f"{runs}_{stage}")
     return r
 
 
@@ -1539,10 +1511,13 @@ def parse_args(argv=None):
 
 
 def check(p, args):
-    """Stop at flags that contradict each other or have no effect."""
-    pretraining, training = args.stage == "pretrain", args.stage in ("pretrain", "finetune")
+    """Stop at values out of range and at flags that contradict each other."""
+    for name in ("num_frames", "stride", "crop", "iters", "bn_splits"):
+        value, least = getattr(args, name), int(name != "bn_splits")
+        if value is not None and value < least:
+            p.error(f"--{name} must be at least {least}")
     parts = int(os.environ.get("WORLD_SIZE", 1)) * max(1, args.bn_splits)
-    if pretraining != (args.dataset == "kinetics400"):
+    if (args.stage == "pretrain") != (args.dataset == "kinetics400"):
         p.error("--stage pretrain goes with --dataset kinetics400, the other stages do not")
     if args.stream in ("fine", "x3d", "slowfast") and (args.pool, args.fusion) != ("grid", "mixed"):
         p.error("--pool and --fusion have an effect on --stream coarse and two alone")
@@ -1552,7 +1527,7 @@ def check(p, args):
         p.error("--submission goes with --stage evaluate --dataset charades")
     if args.stage != "evaluate" and len(args.init) > 1 + (args.stream == "two"):
         p.error("--init has more files than this stage and stream read")
-    if training and args.batch_size % parts:
+    if args.stage in ("pretrain", "finetune") and args.batch_size % parts:
         p.error(f"--batch_size must be a multiple of {parts}, processes x --bn_splits")
 
 

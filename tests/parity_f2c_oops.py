@@ -499,7 +499,7 @@ def localization(case):
     times, errors = located(sibling(case, "same_data_as"))
     within = {k: float(k.removeprefix("accuracy_")) for k in case.case["outputs"]
               if k.startswith("accuracy_")}
-    found = f2c_oops.localization_metrics(errors, np.ones(len(errors)), [*within.values()])
+    found = f2c_oops.localization_metrics(errors, [*within.values()])
     return {"predicted_times": times, "videos_counted": len(errors),
             **{k: found[f"within_{t:g}s"] / 100 for k, t in within.items()},
             "mean_abs_error": found["mean_error_s"], "median_abs_error": found["median_error_s"],

@@ -564,7 +564,7 @@ def temporal_crop(case):
     c = case.config
     numbers = sc.kinetics_frames(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"],
                                   c["span"])
-    return {"frames": numbers + 1, "begin_max": sc.max_start_kinetics(c["n"], c["size"])}
+    return {"frames": numbers + 1, "begin_max": sc.max_start(c["n"], c["size"], 1)}
 
 
 def validation_crops(case):
@@ -603,7 +603,7 @@ def charades_sampling(case):
             "fine_test": ends(fine[0]), "fine_test_label_len": fine[1],
             "ssdet_train": ends(sc.clip_frames(n, start, short, stride)),
             "ssdet_train_label_len": min(n, start + short) - start,
-            "ssdet_draw": [[1, sc.max_start_kinetics(n, short)]],
+            "ssdet_draw": [[1, sc.max_start(n, short, 1)]],
             "ssdet_test": ends(whole[0]), "ssdet_test_label_len": whole[1]}
 
 
@@ -612,9 +612,8 @@ def two_stream_sampling(case):
     span, fine_span, test_span, stride = spans(case)
     starts = [c["start"] - 1, c["start_g"] - 1]
     assert test_span == 2 * fine_span
-    fine, offset = sc.fine_frames(n, *starts, fine_span, stride)
-    test_fine, test_offset = sc.fine_frames(n, 0, sc.fine_start_at_test(n, fine_span), test_span,
-                                            stride)
+    fine, offset = sc.fine_frames(n, starts[0], fine_span, stride, starts[1])
+    test_fine, test_offset = sc.fine_frames(n, 0, fine_span, stride)
     draws = [starts_from_one(n, s, stride) for s in (span, fine_span)]
     draws[1][1] = min(c["start"], draws[1][1])
     return {"train_coarse": ends(sc.clip_frames(n, starts[0], min(n, span), stride)),

@@ -258,6 +258,7 @@ def fake_cuda(k, rank):
     torch.Tensor.cpu = lambda x: x.to("cpu")
     torch.Tensor.backward = lambda loss: steps.append(loss.device)
     torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
+    torch.optim.swa_utils.update_bn = lambda *_: None         # waits, before an evaluation
     item, torch.Tensor.item = torch.Tensor.item, lambda x: 0.0            # before the first step
     common.seed_step = lambda *_: setattr(torch.Tensor, "item", item)
     for script in SCRIPTS:
