@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import functools
 import importlib
 import itertools
 import math
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,6 +187,46 @@ def bf16_on_the_cpu(k, rank):
     common.Log.__call__ = counted(k, lambda *_: leave(k))
 
 
+def fake_cuda(k, rank):
+    """Networks and losses run forward on a GPU that does not exist, for k steps.
+
+    Tensors have a shape, a type and a device there, no values. So a tensor left on the CPU is an
+    error, and so is a training step that waits for a value. All begins with the first move there.
+    k = 0: a stage without training ends when its network has run.
+    """
+    start_run, item = common.start_run, torch.Tensor.item
+    device, modes, steps = torch.device("cuda"), [], []
+
+    def begins(move):
+        def to(x, *args, **kw):
+            if device in args and not modes:
+                modes.extend([FakeTensorMode(allow_non_fake_inputs=True), OneDevice()])
+                [mode.__enter__() for mode in modes]
+            if "cpu" in args and getattr(x, "is_cuda", False) and k == 0:
+                leave(0)                                      # a result: the network has run
+            return move(x, *args, **kw)
+        return to
+
+    warnings.simplefilter("ignore")                           # CUDA is not available
+    common.start_run = lambda *args, **kw: (start_run(*args, **kw), device)[1]
+    common.compute, common.load_checkpoint = real(common.compute), real(common.load_checkpoint)
+    common.gather = lambda rows, expect: dict(sorted(rows.items()))
+    common.load_weights = lambda module, *_, **__: {*module.state_dict()}
+    common.check_finite = common.save = common.share_buffers = lambda *_, **__: None
+    common.Log.__call__ = counted(k, lambda *_: leave(len(steps)))
+    common.predict = partial(predict_batch, steps)
+    DataLoader.__iter__, nn.Module._apply = real_batches(DataLoader.__iter__), convert
+    nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
+    torch.Tensor.cpu = lambda x: x.to("cpu")
+    torch.Tensor.backward = lambda loss: steps.append(loss)
+    torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
+    torch.optim.swa_utils.update_bn = lambda *_: None         # waits, before an evaluation
+    torch.Tensor.item = lambda x: 0.0                         # may wait before the first step
+    common.seed_step = lambda *_: setattr(torch.Tensor, "item", item)
+    for script in SCRIPTS:
+        script.DDP = lambda model, **_: model
+
+
 class OneDevice(TorchDispatchMode):
     """An error where an operation gets tensors of two devices; numbers and indices may differ."""
 
@@ -198,71 +238,39 @@ class OneDevice(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def fake_cuda(k, rank):
-    """Networks and losses run forward on a GPU that does not exist, for k steps.
+def real(function):
+    """The function on tensors that have values."""
+    def outside(*args, **kw):
+        with unset_fake_temporarily():
+            return function(*args, **kw)
+    return outside
 
-    Tensors have a shape, a type and a device there, no values. So a tensor left on the CPU is an
-    error, and so is a training step that waits for a value. All begins with the first move there.
-    k = 0: a stage without training ends when its network has run.
-    """
-    start_run, load = common.start_run, DataLoader.__iter__
-    mode, device = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda")
 
-    def real(function):
-        def outside(*args, **kw):
-            with unset_fake_temporarily():
-                return function(*args, **kw)
-        return outside
-
+def real_batches(load):
     def batches(loader):
-        following = real(functools.partial(next, real(load)(loader), None))
-        yield from iter(following, None)
+        yield from iter(real(partial(next, real(load)(loader), None)), None)
+    return batches
 
-    def predict(args, device, dataset, network, what, batch_size=8, collate=None):
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-        with (common.autocast(device, args.precision), torch.no_grad(), contextlib.suppress(
-                DataDependentOutputException, DynamicOutputShapeException)):
-            network(common.to_device(next(iter(loader)), device))
-        leave(len(steps))
 
-    def convert(module, function, recurse=True):              # without the swap of Module._apply
-        for child in module.children():
-            convert(child, function)
-        for name, x in module._parameters.items():
-            if x is not None:
-                module._parameters[name] = nn.Parameter(function(x.detach()), x.requires_grad)
-        for name, x in module._buffers.items():
-            module._buffers[name] = x if x is None else function(x)
-        return module
+def predict_batch(steps, args, device, dataset, network, what, batch_size=8, collate=None):
+    """In place of common.predict: the first batch. Here a network may wait for values."""
+    batch = next(iter(DataLoader(dataset, batch_size=batch_size, collate_fn=collate)))
+    with (common.autocast(device, args.precision), torch.no_grad(), contextlib.suppress(
+            DataDependentOutputException, DynamicOutputShapeException)):
+        network(common.to_device(batch, device))
+    leave(len(steps))
 
-    began, steps = [], []
 
-    def begins(move):
-        def to(x, *args, **kw):
-            if device in args and not began:
-                began.extend([mode.__enter__(), OneDevice().__enter__()])
-            if "cpu" in args and getattr(x, "is_cuda", False) and not k:
-                leave(0)                                      # a result: the network has run
-            return move(x, *args, **kw)
-        return to
-
-    warnings.simplefilter("ignore")                           # CUDA is not available
-    common.start_run = lambda *args, **kw: (start_run(*args, **kw), device)[1]
-    common.compute, common.load_checkpoint = real(common.compute), real(common.load_checkpoint)
-    common.gather = lambda rows, expect: dict(sorted(rows.items()))
-    common.load_weights = lambda module, *_, **__: {*module.state_dict()}
-    common.check_finite = common.save = common.share_buffers = lambda *_, **__: None
-    common.Log.__call__, common.predict = counted(k, lambda *_: leave(k)), predict
-    DataLoader.__iter__, nn.Module._apply = batches, convert
-    nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
-    torch.Tensor.cpu = lambda x: x.to("cpu")
-    torch.Tensor.backward = lambda loss: steps.append(loss.device)
-    torch.autograd.grad = lambda y, x, **_: (torch.zeros_like(x),)
-    torch.optim.swa_utils.update_bn = lambda *_: None         # waits, before an evaluation
-    item, torch.Tensor.item = torch.Tensor.item, lambda x: 0.0            # before the first step
-    common.seed_step = lambda *_: setattr(torch.Tensor, "item", item)
-    for script in SCRIPTS:
-        script.DDP = lambda model, **_: model
+def convert(module, function, recurse=True):
+    """In place of nn.Module._apply, which swaps tensors: fake ones cannot be swapped."""
+    for child in module.children():
+        convert(child, function)
+    for name, x in module._parameters.items():
+        if x is not None:
+            module._parameters[name] = nn.Parameter(function(x.detach()), x.requires_grad)
+    for name, x in module._buffers.items():
+        module._buffers[name] = x if x is None else function(x)
+    return module
 
 
 def leave(steps):
