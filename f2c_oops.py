@@ -214,24 +214,38 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, ff), nn.Linear(ff, dim)
         self.norm2, self.drop = nn.LayerNorm(dim, eps=1e-12), nn.Dropout(dropout)
 
-    def project(self, x, *layers):
-        """What each of the layers makes of x, split into heads.    (B, n, E) -> [(B, H, n, d)]"""
-        return [layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in layers]
+    def attend_local(self, h, valid):
+        """Local attention of all tokens; row 0 is replaced by `attend_global`.    -> (B, n, E)"""
+        q, k, v = (p(h).unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for p in (self.query, self.key, self.value))               # (B, H, n, d)
+        dropout = self.drop.p if self.training else 0.0
+        rows = local_attention(q, k, v, valid, self.half_window, dropout)
+        return rows.transpose(1, 2).flatten(2)
+
+    def attend_global(self, h, valid):
+        """softmax(q·k/√d) v with the class token as the only query.    -> (B, 1, E)
+
+        k_j = W h_j + b and v_j = V h_j + c are not computed, which saves a fifth of the products:
+        q·k_j = (Wᵀq)·h_j + q·b, and Σ_j a_j v_j = V Σ_j a_j h_j + c Σ_j a_j.
+        """
+        q = self.query_global(h[:, 0]).unflatten(1, (self.heads, -1))         # (B, H, d)
+        (W, b), (V, c) = ((p.weight.unflatten(0, q.shape[1:]), p.bias.unflatten(0, q.shape[1:]))
+                          for p in (self.key_global, self.value_global))      # (H, d, E), (H, d)
+        score = torch.einsum("bhd,hde->bhe", q, W) @ h.mT + (q * b).sum(2, keepdim=True)
+        if valid is not None:
+            score = score.masked_fill(~valid[:, None], -math.inf)             # (B, H, n)
+        a = self.drop((score / q.shape[2] ** 0.5).softmax(2))
+        row = torch.einsum("bhe,hde->bhd", a @ h, V) + c * a.sum(2, keepdim=True)
+        return row.flatten(1)[:, None]
 
     def forward(self, h, valid=None, only_class=False):
         """(B, n, E) -> (B, n, E), or with `only_class` the class token's row, (B, 1, E)."""
-        dropout = self.drop.p if self.training else 0.0
-        q, = self.project(h[:, :1], self.query_global)
-        k, v = self.project(h, self.key_global, self.value_global)
-        mask = None if valid is None else valid[:, None, None]                # (B, 1, 1, n)
-        rows = F.scaled_dot_product_attention(q, k, v, mask, dropout)         # (B, H, 1, d)
+        rows = self.attend_global(h, valid)
         if only_class:
             h = h[:, :1]
         else:
-            q, k, v = self.project(h, self.query, self.key, self.value)
-            near = local_attention(q, k, v, valid, self.half_window, dropout)
-            rows = torch.cat([rows, near[:, :, 1:]], 2)                       # (B, H, n, d)
-        h = self.norm1(self.drop(self.out(rows.transpose(1, 2).flatten(2))) + h)
+            rows = torch.cat([rows, self.attend_local(h, valid)[:, 1:]], 1)
+        h = self.norm1(self.drop(self.out(rows)) + h)
         return self.norm2(self.drop(self.fc2(F.gelu(self.fc1(h)))) + h)
 
 
