@@ -58,17 +58,10 @@ class Extreme:
     def __init__(self, high):
         self.high, self.drawn = high, []
 
-    def integers(self, low, high=None, size=None):
+    def integers(self, low, high=None):
         low, high = (0, low) if high is None else (low, high)
-        x = high - 1 if self.high else low
-        self.drawn.append(x)
-        return x if size is None else np.full(size, x)
-
-    def choice(self, of):
-        return (range(of) if isinstance(of, int) else list(of))[-1 if self.high else 0]
-
-    def permutation(self, n):
-        return np.arange(n)
+        self.drawn.append(high - 1 if self.high else low)
+        return self.drawn[-1]
 
 
 def check_drawn(case, draw):
@@ -91,7 +84,8 @@ def told(case, pattern, of=int):
 
 def sibling(case, key):
     """The case whose id stands under `key` of the config, else the case itself."""
-    return next((c for c in case.others() if c.id == case.config.get(key)), case)
+    other = case.config.get(key, case.id)
+    return next(c for c in case.others() if c.id == other)
 
 
 def only_input(case):
