@@ -88,9 +88,9 @@ def test_switches_are_of_all_processes_and_choices_of_each(monkeypatch):
         found = []
         for rank in (0, 1):
             monkeypatch.setattr(common, "rank", lambda r=rank: r)
-            found.append(sc.draw_augmentations(args, step, 16, 1, "cpu"))
+            found.append(sc.draw_augmentations(args, step, 16, 2, "cpu"))
             if "freeze" in found[rank]:
-                lengths[rank].append(int(found[rank]["freeze"]["length"]))
+                lengths[rank].append(int(found[rank]["freeze"]["length"][1]))
         assert found[0].keys() == found[1].keys() <= {"freeze", "cutmix"}
     assert abs(len(lengths[0]) - 300) <= 4 * (1000 * 0.3 * 0.7) ** 0.5 and lengths[0] != lengths[1]
     assert min(drawn.count(n) for drawn in lengths for n in range(1, 8)) > 20     # about 43 each
