@@ -12,7 +12,7 @@
     command line  Parser, parse, launch                       an error of the user is one line
 
 Times are seconds from the first frame of a file. Frames as read are uint8 (T, H, W, 3); a network
-sees (B, C, T, H, W). To add a backbone, write a module that ends like R2Plus1D. To add a codec, see
+sees (B, C, T, H, W). To add a backbone, write a module like R2Plus1D. To add a codec, see
 `find_frames` and `decode`. To add a flag for all scripts, see `Parser` and `parse`.
 """
 
@@ -1079,7 +1079,8 @@ def fetch(url: str, instead: str) -> Path:
     return path
 
 
-def init_path(args: argparse.Namespace, init: str, published: dict[str, str] = {}) -> Path | None:
+def init_path(args: argparse.Namespace, init: str,
+              published: dict[str, str] | None = None) -> Path | None:
     """Path of the weights of --init; None if the run starts from random ones or continues.
 
     published: {value of --init: address of the file}.
@@ -1089,7 +1090,8 @@ def init_path(args: argparse.Namespace, init: str, published: dict[str, str] = {
     if init == "none":
         say("init none: random weights")
         return None
-    return fetch(published[init], "--init none") if init in published else Path(init)
+    url = (published or {}).get(init)
+    return fetch(url, "--init none") if url else Path(init)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

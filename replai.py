@@ -88,7 +88,8 @@ def find_moments(x, sample_rate, prominence, distance=10):
     Times are 224 samples apart, 5 ms at 44.1 kHz, so peaks are at least 50 ms apart. The floor of
     1e-5 makes the result depend on loudness: x must stay in [-1, 1], as decoded.
     """
-    from scipy import signal                                  # imported here: it takes a second
+    from scipy import signal  # imported here: it takes a second
+
     if x.shape[1] < 256:                                      # shorter than one window
         return np.zeros(0), np.zeros(0), np.zeros(0, int)
     _, times, power = signal.spectrogram(x.mean(0), sample_rate)                      # (129, J)

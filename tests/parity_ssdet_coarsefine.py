@@ -274,7 +274,7 @@ def coarse(case):
         if key != name:                                       # ... rw2_bias, rw2_scale
             found[key] = found[key][key.endswith("scale")]
             found[key] = sc.resize_maps(found[key], want[key]["shape"][-1])
-    if "rw6_scale" in found and not model.rw6.sigmoid_scale:          # then its sigmoid is in `Coarse`
+    if "rw6_scale" in found and not model.rw6.sigmoid_scale:    # its sigmoid is in Coarse
         found["rw6_scale"] = found["rw6_scale"].sigmoid()
     if not c["target"]:
         return found
@@ -325,7 +325,8 @@ def gaussian(case):
     c, start = case.config, torch.tensor(case.config["meta"])[:, 0]
     valid = ones_but_first(len(start), c["fine_steps"], c["valid_of_first_sample"]).sum(1)
     at = times(only(case)) if c["grid"] else None
-    return {"weights": sc.gaussian(start, valid, c["fine_steps"], at, c["T"], c["L"], coarse_stride=1)}
+    return {"weights": sc.gaussian(start, valid, c["fine_steps"], at, c["T"], c["L"],
+                                   coarse_stride=1)}
 
 
 def fusion_filter(case):
@@ -663,7 +664,8 @@ def collate_coarse(case):
     batch = sc.collate(items)
     (level,) = (k.removeprefix("feat_") for k in case.case["outputs"] if k.startswith("feat_layer"))
     return {"clips": [len(rows), 1, *batch["clip"].shape[1:]],
-            "labels": list(batch["label"].shape), "label_mask_sums": batch["label_mask"].sum(1).tolist(),
+            "labels": list(batch["label"].shape),
+            "label_mask_sums": batch["label_mask"].sum(1).tolist(),
             f"feat_{level}": list(batch[level].shape),
             "feat_mask_sums": batch["conv5_mask"].sum(1).tolist(),
             "clip_sum": float(batch["clip"].sum())}

@@ -21,8 +21,6 @@ import torch
 from PIL import Image
 from running import quick
 
-import common
-
 SHORT = "--tiny --workers 0 --log_every 1 --save_every 1"
 TRAINING = f"{SHORT} --epochs 2 --batch_size 6"               # two steps per epoch
 EGO4D = "replai {} --data DATA/ego4d --crop 32"
