@@ -218,17 +218,17 @@ class SplitBatchNorm(nn.Module):
         if self.training:
             bn.num_batches_tracked += 1
         B, C = x.shape[:2]
-        channels_last = x.device.type == "cpu" and not x.is_contiguous()
-        if channels_last:                                     # keeps that order of memory
+        if n > 1 and x.device.type == "cpu" and not x.is_contiguous():    # keeps channels last
             x = x.permute(0, 2, 3, 4, 1)
-            parts = x.reshape(B // n, n, -1, C).transpose(1, 2).reshape(-1, n * C)
-        else:
-            parts = x.reshape(B // n, n * C, *x.shape[2:])    # (B/n, n·C, T, H, W)
+            parts = x.reshape(B // n, n, -1).unbind(1)
+            y = [F.batch_norm(part.reshape(-1, C), mean, var, self.weight, self.bias, self.training,
+                              bn.momentum, bn.eps).view(B // n, -1)
+                 for part, mean, var in zip(parts, bn.running_mean.view(n, C),
+                                            bn.running_var.view(n, C))]
+            return torch.stack(y, 1).view(x.shape).permute(0, 4, 1, 2, 3)
+        parts = x.reshape(B // n, n * C, *x.shape[2:])        # (B/n, n·C, T, H, W)
         y = F.batch_norm(parts, bn.running_mean, bn.running_var, self.weight.repeat(n),
                          self.bias.repeat(n), self.training, bn.momentum, bn.eps)
-        if channels_last:
-            y = y.view(B // n, -1, n, C).transpose(1, 2).contiguous()
-            return y.view(x.shape).permute(0, 4, 1, 2, 3)
         return y.view(x.shape)
 
 
