@@ -793,10 +793,14 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def spread(items: Sequence, n: int | None) -> list:
-    """n items evenly spread over a list, all if there are no more or n is None: --limit."""
+    """One item from each of n equal parts of a list, all if it has no more or n is None: --limit.
+
+    A fixed random one: every third item, say, could be of one kind.
+    """
     if n is None or n >= len(items):
         return list(items)
-    return [items[k * len(items) // n] for k in range(n)]
+    rng, ends = np.random.default_rng(0), [k * len(items) // n for k in range(n + 1)]
+    return [items[rng.integers(*part)] for part in itertools.pairwise(ends)]
 
 
 # ---- annotations ---------------------------------------------------------------------------------
