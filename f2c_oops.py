@@ -30,7 +30,7 @@ Features     torchrun --nproc_per_node 8 f2c_oops.py --stage features --data dat
 F2C          torchrun --nproc_per_node 8 f2c_oops.py
 F2C2V        torchrun --nproc_per_node 8 f2c_oops.py --stage f2c2v
 Classify     torchrun --nproc_per_node 8 f2c_oops.py --stage classify --level video
-Anticipate   torchrun --nproc_per_node 8 f2c_oops.py --stage classify --anticipate 1.5
+Anticipate   torchrun --nproc_per_node 8 f2c_oops.py --stage classify --anticipate 1.5 --out DIR
 Localize     python f2c_oops.py --stage localize --init FILE     (and --stage evaluate, the same)
 Try it       python f2c_oops.py --stage features --data data/toy/oops --tiny, then
              python f2c_oops.py --data data/toy/oops --tiny      (CPU, minutes; `make toy` first)
@@ -60,6 +60,7 @@ CLIP_TRANSFORMS = (*SPEEDS, "shuffle", "flip", "point", "warp")
 VIDEO_TRANSFORMS = ("speed", "normal", "point", "flip", "shuffle", "warp")
 VIDEO_SPEED = 3                      # speed-up factor in F2C2V
 FPS = 16                             # of labelled clips; pre-training uses the video's own rate
+GRID = 0.25                          # seconds between labelled clips, at the least
 PAD = -1
 
 # Epochs and batch size of pre-training, and of classification at each level (configs/).
@@ -478,7 +479,7 @@ def train(args, device, model, dataset, val, class_weights=None):
         metrics = {}
         if ended:
             metrics = validate(args, device, model.eval(), val)
-            if args.select == "last" or not metrics["val_top1"] <= best:
+            if not metrics["val_top1"] <= best:
                 best = metrics["val_top1"]
                 common.save(args.out / "best.pt", step + 1, args, model=model)
             ddp.train()
@@ -503,9 +504,8 @@ def validate(args, device, model, val):
     if args.stage == "classify":
         scores = predict_clips(args, device, model, val)
         if args.loss == "regression":
-            return {"val_top1": 100 * float(np.mean([
-                abs(t - video.annotation.t[1]) <= 1.5
-                for t, video in zip(predicted_times(args, val, scores), val, strict=True)]))}
+            errors = predicted_times(args, val, scores) - np.array([v.annotation.t[1] for v in val])
+            return {"val_top1": 100 * float((np.abs(errors) <= 1.5).mean())}
         return classification_metrics([video.labels for video in val], scores, LABELS, "val_")
     names = args.transforms.split(",")
 
@@ -610,7 +610,6 @@ def load_init(args, model):
 
 # ---- 7. features (official files: feat_exteact/, r21d/extr_r21d_feats.py) -----------------------
 
-FRAME_NETS = ("vit_b16", "resnet50", "resnet18")
 CLIP_NETS = ("r2plus1d_18", "r3d_18", "r2plus1d_152")         # 3-D networks: features of clips
 # Mean and standard deviation of the frames. HALF: of timm's ViT, ε as in the release.
 HALF = (0.5,) * 3, (0.5 + 1e-8,) * 3
@@ -790,9 +789,6 @@ def extract(args, device):
 
 # ---- 8. clips and labels of Oops! (official files: transformer2x/my_oops_loader.py, dataloader.py)
 
-GRID = 0.25                          # seconds between labelled clips, at the least
-
-
 class Annotation(NamedTuple):
     """The transition as three annotators saw it."""
     t: tuple                                   # times in seconds, sorted; -1: none found
@@ -891,10 +887,8 @@ class Video(NamedTuple):
 
 def read_names(path):
     """Names of videos without .mp4: lines of a .txt file, column `filename` of a .csv file."""
-    if path.suffix == ".csv":
-        names = common.read_table(path, lambda row: row["filename"])
-    else:
-        names = common.read_lines(path)
+    names = (common.read_table(path, lambda row: row["filename"]) if path.suffix == ".csv"
+             else common.read_lines(path))
     return list(dict.fromkeys(name.removesuffix(".mp4") for name in names))
 
 
@@ -1228,26 +1222,20 @@ def recipe(chosen):
     stage, tiny, backbone = chosen.stage, chosen.tiny, chosen.backbone
     level = chosen.level or ("video" if chosen.loss in ("crf", "regression") else "clip")
     level = {"f2c": "clip", "f2c2v": "video"}.get(stage, level)
-    video_level, pretraining = level == "video", stage in ("f2c", "f2c2v")
-    usual_loss = "crf" if video_level and not pretraining else "ce"       # transformer2x/main.py
-    loss = chosen.loss or usual_loss
+    usual_loss = "crf" if level == "video" and stage != "f2c2v" else "ce"
     epochs, batch_size = (TINY if tiny else PUBLISHED).get(
         level if stage == "classify" else stage, (None, None))
-
-    run = "f2c_oops_oops_classify" + "".join(f"_{name}" for name, differs in (
-        (level, video_level), (loss, loss != usual_loss), (backbone, backbone in CLIP_NETS),
-        (f"anticipate{chosen.anticipate}", chosen.anticipate)) if differs)
-    encoder = f"f2c_oops_oops_{'f2c2v' if video_level else 'f2c'}"
-    before = {"f2c2v": "f2c_oops_oops_f2c", "localize": run, "evaluate": run,
-              "classify": None if backbone in CLIP_NETS else encoder}.get(stage)
-    out = {"out": Path("runs") / run} if stage == "classify" else {}
+    encoder = None if backbone in CLIP_NETS else "f2c2v" if level == "video" else "f2c"
+    before = {"f2c2v": "f2c", "classify": encoder, "localize": "classify",
+              "evaluate": "classify"}.get(stage)
     small = {"layers": 2, "workers": 2, "save_every": 100} if tiny else {}
     return {"features": (chosen.data or Path("data/oops")) / "features" / backbone,
             "weights": "timm" if backbone == "vit_b16" else "torchvision",
             "transforms": ",".join(VIDEO_TRANSFORMS if stage == "f2c2v" else CLIP_TRANSFORMS),
-            "init": f"runs/{before}/best.pt" if before else "none", "level": level, "loss": loss,
-            "spacing": 1.0 if video_level else GRID, "epochs": epochs, "batch_size": batch_size,
-            "lr": 1e-3 if tiny else 1e-4, **out, **small}
+            "init": f"runs/f2c_oops_oops_{before}/best.pt" if before else "none",
+            "level": level, "loss": chosen.loss or usual_loss,
+            "spacing": 1.0 if level == "video" else GRID, "epochs": epochs, "batch_size": batch_size,
+            "lr": 1e-3 if tiny else 1e-4, **small}
 
 
 def parse_args(argv=None):
@@ -1263,7 +1251,7 @@ def parse_args(argv=None):
     p.group("features")
     p.flag("features", Path, "folder of stored features, with train/ and val/")
     p.flag("backbone", "vit_b16", "φ, frozen network for the features, of frames or (r...d_...) "
-           "of clips (models/vit.py)", [*FRAME_NETS, *CLIP_NETS])
+           "of clips (models/vit.py)", ["vit_b16", "resnet50", "resnet18", *CLIP_NETS])
     p.flag("weights", str, "weights of φ: FILE, none, torchvision or timm (vit_b16: ImageNet-21k, "
            "then 1k, as models/vit.py; the official README says 21k)")
     p.group("classification", "localize and evaluate take these flags from the checkpoint")
@@ -1279,8 +1267,6 @@ def parse_args(argv=None):
     p.flag("epochs", int, "passes over the training samples (configs/)")
     p.flag("batch_size", int, "videos (clip level: clips) per step over all processes (configs/)")
     p.flag("lr", float, "learning rate: half a cosine to 1e-6, by epoch (configs/)")
-    p.flag("select", "val", "best.pt is of the best validation epoch, as released, or of the last",
-           ["val", "last"])
     args = common.parse(p, recipe, argv)
 
     known = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS

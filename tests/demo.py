@@ -44,12 +44,12 @@ cpc_test --test OUT/cpc_tuned/best.pt
 cpc_test_scratch --test OUT/cpc_scratch/best.pt"""),
     "f2c_oops": ("oops", "--data TOY/oops --features OUT/f2c_features", """
 f2c_extract --stage features
-f2c --select last --epochs 30
-f2c2v --stage f2c2v --select last --epochs 12 --init OUT/f2c/best.pt
-f2c_video --stage classify --level video --select last --init OUT/f2c2v/best.pt
-f2c_video_scratch --stage classify --level video --select last --init none --finetune_frames
-f2c_test --stage evaluate --init OUT/f2c_video/best.pt
-f2c_test_scratch --stage evaluate --init OUT/f2c_video_scratch/best.pt""")}
+f2c --epochs 30
+f2c2v --stage f2c2v --epochs 12 --init OUT/f2c/last.pt
+f2c_video --stage classify --level video --init OUT/f2c2v/last.pt
+f2c_video_scratch --stage classify --level video --init none --finetune_frames
+f2c_test --stage evaluate --init OUT/f2c_video/last.pt
+f2c_test_scratch --stage evaluate --init OUT/f2c_video_scratch/last.pt""")}
 SHORT = {"STATE": "--stage statechange --dataset ego4d --data TOY/ego4d --epochs 8",
          "FINE": "--stage finetune CHARADES --stream fine --epochs 16",
          "CHARADES": "--dataset charades --data TOY/charades",
