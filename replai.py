@@ -185,9 +185,7 @@ def find_segments(args):
     for path in files:
         for start, stop, times in moments[path] or ():
             duration = stop - start
-            if args.moi == "random":                          # the ablation without MoI
-                times = rng.uniform(0, duration, 100)
-            times = np.array(times)
+            times = np.array(times if args.moi == "peaks" else rng.uniform(0, duration, 100))
             times = times[admissible(times, duration, args.delta_non_overlap)]
             if duration >= 2 * (args.delta_non_overlap + CLIP_SECONDS):       # both clips fit in
                 segments.append(Segment(path, start, stop, start + times))
