@@ -1,6 +1,6 @@
 """What holds for every stage of every script: it ends well, continues after SIGKILL with the same
-weights, scores each item once on any number of processes, stops at NaN, and ends with one line if
-the user made a mistake.
+weights, draws the same samples and scores each item once on any number of processes, stops at NaN,
+and ends with one line if the user made a mistake.
 
 All stages run on the small world of world.py, each from the files that earlier stages have left.
 """
@@ -334,7 +334,7 @@ FAULTS = {"empty": lambda x: b"", "cut": lambda x: x[:len(x) * 2 // 3 - 1],
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name, file", LISTS)
-def test_a_broken_list_is_named(name, file, fault, data, runs, tmp_path):
+def test_a_broken_list_is_named_and_one_of_windows_is_read(name, file, fault, data, runs, tmp_path):
     copy, path = world_with(data, tmp_path / "data", file,
                             lambda path: FAULTS[fault](path.read_bytes()))
     r = run(name, tmp_path / "out", copy, runs)
