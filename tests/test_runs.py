@@ -451,6 +451,6 @@ def test_as_a_user_types_it(data, runs, tmp_path):
     flags = words(STAGES["pretrain"], data, runs, tmp_path)
     r = running.command(*flags, "--out", tmp_path / "out", n=2, cwd=tmp_path)
     assert r.code == 0 and (tmp_path / "out/metrics.json").exists(), r
-    r = running.command(*flags, "--epochs", 9, "--out", tmp_path / "out", n=2)
+    r = running.command(*flags, "--epochs", 9, "--out", tmp_path / "out", n=2, cwd=tmp_path)
     lines = [line for line in r.err.splitlines() if line.startswith("error: ")]
     assert r.code == 1 and len(lines) == 1 and "was made with epochs 2, now it is 9" in lines[0], r
