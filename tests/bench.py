@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import av  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 import toy  # noqa: E402
 from scipy.ndimage import zoom  # noqa: E402
 from torch import nn  # noqa: E402
@@ -161,36 +162,16 @@ def case(script, tiny, B):
         lambda z: ssdet.pretraining_loss(z.float(), ssdet.Mixture(mix.x, *rest))[0])
 
 
-class Halves(nn.Module):
-    """RepLAI's two clips one after the other instead of in one batch."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        return torch.cat([self.net(half) for half in x.chunk(2)])
-
-
-class Padded(nn.Module):
-    """F2C with clips padded to 64 tokens, as in the release."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        x = torch.nn.functional.pad(x, (0, 0, 0, 63 - x.shape[1]))
-        return self.net(x, torch.full((len(x),), 20, device=x.device))
-
-
 def plain(script, model):
     """The same network without what the script does for speed."""
     model = copy.deepcopy(model)
-    if script is replai:
-        model.backbone["video"] = Halves(model.backbone["video"])
-    if script is f2c_oops:
-        return Padded(model)
+    if script is replai:                                      # the clips one after the other
+        video, both = model.backbone["video"], model.backbone["video"].forward
+        video.forward = lambda x: torch.cat([both(half) for half in x.chunk(2)])
+    if script is f2c_oops:                                    # padded to 64 tokens, as released
+        unpadded = model.forward
+        model.forward = lambda x: unpadded(F.pad(x, (0, 0, 0, 63 - x.shape[1])), torch.full(
+            (len(x),), x.shape[1], device=x.device))
     if script is ssdet:
         for module in model.modules():                        # no memory order of its own
             if isinstance(module, common.PointwiseConv):

@@ -1,18 +1,8 @@
-"""One thread, the repository's root on the path, and the small world that tests share."""
-
-import os
-import sys
-from pathlib import Path
+"""The small world that tests share."""
 
 import pytest
-
-os.environ["OMP_NUM_THREADS"] = "1"                           # sums in the same order everywhere
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch  # noqa: E402
-import world  # noqa: E402
-
-torch.set_num_threads(1)
+import running  # noqa: F401                                    one thread; finds the scripts
+import world
 
 
 @pytest.fixture(scope="session")

@@ -22,38 +22,40 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-STEPS = {  # script: (toy datasets, flags of all its steps, name and flags of each); longest first
-    "replai": ("ego4d epic", "", """
+STATE = "--stage statechange --dataset ego4d --data TOY/ego4d --epochs 8"
+CHARADES = "--dataset charades --data TOY/charades"
+FINE = f"--stage finetune {CHARADES} --stream fine --epochs 16"
+MAPS = f"{CHARADES} --features OUT/ssdet_features"
+OOPS = "--data TOY/oops --features OUT/f2c_features"
+VIDEO = f"--stage classify {OOPS} --level video"
+STEPS = {  # script: (toy datasets, name and flags of each step); longest first
+    "replai": ("ego4d epic", f"""
 replai_pretrain --dataset ego4d --data TOY/ego4d --epochs 30
 replai_verbs --stage linear --dataset epic --data TOY/epic --init OUT/replai_pretrain/last.pt
 replai_verbs_scratch --stage linear --dataset epic --data TOY/epic --init none
-replai_state STATE --init OUT/replai_pretrain/last.pt
-replai_state_scratch STATE --init none"""),
-    "ssdet_coarsefine": ("kinetics400 charades", "", """
+replai_state {STATE} --init OUT/replai_pretrain/last.pt
+replai_state_scratch {STATE} --init none"""),
+    "ssdet_coarsefine": ("kinetics400 charades", f"""
 ssdet --data TOY/kinetics400 --iters 320
-ssdet_fine FINE --init OUT/ssdet/last.pt
-ssdet_fine_scratch FINE --init none
-ssdet_extract --stage extract CHARADES MAPS --init OUT/ssdet_fine/best.pt
-ssdet_coarse --stage finetune CHARADES MAPS --stream coarse --epochs 16 --init OUT/ssdet/last.pt
-ssdet_test --stage evaluate CHARADES MAPS --init OUT/ssdet_coarse/best.pt"""),
-    "cpctrans": ("ucf101", "--data TOY/ucf101", """
-cpc --attn frame --epochs 60
-cpc_tuned --limit 64 --epochs 100 --pretrain OUT/cpc/best.pt
-cpc_scratch --limit 64 --epochs 100 --attn frame --pretrain random
-cpc_test --test OUT/cpc_tuned/best.pt
-cpc_test_scratch --test OUT/cpc_scratch/best.pt"""),
-    "f2c_oops": ("oops", "--data TOY/oops --features OUT/f2c_features", """
-f2c_extract --stage features
-f2c --epochs 30
-f2c2v --stage f2c2v --epochs 12 --init OUT/f2c/last.pt
-f2c_video --stage classify --level video --init OUT/f2c2v/last.pt
-f2c_video_scratch --stage classify --level video --init none --finetune_frames
-f2c_test --stage evaluate --init OUT/f2c_video/last.pt
-f2c_test_scratch --stage evaluate --init OUT/f2c_video_scratch/last.pt""")}
-SHORT = {"STATE": "--stage statechange --dataset ego4d --data TOY/ego4d --epochs 8",
-         "FINE": "--stage finetune CHARADES --stream fine --epochs 16",
-         "CHARADES": "--dataset charades --data TOY/charades",
-         "MAPS": "--features OUT/ssdet_features"}
+ssdet_fine {FINE} --init OUT/ssdet/last.pt
+ssdet_fine_scratch {FINE} --init none
+ssdet_extract --stage extract {MAPS} --init OUT/ssdet_fine/best.pt
+ssdet_coarse --stage finetune {MAPS} --stream coarse --epochs 16 --init OUT/ssdet/last.pt
+ssdet_test --stage evaluate {MAPS} --init OUT/ssdet_coarse/best.pt"""),
+    "cpctrans": ("ucf101", """
+cpc --data TOY/ucf101 --attn frame --epochs 60
+cpc_tuned --data TOY/ucf101 --limit 64 --epochs 100 --pretrain OUT/cpc/best.pt
+cpc_scratch --data TOY/ucf101 --limit 64 --epochs 100 --attn frame --pretrain random
+cpc_test --data TOY/ucf101 --test OUT/cpc_tuned/best.pt
+cpc_test_scratch --data TOY/ucf101 --test OUT/cpc_scratch/best.pt"""),
+    "f2c_oops": ("oops", f"""
+f2c_extract {OOPS} --stage features
+f2c {OOPS} --epochs 30
+f2c2v {OOPS} --stage f2c2v --epochs 12 --init OUT/f2c/last.pt
+f2c_video {VIDEO} --init OUT/f2c2v/last.pt
+f2c_video_scratch {VIDEO} --init none --finetune_frames
+f2c_test {OOPS} --stage evaluate --init OUT/f2c_video/last.pt
+f2c_test_scratch {OOPS} --stage evaluate --init OUT/f2c_video_scratch/last.pt""")}
 FIGURES = [  # paper, what is measured, key of metrics.json, pre-trained, scratch, chance
     ("CPCTrans", "UCF101, top-1, %", "top1", "cpc_test", "cpc_test_scratch", 12.5),
     ("F2C2V", "Oops!, clips of 1 s, accuracy, %", "top1_1s", "f2c_test", "f2c_test_scratch", None),
@@ -77,18 +79,14 @@ PICTURES = {  # name in the README: (file, pixels from the top)
 
 def steps(script, out, seed):
     """[(name, words of the command line)] of a paper; OUT is the seed's folder."""
-    toys, flags_of_all, lines = STEPS[script]
-    found = [("toy_" + script, f"tests/toy.py {toys} --workers 1 --out TOY")]
-    for line in lines.strip().splitlines():
-        name, flags = line.split(" ", 1)
-        found.append((name, f"{script}.py {flags_of_all} {flags} --tiny --out OUT/{name}"))
-    for word, flags in SHORT.items():
-        found = [(name, line.replace(word, flags)) for name, line in found]
-    folders = {"TOY": out / "toy", "OUT": out}
-    return [(name, [str(REPO / script), *(
-        str(folders[word[:3]]) + word[3:] if word[:3] in folders else word for word in flags),
-        "--seed", str(seed)]) for name, (script, *flags) in (
-            (name, line.split()) for name, line in found)]
+    toys, lines = STEPS[script]
+    found = [(f"toy_{script}", "tests/toy.py", f"{toys} --workers 1 --out TOY".split())]
+    for name, *flags in map(str.split, lines.strip().splitlines()):
+        found.append((name, f"{script}.py", [*flags, "--tiny", "--out", f"OUT/{name}"]))
+    folders = {"TOY": str(out / "toy"), "OUT": str(out)}
+    return [(name, [str(REPO / file), *(folders.get(word[:3], word[:3]) + word[3:]
+                                        for word in flags), "--seed", str(seed)])
+            for name, file, flags in found]
 
 
 def run(script, out, seed):

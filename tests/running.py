@@ -16,9 +16,9 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[1]
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
@@ -28,40 +28,21 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}                         # in all tests but
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
-from torch._subclasses.fake_tensor import (  # noqa: E402
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch._subclasses import fake_tensor  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import common  # noqa: E402
 
-SCRIPTS = [importlib.import_module(name) for name in (
-    "replai", "cpctrans", "f2c_oops", "ssdet_coarsefine")]
-torch.set_num_threads(1)
+SCRIPTS = "replai", "cpctrans", "f2c_oops", "ssdet_coarsefine"
+MODULES = [importlib.import_module(script) for script in SCRIPTS]
+Result = namedtuple("Result", "code out err")
+torch.set_num_threads(1)                                      # sums in the same order everywhere
 torch.optim.SGD([torch.zeros(1)], lr=0.1).step()              # imports a second's worth of modules
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def command(script, *flags, n=1, gpus=False, cwd=None, timeout=150):
     """`python SCRIPT.py FLAGS`, or `torchrun --nproc_per_node N SCRIPT.py FLAGS`."""
-    run = ["-m", "torch.distributed.run", "--nproc_per_node", str(n),
-           "--master_port", str(free_port())] if n > 1 else []
+    run = f"-m torch.distributed.run --standalone --nproc_per_node {n}".split() if n > 1 else []
     p = subprocess.run([sys.executable, *run, str(REPO / f"{script}.py"), *map(str, flags)],
                        env=os.environ if gpus else {**os.environ, **NO_GPU}, check=False,
                        capture_output=True, text=True, cwd=cwd, timeout=timeout)
@@ -80,7 +61,7 @@ def start(target, n, *args):
     return forks
 
 
-def quick(script, *flags, n=1, before=None, cwd=None, timeout=100):
+def quick(script, *flags, n=1, before=None, cwd=None):
     """SCRIPT.py FLAGS in n forks. before(rank) runs first in each. If one fails, all are ended.
 
     They run in the folder `cwd`, by default the one that holds --out, and write out0.txt ... there.
@@ -88,8 +69,11 @@ def quick(script, *flags, n=1, before=None, cwd=None, timeout=100):
     flags = [str(f) for f in flags]
     cwd = Path(cwd or Path(flags[flags.index("--out") + 1]).parent)
     cwd.mkdir(parents=True, exist_ok=True)
-    forks, until = start(_script, n, script, flags, free_port(), before, cwd), None
-    until = time.monotonic() + timeout
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    forks = start(run_script, n, script, flags, port, before, cwd)
+    until = time.monotonic() + 100
     while None in (codes := [p.exitcode for p in forks]) and not any(codes):
         assert time.monotonic() < until, f"{script} {' '.join(flags)} took too long"
         time.sleep(0.01)
@@ -102,7 +86,7 @@ def quick(script, *flags, n=1, before=None, cwd=None, timeout=100):
     return Result(next((c for c in codes if c), 0), text["out"], text["err"])
 
 
-def _script(rank, n, script, flags, port, before, cwd):
+def run_script(rank, n, script, flags, port, before, cwd):
     os.setsid()
     os.chdir(cwd)
     os.environ |= NO_GPU
@@ -121,12 +105,12 @@ def _script(rank, n, script, flags, port, before, cwd):
 
 def processes(function, n, folder):
     """[function(rank)] of n gloo processes."""
-    for p in start(_function, n, function, folder):
+    for p in start(run_function, n, function, folder):
         p.join(100)
     return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(n)]
 
 
-def _function(rank, n, function, folder):
+def run_function(rank, n, function, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=n)
     torch.save(function(rank), folder / f"result{rank}.pt")
     dist.barrier()
@@ -141,9 +125,13 @@ def counted(k, function):
     return lambda *args, **kw: function(*args) if next(calls) == k else None
 
 
+def kill(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def kill_after_step(k, rank):
     """SIGKILL to process 0 when k steps are logged and the last one is not yet saved."""
-    log, now = common.Log.__call__, counted(k, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    log, now = common.Log.__call__, counted(k, kill)
 
     def logged(self, *args, **values):
         log(self, *args, **values)
@@ -154,15 +142,14 @@ def kill_after_step(k, rank):
 
 def kill_while_writing(name, k, rank):
     """SIGKILL to process 0 when half of the k-th file of this name is written."""
-    write = common.write
+    write, now = common.write, counted(k, bool)
 
     def torn(path, content):
         def half(f):
             f.write(b"half of a file")
             f.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
         write(path, half if path.name.endswith(name) and now(True) else content)
-    now = counted(k, bool)
     if rank == 0:
         common.write = torn
 
@@ -173,6 +160,12 @@ def nan_in_step(k, bad, rank):
     if rank == bad:
         torch.Tensor.backward = lambda loss, *args, **kw: backward(
             loss * (math.nan if now(True) else 1), *args, **kw)
+
+
+def leave(steps):
+    """End this process as one that is done."""
+    print(f"done, {steps} training steps", flush=True)
+    os._exit(0)
 
 
 def bf16_on_the_cpu(k, rank):
@@ -190,22 +183,30 @@ def bf16_on_the_cpu(k, rank):
 def fake_cuda(k, rank):
     """Networks and losses run forward on a GPU that does not exist, for k steps.
 
-    Tensors have a shape, a type and a device there, no values. So a tensor left on the CPU is an
-    error, and so is a training step that waits for a value. All begins with the first move there.
-    k = 0: a stage without training ends when its network has run.
+    Tensors have a shape, a type and a device there, no values. So an operation on tensors of two
+    devices is an error, and so is a training step that waits for a value. All begins with the first
+    move there. k = 0: a stage without training ends when its network has run.
     """
     start_run, item = common.start_run, torch.Tensor.item
-    device, modes, steps = torch.device("cuda"), [], []
+    device, steps = torch.device("cuda"), []
+    begin = counted(1, fake_tensor.FakeTensorMode(allow_non_fake_inputs=True).__enter__)
 
     def begins(move):
         def to(x, *args, **kw):
-            if device in args and not modes:
-                modes.extend([FakeTensorMode(allow_non_fake_inputs=True), OneDevice()])
-                [mode.__enter__() for mode in modes]
+            if device in args:
+                begin()
             if "cpu" in args and getattr(x, "is_cuda", False) and k == 0:
                 leave(0)                                      # a result: the network has run
             return move(x, *args, **kw)
         return to
+
+    def predict(args, device, dataset, network, what, batch_size=8, collate=None):
+        """The first batch alone. Here a network may wait for values."""
+        batch = next(iter(DataLoader(dataset, batch_size=batch_size, collate_fn=collate)))
+        with common.autocast(device, args.precision), torch.no_grad(), contextlib.suppress(
+                fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
+            network(common.to_device(batch, device))
+        leave(len(steps))
 
     warnings.simplefilter("ignore")                           # CUDA is not available
     common.start_run = lambda *args, **kw: (start_run(*args, **kw), device)[1]
@@ -213,9 +214,10 @@ def fake_cuda(k, rank):
     common.gather = lambda rows, expect: dict(sorted(rows.items()))
     common.load_weights = lambda module, *_, **__: {*module.state_dict()}
     common.check_finite = common.save = common.share_buffers = lambda *_, **__: None
-    common.Log.__call__ = counted(k, lambda *_: leave(len(steps)))
-    common.predict = partial(predict_batch, steps)
-    DataLoader.__iter__, nn.Module._apply = real_batches(DataLoader.__iter__), convert
+    common.Log.__call__, common.predict = counted(k, lambda *_: leave(len(steps))), predict
+    load = real(DataLoader.__iter__)
+    DataLoader.__iter__ = lambda loader: iter(real(partial(next, load(loader), None)), None)
+    nn.Module._apply = convert
     nn.Module.to, torch.Tensor.to = begins(nn.Module.to), begins(torch.Tensor.to)
     torch.Tensor.cpu = lambda x: x.to("cpu")
     torch.Tensor.backward = lambda loss: steps.append(loss)
@@ -223,58 +225,23 @@ def fake_cuda(k, rank):
     torch.optim.swa_utils.update_bn = lambda *_: None         # waits, before an evaluation
     torch.Tensor.item = lambda x: 0.0                         # may wait before the first step
     common.seed_step = lambda *_: setattr(torch.Tensor, "item", item)
-    for script in SCRIPTS:
+    for script in MODULES:
         script.DDP = lambda model, **_: model
-
-
-class OneDevice(TorchDispatchMode):
-    """An error where an operation gets tensors of two devices; numbers and indices may differ."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        devices = {x.device.type for x in tree_leaves((args, kwargs or {}))
-                   if torch.is_tensor(x) and x.dim()}
-        if len(devices) > 1 and not function.name().startswith(("aten::copy_", "aten::index")):
-            raise RuntimeError(f"{function} got tensors on {devices}")
-        return function(*args, **kwargs or {})
 
 
 def real(function):
     """The function on tensors that have values."""
     def outside(*args, **kw):
-        with unset_fake_temporarily():
+        with fake_tensor.unset_fake_temporarily():
             return function(*args, **kw)
     return outside
 
 
-def real_batches(load):
-    def batches(loader):
-        yield from iter(real(partial(next, real(load)(loader), None)), None)
-    return batches
-
-
-def predict_batch(steps, args, device, dataset, network, what, batch_size=8, collate=None):
-    """In place of common.predict: the first batch. Here a network may wait for values."""
-    batch = next(iter(DataLoader(dataset, batch_size=batch_size, collate_fn=collate)))
-    with (common.autocast(device, args.precision), torch.no_grad(), contextlib.suppress(
-            DataDependentOutputException, DynamicOutputShapeException)):
-        network(common.to_device(batch, device))
-    leave(len(steps))
-
-
 def convert(module, function, recurse=True):
     """In place of nn.Module._apply, which swaps tensors: fake ones cannot be swapped."""
-    for child in module.children():
-        convert(child, function)
-    for name, x in module._parameters.items():
-        if x is not None:
-            module._parameters[name] = nn.Parameter(function(x.detach()), x.requires_grad)
-    for name, x in module._buffers.items():
-        module._buffers[name] = x if x is None else function(x)
+    for part in module.modules():
+        for name, x in part._parameters.items():
+            if x is not None:
+                part._parameters[name] = nn.Parameter(function(x.detach()), x.requires_grad)
+        part._buffers |= {k: function(x) for k, x in part._buffers.items() if x is not None}
     return module
-
-
-def leave(steps):
-    """End this process as one that is done."""
-    print(f"done, {steps} training steps")
-    sys.stdout.flush()
-    os._exit(0)

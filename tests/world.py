@@ -42,12 +42,12 @@ def number_of(image):
 
 
 def write_video(path, images, fps=25, codec="libx264", options=X264, gop=25, bf=0,
-                pix_fmt="yuv420p", times=None, sound=None, edit=None, offset=0.0, mux=None):
+                pix_fmt="yuv420p", times=None, sound=None, edit=None, mux=None):
     """Write frames (H, W, 3) uint8, and sound if there is any.   -> path
 
     gop: frames from one key frame to the next. bf: B-frames between two others.
     times: seconds of each frame, if they are uneven. sound: (codec, rate, layout, samples).
-    edit: changes the list of packets. offset: seconds added to all times. mux: container options.
+    edit: changes the list of packets. mux: container options.
     """
     images, fps = list(images), Fraction(1000 if times else fps)
     times = [round(1000 * t) for t in times] if times else range(len(images))
@@ -67,8 +67,6 @@ def write_video(path, images, fps=25, codec="libx264", options=X264, gop=25, bf=
         packets += v.encode(None) + (encode_sound(a, sound[3]) if sound else [])
         packets = edit(packets) if edit else packets
         for p in sorted(packets, key=lambda p: p.dts * p.time_base):
-            shift = round(offset / p.time_base)
-            p.pts, p.dts = p.pts + shift, p.dts + shift
             c.mux(p)
     if codec == "libsvtav1":                                  # makes root's process real-time
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
@@ -105,13 +103,15 @@ def make(root):
                     sound=("aac", 16000, "mono", clicks(k)))
         write_video(root / f"videos/{k}.avi", frames, FPS, "mpeg4", MPEG4, gop=12)
     for dataset in (epic, ego4d, ucf101, hmdb51, oops, kinetics400, charades, multithumos):
-        dataset(root, root / dataset.__name__)
+        dataset(root / dataset.__name__)
     return root
 
 
-def link(root, video, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.link(root / f"videos/{video}{path.suffix.lower()}", path)
+def link(folder, k, *names):
+    """FOLDER/NAME of each name is the video k."""
+    for path in (folder / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(folder.parent / f"videos/{k}{path.suffix}", path)
 
 
 def text(path, *lines):
@@ -119,21 +119,21 @@ def text(path, *lines):
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def epic(root, folder):
+def epic(folder):
     for p, split in enumerate(("train", "validation", "test_timestamps"), 1):
         text(folder / f"annotations/EPIC_100_{split}.csv",
              "narration_id,participant_id,video_id,start_timestamp,stop_timestamp,verb_class,"
              "noun_class", *(f"P0{p}_{k:02d}_0,P0{p},P0{p}_{k:02d},00:00:0{1.5 + k / 4:.2f},"
                              f"00:00:0{3 + k / 4:.2f},{k},{2 * k}" for k in range(ITEMS)))
         for k in range(ITEMS):
-            link(root, k, folder / f"videos/P0{p}/P0{p}_{k:02d}.mp4")
+            link(folder, k, f"videos/P0{p}/P0{p}_{k:02d}.mp4")
     text(folder / "annotations/EPIC_100_tail_verbs.csv", "verb", 3, 4)
     text(folder / "annotations/EPIC_100_tail_nouns.csv", "noun", 2)
     text(folder / "annotations/EPIC_100_unseen_participant_ids_validation.csv", "participant_id",
          "P02")
 
 
-def ego4d(root, folder):
+def ego4d(folder):
     def span(name, start, stop):                              # frame numbers count 30 per second
         return {f"{name}_start_sec": start, f"{name}_end_sec": stop,
                 f"{name}_start_frame": round(30 * start), f"{name}_end_frame": round(30 * stop)}
@@ -141,11 +141,11 @@ def ego4d(root, folder):
     for split in ("train", "val", "test_unannotated"):
         actions, changes, labelled = [], [], split != "test_unannotated"
         for k in range(ITEMS):
-            ids = {"video_uid": f"video-{split}{k}", "clip_uid": f"clip-{split}{k}"}
-            link(root, k, folder / f"videos/{ids['video_uid']}.mp4")
-            link(root, k, folder / f"clips/{ids['clip_uid']}.mp4")
+            video, clip = f"video-{split}{k}", f"clip-{split}{k}"
+            ids = {"video_uid": video, "clip_uid": clip}
+            link(folder, k, f"videos/{video}.mp4", f"clips/{clip}.mp4")
             if split == "train":
-                link(root, k, folder / f"{ids['clip_uid']}.mp4")          # to pre-train on
+                link(folder, k, f"{clip}.mp4")                # to pre-train on
             for i in range(25):
                 labels = {"verb_label": (k + i) % 5, "noun_label": (k * i) % 7}
                 actions.append({**ids, "action_idx": i, **(labels if labelled else {}),
@@ -160,37 +160,37 @@ def ego4d(root, folder):
         {"verbs": [f"v{i}" for i in range(5)], "nouns": [f"n{i}" for i in range(7)]}))
 
 
-def ucf101(root, folder):
+def ucf101(folder):
     rows = {"train": [], "test": []}                          # groups 24, 25: the validation set
-    for k, (split, group) in itertools.product(range(ITEMS), (("test", 1), ("train", 8),
-                                                              ("train", 24))):
-        name = ("Archery", "YoYo")[k % 2]
-        file = f"{name}/v_{name}_g{group if group == 24 else group + k:02d}_c{k + 1:02d}.avi"
-        link(root, k, folder / f"UCF-101/{file}")
-        rows[split].append(file + f" {1 + k % 2}" * (split == "train"))
+    for k in range(ITEMS):
+        name, label = (("Archery", 1), ("YoYo", 2))[k % 2]
+        for split, group in (("test", 1 + k), ("train", 8 + k), ("train", 24)):
+            file = f"{name}/v_{name}_g{group:02d}_c{k + 1:02d}.avi"
+            link(folder, k, f"UCF-101/{file}")
+            rows[split].append(f"{file} {label}" if split == "train" else file)
     text(folder / "ucfTrainTestlist/classInd.txt", "1 Archery", "2 YoYo")
     for split, fold in itertools.product(rows, (1, 2, 3)):
         text(folder / f"ucfTrainTestlist/{split}list0{fold}.txt", *rows[split])
 
 
-def hmdb51(root, folder):
-    for name, fold in itertools.product(("brush_hair", "wave"), (1, 2, 3)):
+def hmdb51(folder):
+    for name in ("brush_hair", "wave"):
         rows = []
         for k, code in itertools.product(range(ITEMS), (1, 2)):
             file = f"film{k}{code}_{name}_f_cm_np1_fr_med_{k}.avi"
             rows.append(f"{file} {code} ")
-            if fold == 1:
-                link(root, k, folder / f"hmdb51_org/{name}/{file}")
-        text(folder / f"testTrainMulti_7030_splits/{name}_test_split{fold}.txt", *rows)
+            link(folder, k, f"hmdb51_org/{name}/{file}")
+        for fold in (1, 2, 3):
+            text(folder / f"testTrainMulti_7030_splits/{name}_test_split{fold}.txt", *rows)
 
 
-def oops(root, folder):
+def oops(folder):
     times = {}
     for split in ("train", "val"):
         names = [f"{split} fail {k}" for k in range(ITEMS)]
         text(folder / f"annotations/{split}.txt", *names)
         for k, name in enumerate(names):
-            link(root, k, folder / f"oops_video/{split}/{name}.mp4")
+            link(folder, k, f"oops_video/{split}/{name}.mp4")
             t = [2 + k / 4 + j / 10 for j in range(3)]
             times[name] = {"t": t, "len": SECONDS, "rel_t": [x / SECONDS for x in t],
                            "stdev": 0.1, "rel_stdev": 0.01, "n_notfound": 0}
@@ -199,34 +199,33 @@ def oops(root, folder):
     text(folder / "annotations/heldout_transition_times.json", json.dumps(fourth))
 
 
-def kinetics400(root, folder):
+def kinetics400(folder):
     for split, subset in (("train", "train"), ("val", "validate")):
-        clips = [(("abseiling", "climbing a rope")[k % 2], f"{split:->10}{k}")
-                 for k in range(ITEMS)]
-        text(folder / f"{split}.csv", "label,youtube_id,time_start,time_end,split",
-             *(f"{label},{video},0,10,{subset}" for label, video in clips))
-        for k, (label, video) in enumerate(clips):
-            link(root, k, folder / split / label.replace(" ", "_") / f"{video}_000000_000010.mp4")
+        rows = []
+        for k in range(ITEMS):
+            label, video = ("abseiling", "climbing a rope")[k % 2], f"{split:->10}{k}"
+            rows.append(f"{label},{video},0,10,{subset}")
+            link(folder, k, f"{split}/{label.replace(' ', '_')}/{video}_000000_000010.mp4")
+        text(folder / f"{split}.csv", "label,youtube_id,time_start,time_end,split", *rows)
     text(folder / "labels.txt", "abseiling", "climbing a rope")
 
 
-def charades(root, folder):
+def charades(folder):
     for split in ("train", "test"):
-        names = [f"{split[:2].upper()}0{k:02d}" for k in range(ITEMS)]
-        text(folder / f"Charades/Charades_v1_{split}.csv", "id,actions,length", *(
-            f"{name},c00{k % 3} 0.50 {2 + k / 2:.2f};c001 {k / 2:.2f} 7.00,8.40"
-            for k, name in enumerate(names)))
-        for k, name in enumerate(names):
-            link(root, k, folder / f"Charades_v1/{name}.mp4")
+        rows = []
+        for k in range(ITEMS):
+            name = f"{split[:2].upper()}0{k:02d}"
+            rows.append(f"{name},c00{k % 3} 0.50 {2 + k / 2:.2f};c001 {k / 2:.2f} 7.00,8.40")
+            link(folder, k, f"Charades_v1/{name}.mp4")
+        text(folder / f"Charades/Charades_v1_{split}.csv", "id,actions,length", *rows)
     text(folder / "Charades/Charades_v1_classes.txt", "c000 Hold", "c001 Take", "c002 Throw")
 
 
-def multithumos(root, folder):
+def multithumos(folder):
     names = [f"video_{s}_00000{k:02d}" for s in ("validation", "test") for k in range(ITEMS)]
     for n, name in enumerate(names):
-        link(root, n % ITEMS, folder / f"videos/{name}.mp4")
+        link(folder, n % ITEMS, f"videos/{name}.mp4")
     text(folder / "class_list.txt", "1 BaseballPitch", "2 Run", "3 Jump")
     for c, word in enumerate(("BaseballPitch", "Run", "Jump")):
         text(folder / f"annotations/{word}.txt", *(
             f"{name} {0.5 + c:.1f} {2.5 + n % ITEMS / 4 + c:.1f}" for n, name in enumerate(names)))
-
