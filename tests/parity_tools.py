@@ -34,29 +34,44 @@ PIXELS = re.compile(r'(frame i: )?np\.clip\(values\(name(?: \+ "\." \+ i, \(h, w
 class Case:
     """One case of a fixture, its state and inputs rebuilt when asked for."""
 
-    def __init__(self, stem, file, case, folder=None):
-        self.stem, self.file, self.case, self.folder = stem, file, case, folder
+    def __init__(self, file, case, folder=None):
+        self.file, self.case, self.folder = file, case, folder
         self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
 
     def others(self):
         """All cases of the file."""
-        return [Case(self.stem, self.file, case, self.folder) for case in self.file["cases"]]
+        return [Case(self.file, case, self.folder) for case in self.file["cases"]]
+
+    def sibling(self, id):
+        return next(c for c in self.others() if c.id == id)
+
+    def told(self, pattern, of=int, text=None):
+        """What stands at this place of the case's words, else of another case's, made by `of`.
+
+        A list, if the pattern has several groups. text: other words.
+        """
+        texts = [self.what, *(c.what for c in self.others())] if text is None else [text]
+        found = next(filter(None, (re.search(pattern, x) for x in texts)), None)
+        assert found, f"{self.id}: {texts[0]!r} does not match {pattern!r}"
+        values = [of(x) for x in found.groups()]
+        return values if len(values) > 1 else values[0]
+
+    def training(self):
+        """Whether the original ran in training mode; the case says so in words."""
+        return self.told(r"\b(eval|train)\b", str, self.config.get("mode", self.what)) == "train"
 
     def entries(self):
         """{name: shape} of the state; references to other states are followed."""
         entries = self.case.get("state") or {}
         while isinstance(entries, str):
-            if entries.removeprefix("@") in self.file.get("states", {}):
-                entries = self.file["states"][entries.removeprefix("@")]
-            else:
-                other = entries.removeprefix("as ")
-                entries = next(c["state"] for c in self.file["cases"] if c["id"] == other)
+            shared = self.file.get("states", {}).get(entries.removeprefix("@"))
+            entries = shared or self.sibling(entries.removeprefix("as ")).case["state"]
         return {} if "n_keys" in entries else entries         # told by a hash alone
 
-    def state(self):
+    def state(self, entries=None):
         """{name: tensor} that the recipe fills in."""
         return {k: torch.from_numpy(np.asarray(self.parameter(k, shape)))
-                for k, shape in self.entries().items()}
+                for k, shape in (entries or self.entries()).items()}
 
     def parameter(self, name, shape):
         """An alias has the value of the name it stands for; an override replaces the recipe's, or
@@ -70,17 +85,32 @@ class Case:
         factor = self.case.get("state_overrides", {}).get(name)
         return x if factor is None else x * np.float32(factor)
 
+    def checkpoint(self, state=None):
+        """Path of the state, or another one, as a checkpoint of other people's code."""
+        path = self.folder / "released.pth.tar"
+        torch.save({"epoch": 7, "state_dict": {
+            f"module.{k}": v for k, v in (state or self.state()).items()}}, path)
+        return path
+
+    def load(self, module, *how, state=None, **options):
+        """Fill `module` by the function behind --init; how, options: its arguments."""
+        path = self.checkpoint(state)
+        common.load_weights(module, path, *how, **options)
+        path.unlink()
+        return module
+
     def inputs(self):
-        """{name: array}, made as each entry's `how` says."""
+        """{name: value}, made as each entry's `how` says; a tensor, if of numbers."""
         made = {k: self.construct(k, v) for k, v in self.case["inputs"].items()}
         for k, v in self.case["inputs"].items():              # "..., then 3 added at [i, label_i]"
             if isinstance(v, dict) and " added at " in v.get("how", ""):
                 add_at_labels(made, k, v["how"])
-        return made
+        return {k: torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype.kind in "fiu" else x
+                for k, x in made.items()}
 
-    def input(self, last):
-        """The input whose name ends in `last`, as a tensor or an array."""
-        return only(self.inputs(), last)
+    def input(self, *ends):
+        """The one input, that whose name ends so, or a list with one for each end."""
+        return only(self.inputs(), *ends)
 
     def in_order(self):
         """The inputs by the numbers that their names end in."""
@@ -128,20 +158,6 @@ class Case:
             w[:, start:start + n] += (envelope * burst).astype(np.float32)
         return ((w + np.float32(e["dc"])) * np.float32(e["gain"])).astype(np.float32)
 
-    def load(self, module, layouts, required):
-        """Fill `module` from a checkpoint like the released ones, through --init's code."""
-        path = self.folder / "released.pth.tar"
-        torch.save({"model": {f"module.{k}": v for k, v in self.state().items()}}, path)
-        common.load_weights(module, path, layouts, required)
-        path.unlink()
-        return module
-
-    def training(self):
-        """Whether the original ran in training mode; the case says so in words."""
-        mode = re.search(r"\b(eval|train)( mode|\b)", self.config.get("mode", self.what))
-        assert mode, f"{self.id}: `what` names neither eval mode nor train mode"
-        return mode[1] == "train"
-
 
 def own_names(case, layouts, own):
     """{name in the file: ours} of the tensors that have a place in our network."""
@@ -161,21 +177,22 @@ def parameters_of(entries):
     return {k: x for k, x in entries.items() if k.rsplit(".", 1)[-1] not in buffers}
 
 
-def only(entries, last):
-    """The one value whose dotted name ends in `last`."""
-    found = [v for k, v in entries.items() if k.split(".")[-1] == last]
-    assert len(found) == 1, f"{len(found)} entries end in .{last}: {list(entries)}"
-    return torch.from_numpy(found[0]) if isinstance(found[0], np.ndarray) and (
-        found[0].dtype.kind in "fiu") else found[0]
+def only(entries, *ends):
+    """The one value, that whose name ends so, or a list with one for each end."""
+    found = []
+    for end in ends or [".*"]:
+        (value,) = (v for k, v in entries.items() if re.search(rf"(^|[._]){end}$", k))
+        found.append(value)
+    return found if len(ends) > 1 else found[0]
 
 
 def add_at_labels(made, name, how):
     """In place: "3 added at [i, label_i] for every third row i = 0, 3, 6, ..."."""
-    m = re.search(r"([\d.]+) added at \[i, (\w+)_i\] for .*?i = (\d+), (\d+)", how)
-    assert m, f"{name}: cannot read how = {how!r}"
-    labels = next(v for k, v in made.items() if k.split(".")[-1] in (m[2], m[2] + "s"))
-    rows = np.arange(int(m[3]), len(made[name]), int(m[4]) - int(m[3]))
-    made[name][rows, labels[rows]] += np.float32(m[1])
+    amount, label, start, second = re.search(
+        r"([\d.]+) added at \[i, (\w+)_i\] for .*?i = (\d+), (\d+)", how).groups()
+    labels = only(made, f"{label}s?")
+    rows = np.arange(int(start), len(made[name]), int(second) - int(start))
+    made[name][rows, labels[rows]] += np.float32(amount)
 
 
 # ---- outputs that are compared in their own way --------------------------------------------------
@@ -193,7 +210,7 @@ class Tensorised(NamedTuple):
     hue: bool
 
 
-# ---- hooks ---------------------------------------------------------------------------------------
+# ---- networks ------------------------------------------------------------------------------------
 
 def watch(modules):
     """{name: [what the module returned, call by call]}, filled as the network runs."""
@@ -201,3 +218,7 @@ def watch(modules):
     for k, m in modules.items():
         m.register_forward_hook(lambda _, __, y, k=k: seen[k].append(y))
     return seen
+
+
+def gradients(model):
+    return {f"grad:{k}": p.grad for k, p in model.named_parameters()}

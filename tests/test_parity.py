@@ -277,7 +277,7 @@ def test_matches_the_original(stem, file, case, tmp_path):
     want = {k: v["exact"] if isinstance(v, dict) and set(v) == {"exact"} else v
             for k, v in case["outputs"].items() if k != NOT_REPRODUCED.get((script, family))}
     assert want, f"{stem}/{case['id']}: names no output that could be compared"
-    c = Case(stem, file, case, tmp_path)
+    c = Case(file, case, tmp_path)
     torch.manual_seed(0)
     got = adapters[family](c)
     bad = []
