@@ -2,21 +2,19 @@
 
 Weights are written as a released checkpoint and read by the function behind `--init`. Random
 choices are dealt out to the functions that draw them, in the order in which the release drew
-them. Constants that a case tells in words alone are read from its words. A family's adapter has
-its name, or the beginning of it.
+them. Constants that a case tells in words alone are read from its words.
 """
 
 import functools
 import math
 import re
 from fractions import Fraction
-from itertools import groupby
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
-from parity_tools import own_names, parameters_of, watch
+from parity_tools import own_names, parameters_of, runs, watch
 from torch.nn.utils.rnn import pad_sequence
 
 import common
@@ -226,63 +224,54 @@ def restack(case):
 
 # ---- transformations ---------------------------------------------------------------------------
 
-def frames_of(rows):
-    return {"frames": [[int(i) for i in row] for row in rows]}
-
-
 def t1_speed(case):
     size, rows, speeds = case.told(r"crop (\d+)"), [], []
+    highest = mock.Mock(integers=lambda high: high - 1)
     for c in case.config["cases"]:
-        assert c["skip"] == 2 ** c["label"]
         left = len(range(0, c["T"], c["skip"]))
         last = max(0, left - size) // case.told(r"floor\(\(n-\d+\)/(\d+)\)")
-        highest = mock.Mock(integers=lambda high: high - 1)
         assert f2c_oops.crop_frames(highest, max(left, size), size)[0] == last
         starts = [c["start"]] if left > size else []
         rows.append(f2c_oops.speed_up(Dealt(starts), c["T"], c["label"], size))
         speeds.append(f2c_oops.max_speed(c["T"], size))
-    return {**frames_of(rows), "max_speed": speeds}
+    return {"frames": rows, "max_speed": speeds}
 
 
 def t1_shuffle(case):
-    return frames_of(f2c_oops.shuffle(Dealt([c["start"]], permutations=[c["perm"]]), c["T"],
-                                      len(c["perm"]) + 1, as_released=True)
-                     for c in case.config["cases"])
+    return {"frames": [f2c_oops.shuffle(Dealt([c["start"]], permutations=[c["perm"]]), c["T"],
+                                        len(c["perm"]) + 1, as_released=True)
+                       for c in case.config["cases"]]}
 
 
 def t1_double_flip(case):
     size = case.told(r"Crop (\d+)")
     longest = max(c["T"] for c in case.config["cases"])
     check_drawn(case, lambda rng: f2c_oops.double_flip(rng, longest, size))
-    return frames_of(f2c_oops.double_flip(Dealt([c["start"], c["offset"]]), c["T"], size)
-                     for c in case.config["cases"])
+    return {"frames": [f2c_oops.double_flip(Dealt([c["start"], c["offset"]]), c["T"], size)
+                       for c in case.config["cases"]]}
 
 
 def t1_random_point(case):
-    """The places of both clips stand in words: "normal crop = entries 0..19, sped-up ...".
-    """
+    """The places of both clips stand in words: "normal crop = entries 0..19, ..."."""
     normal, fast = (np.arange(int(a), int(b) + 1)
                     for a, b in re.findall(r"entries (\d+)\.\.(\d+)", case.what))
     check_drawn(case, lambda rng: f2c_oops.random_speed_point(rng, normal, fast))
-    return frames_of(f2c_oops.random_speed_point(Dealt([offset]), normal, fast)
-                     for offset in case.config["offsets"])
+    return {"frames": [f2c_oops.random_speed_point(Dealt([offset]), normal, fast)
+                       for offset in case.config["offsets"]]}
 
 
 def t1_warp(case):
     size, rows = case.told(r"first (\d+) entries"), []
     for c in case.config["cases"]:
-        M = f2c_oops.max_speed(c["T"], size)
-        assert M == c["max_speed"]
+        assert f2c_oops.max_speed(c["T"], size) == c["max_speed"]
         rng = Dealt([c["start"]], offsets=[c["offsets"]], permutations=[c["perm"]])
         rows.append(f2c_oops.warp(rng, c["T"], size, as_released=True))
-    return frames_of(rows)
+    return {"frames": rows}
 
 
 def t1_collate(case):
-    """The release draws one more number before the choices of each video, and both kinds of warp.
-    """
+    """The release draws one more number for each video, first, and both kinds of warp."""
     c, names = case.config, f2c_oops.CLIP_TRANSFORMS
-    assert "one unused draw" in c["draws_in_order"]
     size = case.told(r"length <= (\d+) are skipped")
     rng = Dealt(c["integers"], None, c["warp_offsets"], c["permutations"])
     labels, rows = [], []
@@ -335,14 +324,6 @@ def cut(video, step):
     return f2c_oops.cut_clips(video["n_frames"], Fraction(video["fps"]), stamps, step / FPS)
 
 
-def middle(video):
-    return sorted(video["t"])[1]
-
-
-def runs(labels):
-    return [[int(k), len(list(g))] for k, g in groupby(labels)]
-
-
 def note(video):
     return f2c_oops.Annotation(sorted(video["t"]), video["len"], sorted(video["rel_t"]))
 
@@ -351,16 +332,17 @@ def labels_of(video, step, part, level):
     """As released; none for a video that has no labels."""
     if not f2c_oops.has_labels(note(video), part, level):
         return np.zeros(0, dtype=np.int64)
-    return f2c_oops.video_labels(cut(video, step)[1], middle(video), as_released=True)
+    return f2c_oops.video_labels(cut(video, step)[1], note(video).t[1], as_released=True)
 
 
 def clip_labels(case):
     found = {}
     for key in case.case["outputs"]:
         part, step = re.fullmatch(r"(train|val)_step(\d+)", key).groups()
-        labels = {v["name"]: labels_of(v, int(step), part, "video") for v in case.config["videos"]}
-        found[key] = {k: {"n_clips": len(y), "labels_run_length": runs(y)}
-                      for k, y in labels.items()}
+        found[key] = {}
+        for v in case.config["videos"]:
+            y = labels_of(v, int(step), part, "video")
+            found[key][v["name"]] = {"n_clips": len(y), "labels_run_length": runs(y)}
     return found
 
 
@@ -383,7 +365,7 @@ def anticipation_labels(case):
         for v in usable:
             spans = cut(v, step)[1]
             args = SimpleNamespace(anticipate=float(ahead), as_released=True)
-            shown, labels = f2c_oops.labels_of(args, spans, middle(v), step / FPS)
+            shown, labels = f2c_oops.labels_of(args, spans, note(v).t[1], step / FPS)
             assert shown.tolist() == list(range(len(spans)))
             found[ahead][v["name"]] = labels.tolist()
     return {"expected": found}
@@ -447,9 +429,7 @@ def regression(case):
 
 
 def lr_schedule(case):
-    """All epochs, or those of the original's, whose numbers it does not tell: of each rate the
-    epoch that comes nearest, from epoch 0 on and rising.
-    """
+    """Where the original shows some epochs, without their numbers: those with the nearest rates."""
     c, want = case.config, case.case["outputs"]["lr"]["exact"]
     rates = np.array([f2c_oops.learning_rate(c["base"], e, c["epochs"], c["end"])
                       for e in range(c["epochs"])])
@@ -462,19 +442,13 @@ def lr_schedule(case):
 
 # ---- frames, backbones -------------------------------------------------------------------------
 
-def frames_as_bytes(case):
-    """The values made bytes: clamped, truncated."""
-    return case.input().clamp(0, 255).to(torch.uint8)
-
-
 def clip_transform(case):
-    (crop,) = set(case.config["crop"])
-    clip = f2c_oops.resize_clip(frames_as_bytes(case), tuple(case.config["resize"]), crop)
-    return {"clip": clip.transpose(0, 1)}
+    frames, (crop,) = case.input().clamp(0, 255).byte(), set(case.config["crop"])
+    return {"clip": f2c_oops.resize_clip(frames, case.config["resize"], crop).transpose(0, 1)}
 
 
 def frame_normalise(case):
-    return {"frames": f2c_oops.normalize(frames_as_bytes(case), *f2c_oops.HALF)}
+    return {"frames": f2c_oops.normalize(case.input().clamp(0, 255).byte(), *f2c_oops.HALF)}
 
 
 def features(case, model, rules=()):
@@ -494,7 +468,6 @@ def vit(case):
     c = case.config
     if "embed_dim" in c:
         ff, dim = case.entries()["blocks.0.mlp.fc1.weight"]
-        assert dim == c["embed_dim"]
         model = f2c_oops.headless(VisionTransformer(c["img_size"], c["patch_size"], c["depth"],
                                                   c["num_heads"], dim, ff))
     else:
@@ -509,8 +482,8 @@ def r2plus1d_bottleneck(case):
 ADAPTERS = {f.__name__: f for f in (
     vtn, vtn_gradients, vtn_receptive_field, two_level, stage2_loss, stage3_weighted_ce, crf,
     restack, t1_speed, t1_shuffle, t1_double_flip, t1_random_point, t1_warp, t1_collate,
-    t2_transforms, t2_collate, clip_labels, clip_frames, anticipation_labels,
-    anticipation_official, balanced, localization, classification_accuracy, regression,
-    lr_schedule, clip_transform, frame_normalise, vit, r2plus1d_bottleneck)}
+    t2_transforms, t2_collate, clip_labels, clip_frames, anticipation_labels, anticipation_official,
+    balanced, localization, classification_accuracy, regression, lr_schedule, clip_transform,
+    frame_normalise, vit, r2plus1d_bottleneck)}
 ADAPTERS |= {name: functools.partial(backbone, name)
              for name in ("resnet18", "resnet50", "r2plus1d_18", "r3d_18")}

@@ -1,7 +1,7 @@
 """Adapters of the parity tests for RepLAI: {family: function of a Case to its outputs}.
 
 Weights reach the networks as a user's would: written as a released checkpoint and read back by
-the function behind `--init`. A family's adapter has its name, with _ for dots.
+the function behind `--init`.
 """
 
 import argparse
@@ -28,8 +28,7 @@ def twice(outputs, model):
 
 
 def backbone(case, network):
-    """The map of each stage, their global maximum, and the state, whose statistics training moves.
-    """
+    """Map of each stage, global maximum, and the state, whose statistics training moves."""
     network, x = case.load(network).train(case.training()), case.input("x")
     for m in network.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -234,15 +233,13 @@ def rates(stage, lr, epochs, **how):
 
 def schedule(case):
     c = case.config
+    if "warmup_steps" in c:
+        return rates("recognition", c["base_lr"], c["total_steps"], warmup=c["warmup_steps"],
+                     most=1)
     if c["cos"]:
         return rates("statechange", c["lr"], c["epochs"])
     return rates("linear", c["lr"], c["epochs"], milestones=[
         (m + 0.5) / c["epochs"] for m in c["milestones"]])
-
-
-def schedule_warmup_cosine(case):
-    c = case.config
-    return rates("recognition", c["base_lr"], c["total_steps"], warmup=c["warmup_steps"], most=1)
 
 
 def linear_classifier(case):
@@ -293,8 +290,7 @@ def lta_model(case):
     model = replai.Anticipation(
         c["width"], c["depth"], c["num_classes"], kind, c["multi_input_features"],
         c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
-    case.load(model, replai.video_layouts("backbone."))
-    model.train(case.training())
+    case.load(model, replai.video_layouts("backbone.")).train(case.training())
     x = case.input("x")
     features = model.encode(x)
     verb, noun = model(x)
@@ -346,7 +342,6 @@ def pnr_heads_and_losses(case):
     c = case.config
     with mock.patch.object(common, "R2Plus1D", lambda *_, **__: nn.Identity()):
         model = replai.StateChange(c["channels"] // 8, crop=32 * c["map"])
-    assert model.pool == c["pool"]
     keyframe, state = case.load(model).eval()(case.input("map"))
     losses = model.losses((keyframe, state), {
         "state": torch.tensor(c["state_labels"]), "keyframe": torch.tensor(c["keyframe_index"]),
@@ -379,6 +374,6 @@ def metric_transpositions(case):
 ADAPTERS = {f.__name__: f for f in (
     backbone_video, backbone_audio, criterion, criterion_two_sgd_steps, loss_avc, loss_astc, moi,
     spectrogram, mel_filterbank, subsample, pad_video, video_transform, audio_window, schedule,
-    schedule_onecycle, schedule_warmup_cosine, linear_classifier, metric_topk,
-    metric_epic_official, recognition, lta_model, lta_windows, metric_aued, metric_transpositions,
-    pnr_frame_sampling, pnr_metrics, pnr_heads_and_losses, pnr_resize)}
+    schedule_onecycle, linear_classifier, metric_topk, metric_epic_official, recognition, lta_model,
+    lta_windows, metric_aued, metric_transpositions, pnr_frame_sampling, pnr_metrics,
+    pnr_heads_and_losses, pnr_resize)}

@@ -1,9 +1,8 @@
 """Adapters of the parity tests for SSDet and Coarse-Fine: {family: function of a Case to outputs}.
 
-Weights are written as a released checkpoint and read by `load`, the function behind `--init`, or
-for parts of a network by `load_weights` with the same names. Random choices are the case's.
-Numbers that a case tells in words alone, its own or another case's, are read from the words. A
-family's adapter has its name, or the beginning of it.
+Weights are written as a released checkpoint and read by `load_network`, the function behind
+`--init`, or for parts of a network by `load_weights`. Random choices are the case's.
+Numbers that a case tells in words alone, its own or another case's, are read from the words.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from parity_tools import gradients, recipe, watch
+from parity_tools import gradients, recipe, runs, watch
 
 import common
 import ssdet_coarsefine as sc
@@ -56,13 +55,7 @@ def as_written(ours, theirs):
     """Our numbers, those of theirs that they round to."""
     if isinstance(theirs, list) and len(ours) == len(theirs):
         return [as_written(a, b) for a, b in zip(ours, theirs)]
-    near = isinstance(theirs, float) and abs(ours - theirs) <= WRITTEN
-    return theirs if near else ours
-
-
-def runs(values):
-    """[[value, how often in a row]]"""
-    return [[k, len(list(g))] for k, g in groupby(values)]
+    return theirs if isinstance(theirs, float) and abs(ours - theirs) <= WRITTEN else ours
 
 
 # ---- weights -----------------------------------------------------------------------------------
@@ -91,7 +84,7 @@ def part(case, model):
 
 # ---- X3D and SlowFast --------------------------------------------------------------------------
 
-def x3d(case):
+def x3d_network(case):
     """Of the config, else as the words and the state say."""
     c, entries = case.config, case.entries()
     version = c.get("version") or case.told(r"X3D-(\w+)", str)
@@ -102,8 +95,8 @@ def x3d(case):
                                    dropout=c.get("dropout", 0.5)))
 
 
-def x3d_logits(case):
-    model = x3d(case)
+def x3d(case):
+    model = x3d_network(case)
     seen = watch({k: model.get_submodule(k) for k in case.case["outputs"] if k != "logits"})
     with torch.no_grad():
         return {"logits": model(case.input()), **{k: v[0] for k, v in seen.items()}}
@@ -111,19 +104,19 @@ def x3d_logits(case):
 
 def fine_features(case):
     with torch.no_grad():
-        return sc.fine_features(x3d(case), case.input())
+        return sc.fine_features(x3d_network(case), case.input())
 
 
-def pooled_features(case):
-    model, given = x3d(case), []
+def x3d_m_pooled_features(case):
+    model, given = x3d_network(case), []
     model.fc1.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     with torch.no_grad():
         model(case.input())
     return {"features": given[0]}
 
 
-def train_step(case):
-    model, (x, t) = x3d(case).train(), case.input("x", "t")
+def x3d_m_train_step(case):
+    model, (x, t) = x3d_network(case).train(), case.input("x", "t")
     (label,) = (above(case, v["built"], t) for v in case.case["inputs"].values() if "built" in v)
     logits = model(x)
     loss = F.binary_cross_entropy_with_logits(logits, label)
@@ -176,7 +169,7 @@ def slowfast(case):
 
 
 def fair_x3d(case):
-    model = x3d(case)
+    model = x3d_network(case)
     stages = [k for k in case.case["outputs"] if re.fullmatch(r"s\d", k)]
     seen = watch({k: model.get_submodule(f"layer{int(k[1]) - 1}") for k in stages})
     with torch.no_grad():
@@ -598,11 +591,9 @@ def collate_coarse(case):
 
 
 ADAPTERS = {f.__name__: f for f in (
-    fine_features, sub_batch_norm, slowfast, fair_x3d, coarse, grid_pool, grid_unpool, interp1d,
-    gaussian, fusion_filter, fusion_mixing, volume, volume_aug_combo, detection_loss,
-    ensemble_average, label_rate_interpolation, apmeter, apmeter_ties, charades_v1_localize,
-    frames25_selection, cycle_batch_sampler, multigrid_clip_shapes, lr, fair_multigrid, spatial,
-    temporal_crop, kinetics_val_crops, charades_sampling, two_stream_sampling, frame_labels,
-    inference_chunks, collate_coarse)}
-ADAPTERS |= {"x3d": x3d_logits, "x3d_m_pooled_features": pooled_features,
-             "x3d_m_train_step_split_bn": train_step}
+    x3d, x3d_m_pooled_features, x3d_m_train_step, fine_features, sub_batch_norm, slowfast, fair_x3d,
+    coarse, grid_pool, grid_unpool, interp1d, gaussian, fusion_filter, fusion_mixing, volume,
+    volume_aug_combo, detection_loss, ensemble_average, label_rate_interpolation, apmeter,
+    apmeter_ties, charades_v1_localize, frames25_selection, cycle_batch_sampler,
+    multigrid_clip_shapes, lr, fair_multigrid, spatial, temporal_crop, kinetics_val_crops,
+    charades_sampling, two_stream_sampling, frame_labels, inference_chunks, collate_coarse)}

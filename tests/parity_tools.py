@@ -22,11 +22,9 @@ sys.path += [str(FOLDER), str(HERE)]
 import recipe  # noqa: E402
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"                       # in the words of a case
-GREY = re.compile(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)")
-LABELS = re.compile(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* float32\((\d+)\)\)"
-                    r"\.astype\(int64\) % C")
-PIXELS = re.compile(r'(frame i: )?np\.clip\(values\(name(?: \+ "\." \+ i, \(h, w, 3\)|, shape)\)'
-                    r" \* (\d+) \+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)")
+GREY = r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)"              # in the words of an input
+PIXELS = r"(?:frame i: )?np\.clip\(values\(.*\) \* (\d+) \+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)"
+LABELS = r"integers: np\.floor\(np\.abs\(values\(.*\)\) \* float32\((\d+)\)\)\.astype\(int64\) % C"
 
 
 # ---- reading a case ------------------------------------------------------------------------------
@@ -74,11 +72,9 @@ class Case:
                 for k, shape in (entries or self.entries()).items()}
 
     def parameter(self, name, shape):
-        """An alias has the value of the name it stands for; an override replaces the recipe's, or
-        of `state_overrides` is a factor.
-        """
+        """By the recipe, or the case's `state_override`. `state_overrides` are factors."""
         for alias, name_of in self.case.get("aliases", {}).items():
-            if name.startswith(alias):
+            if name.startswith(alias):                        # the same tensor
                 name = name_of + name.removeprefix(alias)
         override = self.case.get("state_override", {}).get(name)
         x = recipe.values(name, shape, **override) if override else recipe.parameter(name, shape)
@@ -102,7 +98,7 @@ class Case:
     def inputs(self):
         """{name: value}, made as each entry's `how` says; a tensor, if of numbers."""
         made = {k: self.construct(k, v) for k, v in self.case["inputs"].items()}
-        for k, v in self.case["inputs"].items():              # "..., then 3 added at [i, label_i]"
+        for k, v in self.case["inputs"].items():
             if isinstance(v, dict) and " added at " in v.get("how", ""):
                 add_at_labels(made, k, v["how"])
         return {k: torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype.kind in "fiu" else x
@@ -118,30 +114,27 @@ class Case:
             re.search(r"\d*$", item[0])[0] or 0))]
 
     def construct(self, name, entry):
+        """The value of an input, as `then` or `how` says."""
         if not isinstance(entry, dict):
             return entry
-        how, shape = entry.get("how", "values"), entry.get("shape")
-        if re.match(r"values(, then|$)", how):
-            x = recipe.values(name, shape, entry.get("scale", 1.0), entry.get("shift", 0.0))
-            if "then" not in entry:
-                return x
-            how = entry["then"]
-            if grey := GREY.match(how):
-                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
-        if factor := LABELS.match(how):
-            x = np.floor(np.abs(recipe.values(name, shape)) * np.float32(factor[1]))
-            x = x.astype(np.int64) % entry["C"]
-            names = re.search(r"([\d, ]+) stand for ([\w, ]+)", how)
-            if names:
-                table = dict(zip(*(re.split(r", ?", s.strip()) for s in names.groups())))
-                x = np.array([table[str(i)] for i in x.ravel()]).reshape(x.shape)
-            return x
-        pixels = PIXELS.match(how)
-        if pixels and (pixels[1] or pixels[0] == how):
-            gain, shift, *limits = map(int, pixels.groups()[1:])
+        how, x = entry.get("then", entry.get("how", "values")), None
+        if "shape" in entry:
+            x = recipe.values(name, entry["shape"], entry.get("scale", 1), entry.get("shift", 0))
+        elif "h" in entry:                                    # each frame has its own name
             x = np.stack([recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
-                          for i in range(entry["n"])]) if pixels[1] else recipe.values(name, shape)
+                          for i in range(entry["n"])])
+        if re.match(r"values(, then|$)", how):
+            return x
+        if limits := re.match(GREY, how):
+            return np.clip(np.rint(x), *map(int, limits.groups())).astype(np.uint8)
+        if numbers := re.match(PIXELS, how):
+            gain, shift, *limits = map(int, numbers.groups())
             return np.clip(x * gain + shift, *limits).astype(np.uint8)
+        if factor := re.match(LABELS, how):
+            x = np.floor(np.abs(x) * np.float32(factor[1])).astype(np.int64) % entry["C"]
+            names = re.search(r"([\d,]+) stand for ([\w, ]+)", how)
+            table = dict(zip(names[1].split(","), names[2].split(", "))) if names else {}
+            return np.array([table[str(i)] for i in x]) if names else x
         if how.startswith("values(name, (channels, n), noise); then for each burst i at second t0"):
             return self.bursts(name, entry)
         raise NotImplementedError(f"{name}: no construction known for how = {how!r}")
@@ -210,7 +203,7 @@ class Tensorised(NamedTuple):
     hue: bool
 
 
-# ---- networks ------------------------------------------------------------------------------------
+# ---- networks and labels -------------------------------------------------------------------------
 
 def watch(modules):
     """{name: [what the module returned, call by call]}, filled as the network runs."""
@@ -218,6 +211,11 @@ def watch(modules):
     for k, m in modules.items():
         m.register_forward_hook(lambda _, __, y, k=k: seen[k].append(y))
     return seen
+
+
+def runs(values):
+    """[[value, how often in a row]]"""
+    return [[k, len(list(g))] for k, g in itertools.groupby(values)]
 
 
 def gradients(model):

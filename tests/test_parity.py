@@ -2,8 +2,8 @@
 
 The fixtures, `parity/*.json`, hold what the original code computed from weights and inputs that
 `recipe.py` rebuilds from names. `PARITY_DIR=folder` runs the same adapters on other files of that
-form. parity_<script>.py holds the adapters of a script. The longest family that the case's id
-begins with chooses one; everything else, sizes, temperatures, rates and draws, comes from the case.
+form. parity_<script>.py holds the adapters of a script. That with the longest name that the case's
+id begins with is taken; all else, sizes, temperatures, rates and draws, comes from the case.
 """
 
 import importlib
@@ -178,14 +178,13 @@ def tensor_faults(got, want, bound, name):
     words = re.fullmatch(r"mean absolute difference below (\d+)/(\d+) \((\d+)/(\d+) after hue\)",
                          bound.tensor)
     part, of = map(int, words.groups()[2:] if got.hue else words.groups()[:2])
-    value, ours = torch.as_tensor(got.value), digest(got.value)
-    allowed = torch.as_tensor(got.unit, dtype=torch.float64).expand(value.shape) * part / of
+    unit, ours = torch.as_tensor(got.unit, dtype=torch.float64), digest(got.value)
     if ours["shape"] != want["shape"]:
         return [f"{name}.shape: {ours['shape']}, the original {want['shape']}"]
+    allowed = unit.expand(ours["shape"]) * part / of
     far = np.abs(np.subtract(ours["first"], want["first"])) / allowed.flatten()[:32].numpy()
     bad = [] if far.mean() < 1 else [f"{name}.first: {far.mean():.3g} times the mean bound off"]
-    typical = allowed.mean().item()
-    slack = {"mean": typical, "std": typical, "norm": math.sqrt(value.numel()) * typical}
+    slack, _ = slack_of(want, Bound(atol=allowed.mean().item()))
     return bad + [f for k, s in slack.items() for f in off(ours[k], want[k], s, f"{name}.{k}")]
 
 
