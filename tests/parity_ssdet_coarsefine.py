@@ -376,8 +376,7 @@ def charades_v1_localize(case):
     """Scores that a submission lacks are -inf."""
     count, submitted = case.config["frames_per_video"], case.config["submitted"]
     name, classes, digits, missing = case.told(
-        r"values\(\"(\w+?)<v>_<j>\", \[(\d+)\]\).*?, (\d+)\), .*?missing rows (\[\[.*?\]\])",
-        str)
+        r"values\(\"(\w+?)<v>_<j>\", \[(\d+)\]\).*?, (\d+)\), .*?missing rows (\[\[.*?\]\])", str)
     classes, missing = int(classes), json.loads(missing.replace("'", '"'))
     truth, scores = [], []
     for row in csv.DictReader(io.StringIO(case.input("ground_truth_csv"))):
@@ -485,9 +484,8 @@ def spatial(case):
 
 def temporal_crop(case):
     c = case.config
-    numbers = sc.kinetics_frames(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"],
-                                  c["span"])
-    return {"frames": numbers + 1, "begin_max": sc.max_start(c["n"], c["size"], 1)}
+    frames = sc.kinetics_frames(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"], c["span"])
+    return {"frames": frames + 1, "begin_max": sc.max_start(c["n"], c["size"], 1)}
 
 
 def kinetics_val_crops(case):

@@ -69,10 +69,9 @@ def parse_tolerance(text):
             clauses += [({subject}, *((float(x), 0.0) if clause[0] == "r" else (0.0, float(x))))
                         for x, subject in re.findall(rf"{NUMBER} on (\w+)", clause)]
             continue
-        bare = re.fullmatch(NUMBER, clause)
-        m = re.fullmatch(rf"(?:([\w/, -]+?) )??(?:exact|equal|{BOUND})",
-                         f"atol {clause}" if bare else clause)
-        if not m or not clause:
+        clause = f"atol {clause}" if re.fullmatch(NUMBER, clause) else clause
+        m = re.fullmatch(rf"(?:([\w/, -]+?) )??(?:exact|equal|{BOUND})", clause)
+        if not m or not clause or "tol" in (m[1] or ""):
             raise ValueError(f"tolerance {text!r}: cannot read {clause!r}")
         subjects = set(re.split(r"/| and |, ", m[1])) if m[1] else None
         clauses.append((subjects, float(m[2] or 0), float(m[3] or 0)))
@@ -303,7 +302,8 @@ def test_there_are_cases():
     ("resampled/log/normalised atol 2e-4; mel_power rtol 1e-3", "mel_power", (1e-3, 0)),
     ("resampled/log/normalised atol 2e-4; mel_power rtol 1e-3", "normalised", (0, 2e-4)),
     *((text, "x", None) for text in ("", "close", "rtol about 1e-3", "within 2 %",
-                                     "rtol 1e-3 or so", "rtol 1e-3 (atol 5 for the last)"))])
+                                     "rtol 1e-3 or so", "rtol 1e-3 atol 1e-5",
+                                     "rtol 1e-3 (atol 5 for the last)"))])
 def test_tolerances_are_read_from_their_words_and_unknown_ones_refused(text, output, expected):
     with pytest.raises(ValueError, match="cannot read") if not expected else nullcontext():
         assert bounds(text, output, {"bn.running_mean": 0})[:2] == expected
