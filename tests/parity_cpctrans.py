@@ -15,54 +15,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from parity_tools import Tensorised, own_names, parameters_of, watch
+from PIL import Image
 from torch import nn
 
 import common
 import cpctrans
 from cpctrans import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
-CPU = torch.device("cpu")
 OPERATIONS = {"b": BRIGHTNESS, "c": CONTRAST, "s": SATURATION, "h": HUE}
 STD = torch.tensor(common.IMAGENET[1], dtype=torch.float64)
 
 
-class Draws:
-    """A random generator that returns given draws, again and again, per method."""
-
-    def __init__(self, **queues):
-        self.queues = {k: itertools.cycle(v) for k, v in queues.items()}
-
-    def __getattr__(self, method):
-        def draw(*args, **kwargs):
-            x = next(self.queues[method])
-            return x(*args, **kwargs) if callable(x) else x
-        return draw
+def draws(**queues):
+    """A random generator that returns these draws, again and again, per method."""
+    return mock.Mock(**{f"{k}.side_effect": itertools.cycle(v) for k, v in queues.items()})
 
 
 # ---- weights and networks ------------------------------------------------------------------------
 
-def released(case, within="", blank=False):
-    """Path of the case's state as a checkpoint of the release, its names put behind `within`.
-
-    blank: names and shapes alone.
-    """
-    state = {k: torch.zeros(()).expand(shape) for k, shape in case.entries().items()}
-    state = {within + k: v for k, v in (state if blank else case.state()).items()}
-    parallel = "final_fc.1.weight" in state                   # test.py saves a DataParallel
-    state = {"module." * parallel + k: v for k, v in state.items()}
-    path = case.folder / "model_best_epoch7.pth.tar"
-    torch.save({"epoch": 8, "net": "resnet18", "state_dict": state, "best_acc": np.float64(0.25),
-                "optimizer": {"state": {}, "param_groups": []}, "iteration": 99}, path)
-    return path
-
-
-def load_part(case, module, within):
-    """Load a bare submodule that is called `within...` in the release."""
-    holder, own = module, within.replace("transEnc.transEncoder", "transEnc")
-    for name in reversed(own.replace("transEnc.", "encoder.").rstrip(".").split(".")):
-        holder = nn.ModuleDict({name: holder})
-    common.load_weights(holder, released(case, within), cpctrans.LAYOUTS)
-    return module.eval()
+# Of a part of the network on its own: the transformer, and the GRU under its two names.
+PARTS = [[(r"^(transEncoder|cell_list\.0|ConvGRUCell_00)\.", "")]]
 
 
 def arguments(case, path="none", *flags):
@@ -77,13 +49,17 @@ def arguments(case, path="none", *flags):
 
 def whole(case):
     """(args, network): pre-training's, or the classifier where the state has a last layer."""
-    path = released(case)
+    path = case.checkpoint()
     args, last = arguments(case, path), case.entries().get("final_fc.1.weight")
     model = cpctrans.Classifier(args, last[0]) if last else cpctrans.CPC(args)
     common.load_weights(model, path, cpctrans.LAYOUTS)
-    net, layers = case.config.get("net"), case.config.get("transformer_layers")
-    assert net in (None, args.net) and layers in (None, args.layers), "another network was loaded"
     return args, model
+
+
+def settings(case, within=""):
+    """What the names and shapes of a checkpoint with this state say of the network."""
+    return cpctrans.read_settings(case.checkpoint({
+        within + k: torch.zeros(()).expand(shape) for k, shape in case.entries().items()}))
 
 
 def unused(case, model):
@@ -107,28 +83,18 @@ def without_dropout(model):
     return model
 
 
-def siblings(case, has):
-    """The cases of the file whose state is a whole network with the tensor `has`, as Cases."""
-    return [c for c in case.others() if {has, "backbone.conv1.weight"} <= set(c.entries())]
-
-
-def usual(cases):
-    """Of these, the one with the network of the release and the most classes."""
-    def fits(case):
-        made = cpctrans.read_settings(released(case, blank=True))
-        return all(made[k] == cpctrans.NETWORK[k] for k in ("net", "layers"))
-    fitting = [c for c in cases if fits(c)]
-    assert fitting, "no other case of the file has the default network"
+def usual(case, has):
+    """The case of a whole network of the release's kind with this tensor and most classes."""
+    fitting = [c for c in case.others() if {has, "backbone.conv1.weight"} <= set(c.entries())
+               and all(settings(c)[k] == cpctrans.NETWORK[k] for k in ("net", "layers"))]
     return max(fitting, key=lambda c: c.entries().get("final_fc.1.weight", [0])[0])
 
 
 # ---- parts of the network ------------------------------------------------------------------------
 
 def backbone(case):
-    made = cpctrans.read_settings(released(case, "backbone."))
-    assert case.config.get("net", made["net"]) == made["net"]
-    network = common.PredictiveResNet(made["net"], made["width"])
-    load_part(case, network, "backbone.").train(case.training())
+    made = settings(case, "backbone.")
+    network = case.load(common.PredictiveResNet(made["net"], made["width"])).train(case.training())
     names = ("bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
     maps = watch({k: getattr(network, k) for k in names})
     with torch.no_grad():
@@ -139,30 +105,25 @@ def backbone(case):
 
 def layernorm(case):
     eps = {"eps": case.config["eps"]} if "eps" in case.config else {}
-    norm = cpctrans.LayerNorm(case.entries()["a_2"][0], **eps)
-    load_part(case, norm, "transEnc.transEncoder.norm.")
-    return {"y": norm(case.input("x"))}
+    return {"y": case.load(cpctrans.LayerNorm(case.entries()["a_2"][0], **eps))(case.input("x"))}
 
 
 def attention(case):
     x = case.input("x")
-    module = cpctrans.Attention(x.shape[-1], case.config["h"])
-    load_part(case, module, "transEnc.transEncoder.layers.0.self_attn.")
+    module = case.load(cpctrans.Attention(x.shape[-1], case.config["h"])).eval()
     weights = watch({"weights": module.dropout})["weights"]
     return {"y": module(x), "attention": weights[0]}
 
 
 def feedforward(case):
     hidden, d = case.entries()["w_1.weight"]
-    module = with_hidden(cpctrans.EncoderLayer(d, 1), d, hidden).feed_forward
-    load_part(case, module, "transEnc.transEncoder.layers.0.feed_forward.")
-    return {"y": module(case.input("x"))}
+    layer = with_hidden(cpctrans.EncoderLayer(d, 1), d, hidden)
+    return {"y": case.load(layer.feed_forward).eval()(case.input("x"))}
 
 
 def with_hidden(layer, d, hidden):
     """A layer of the transformer whose hidden layer has a case's size."""
-    if layer.feed_forward.w_1.out_features != hidden:
-        layer.feed_forward.w_1, layer.feed_forward.w_2 = nn.Linear(d, hidden), nn.Linear(hidden, d)
+    layer.feed_forward.w_1, layer.feed_forward.w_2 = nn.Linear(d, hidden), nn.Linear(hidden, d)
     return layer
 
 
@@ -171,7 +132,7 @@ def encoder(case):
     module = cpctrans.Encoder(x.shape[-1], c["h"], c["N"])
     for layer in module.layers:
         with_hidden(layer, x.shape[-1], c["d_ff"])
-    load_part(case, module, "transEnc.")
+    case.load(module, PARTS).eval()
 
     def tokens(x):                                            # each a frame of one cell
         return module(x[..., None, None])[..., 0, 0]
@@ -185,32 +146,23 @@ def positional_table(case):
 
 
 def convgru(case):
-    c, made = case.config, case.inputs()
-    assert (c["kernel_size"], c["num_layers"]) == (1, 1), "only one layer of 1x1 gates exists"
-    x = case.input("x")                                       # (B, T, D, S, S)
-    h = case.input("h")[0] if any(k.endswith(".h") for k in made) else None
-    module = load_part(case, cpctrans.ConvGRU(x.shape[2]), "agg.")
-    if h is None:
-        states = watch({"gru": module})["gru"]
-        assert torch.equal(module.last_state(x), states[-1])
-    else:
-        states = [h := module(frame, h) for frame in x.unbind(1)]
-    states = torch.stack(states, 1)
-    return {"outputs": states, "last_states": states[:, -1:]}
+    x, given = case.input("x"), len(case.inputs()) > 1        # x: (B, T, D, S, S)
+    module = case.load(cpctrans.ConvGRU(x.shape[2]), PARTS).eval()
+    h = case.input("h")[0] if given else torch.zeros_like(x[:, 0])
+    states = [h := module(frame, h) for frame in x.unbind(1)]
+    assert given or torch.equal(module.last_state(x), h)
+    return {"outputs": torch.stack(states, 1), "last_states": h[:, None]}
 
 
 def prediction_loop(case):
     """The original's last state is one step of the GRU past the last prediction."""
-    h = case.input("hidden")
-    model = nn.Module()
+    h, model = case.input("hidden"), nn.Module()
     d, model.pred_step = h.shape[1], case.config["pred_step"]
     model.agg = cpctrans.ConvGRU(d)
     model.network_pred = nn.Sequential(nn.Conv2d(d, d, 1), nn.ReLU(), nn.Conv2d(d, d, 1))
-    common.load_weights(model, released(case), cpctrans.LAYOUTS)
-    states = watch({"agg": model.agg})["agg"]
-    pred = cpctrans.CPC.predict(model.eval(), h)
-    state = states[-1] if states else h
-    return {"pred": pred, "final_hidden": model.agg(F.relu(pred[:, -1]), state)}
+    states = watch({"agg": case.load(model, cpctrans.LAYOUTS).eval().agg})["agg"]
+    pred = cpctrans.CPC.predict(model, h)
+    return {"pred": pred, "final_hidden": model.agg(F.relu(pred[:, -1]), [h, *states][-1])}
 
 
 # ---- whole networks and losses -------------------------------------------------------------------
@@ -222,16 +174,12 @@ def kinds_of(B, P, M):
     kinds = torch.ones(len(cells), len(cells), dtype=torch.int64)
     for kind, code in (("wrong_time", -1), ("wrong_cell", -3), ("wrong_video", 0)):
         kinds[wrong[kind]] = code
-    positive = kinds == 1
-    assert (positive.sum(1) == 1).all()
-    return kinds.view(B, P, M, B, P, M), positive.int().argmax(1)
+    return kinds.view(B, P, M, B, P, M), (kinds == 1).int().argmax(1)
 
 
 def mask(case):
     c = case.config
     kinds, target = kinds_of(c["batch"], c["pred_step"], c["last_size"] ** 2)
-    for k, n in c.get("category_counts", {}).items():
-        assert (kinds == int(k)).sum() == n, f"{n} pairs of category {k} in the original"
     numbered = kinds.double() * torch.arange(kinds.numel()).view(kinds.shape)
     return {"mask": kinds, "mask_sum_345": kinds.sum((3, 4, 5)), "target": target,
             "mask_weighted": numbered.sum((0, 3))}
@@ -296,21 +244,17 @@ def classifier(case):
 
 def steps(case):
     """Steps as `train` takes them. One clip per step, or the same in each."""
-    c, (args, model) = case.config, whole(case)
-    adam = c["Adam"]
+    c, (args, model), adam = case.config, whole(case), case.config["Adam"]
     args.lr, args.weight_decay = adam["lr"], adam["weight_decay"]
     args.train_what = "ft" if "slow_lr" in adam else "all"
     optimizer = cpctrans.make_optimizer(args, model)
     for group in optimizer.param_groups:
         group["lr"] = adam["lr"] * group["scale"]
-        group["betas"] = tuple(adam.get("betas", group["betas"]))
-        group["eps"] = adam.get("eps", group["eps"])
-    if "slow_lr" in adam:
-        rates = sorted(g["lr"] for g in optimizer.param_groups)
-        assert np.allclose(rates, [adam["slow_lr"], adam["lr"]], rtol=1e-9), rates
-    clips = [torch.from_numpy(x) for x in case.in_order()]
+        group.update({k: adam[k] for k in ("betas", "eps") if k in adam})
+    rates = [g["lr"] for g in optimizer.param_groups]
+    assert np.isclose(min(rates), adam.get("slow_lr", adam["lr"]), rtol=1e-9), rates
+    clips, losses, top1 = case.in_order(), [], []
     without_dropout(model).train()
-    losses, top1 = [], []
     for step in range(c["steps"]):
         out = model(clips[step % len(clips)])
         if args.stage == "finetune":
@@ -327,38 +271,31 @@ def steps(case):
 
 
 def weights_transfer(case):
-    """Counts of names: of both files, and of those that go from one to the other.
+    """How many names both files have, and how many go from one to the other.
 
     Ours go by `load_init`; of the names that our network lacks, those that both files have.
     """
-    c = case.config
-    first, second = (usual(siblings(case, k)) for k in ("network_pred.0.weight",
-                                                        "final_fc.1.weight"))
+    first, second = (usual(case, k) for k in ("network_pred.0.weight", "final_fc.1.weight"))
     pretrained, (args, model) = whole(first)[1], whole(second)
-    args.init, load, filled = released(first), common.load_weights, set()
+    args.init, load, filled = first.checkpoint(), common.load_weights, set()
     with mock.patch.object(common, "load_weights", lambda *a, **k: filled.update(load(*a, **k))):
         cpctrans.load_init(args, model)
-    def size(source, network):
-        return len(own_names(source, cpctrans.LAYOUTS, network.state_dict())) + len(
-            unused(source, network))
-
     ours = own_names(first, cpctrans.LAYOUTS, model.state_dict())
     shared = {k for k, own in ours.items() if own in filled}
-    both = set(unused(first, pretrained)) & set(unused(second, model))
-    left, random = set(first.entries()) - shared - both, set(model.state_dict()) - filled
-    assert left == set(c["pretrain_keys_unused"]), left
-    assert random == set(c["classifier_keys_left_at_init"]), random
+    shared |= set(unused(first, pretrained)) & set(unused(second, model))
+    assert set(first.entries()) - shared == set(case.config["pretrain_keys_unused"])
+    random = set(model.state_dict()) - filled
+    assert random == set(case.config["classifier_keys_left_at_init"])
     return {"counts_pretrain_classifier_shared": [
-        size(first, pretrained), size(second, model), len(shared) + len(both)]}
+        len(first.entries()), len(second.entries()), len(shared)]}
 
 
 # ---- evaluation, schedules, lists ----------------------------------------------------------------
 
 def video_aggregation(case):
-    times = int(re.search(r"\((\d+)\*v\) mod num_class", case.what)[1])
-    clips = [torch.from_numpy(x).flatten(0, -2) for x in case.in_order()]
-    assert [len(x) for x in clips] == case.config["clips_per_video"]
-    prob, logits = (torch.stack(x) for x in zip(*map(cpctrans.aggregate, clips)))
+    clips = [cpctrans.aggregate(x.flatten(0, -2)) for x in case.in_order()]
+    prob, logits = (torch.stack(x) for x in zip(*clips))
+    times = case.told(r"\((\d+)\*v\) mod num_class")
     label = times * torch.arange(len(clips)) % case.config["num_class"]
     metrics, confusion = cpctrans.video_metrics(prob, logits, label)
     agree = prob.argmax(1) == logits.argmax(1)
@@ -372,21 +309,16 @@ def video(length):
     return cpctrans.Video("Class/video", 0, length)
 
 
-def reading(frames):
-    """In this block, the product's reader of frames is `frames`."""
-    return mock.patch.object(cpctrans, "read_frames", frames)
-
-
 def clip_indices(case):
     """The frames of a training clip are their numbers here."""
-    out, bare = {}, arguments(case)
+    out, args = {}, arguments(case)
     for row in case.config["cases"]:
-        args = SimpleNamespace(**{**vars(bare), "num_frames": row["num_seq"], "stride": row["ds"]})
-        length, n, ds = row["vlen"], row["num_seq"], row["ds"]
-        with reading(lambda _, numbers, crop: numbers):
-            first, last = (cpctrans.read_random_clip(args, video(length), Draws(integers=[draw]))
-                           for draw in (lambda high: 0, lambda high: high - 1))
-        key = f"vlen{length}_n{n}_ds{ds}"
+        length, args.num_frames, args.stride = row["vlen"], row["num_seq"], row["ds"]
+        with mock.patch.object(cpctrans, "read_frames", lambda _, numbers, crop: numbers):
+            first, last = (
+                cpctrans.read_random_clip(args, video(length), mock.Mock(integers=draw))
+                for draw in (lambda high: 0, lambda high: high - 1))
+        key = f"vlen{length}_n{args.num_frames}_ds{args.stride}"
         out |= {f"{key}_kept": int(length > cpctrans.frames_needed(args)),
                 f"{key}_test_frame_numbers_1based": cpctrans.consecutive_clips(args, length) + 1,
                 f"{key}_train_first_and_last_possible_start": [first[0].item(), last[0].item()],
@@ -397,32 +329,25 @@ def clip_indices(case):
 def lr_schedules(case):
     """The release counts epochs of pre-training from 1."""
     c, args, out = case.config, arguments(case), {}
-    counted = re.search(r"epochs (\d+)\.\.(\d+).*finetuning (\d+)\.\.(\d+)", case.what)
-    first, last, *_ = map(int, counted.groups())
-
-    def rates(stage, epochs):
-        args.stage, args.lr, args.train_what = stage, c[stage]["lr"], "ft"
-        with mock.patch.dict(cpctrans.SCHEDULE, {stage: c[stage]["StepLR"]}):
-            return np.array([cpctrans.learning_rate(args, e, 1) for e in epochs])
-
-    source = usual(siblings(case, "final_fc.1.weight"))
+    first, last = case.told(r"epochs (\d+)\.\.(\d+).*finetuning")
+    source = usual(case, "final_fc.1.weight")
     tuning, model = whole(source)
-    groups = cpctrans.make_optimizer(tuning, model).param_groups
-    fast, slow = sorted((g["scale"] for g in groups), reverse=True)
-    ours = {g["scale"]: sum(p.numel() for p in g["params"]) for g in groups}
-    starts = tuple(c["finetune"].get("slow_prefixes", ("backbone", "transEnc")))
-    dead = {k: int(np.prod(s)) for k, s in parameters_of(unused(source, model)).items()}
-    dead_slow = sum(n for k, n in dead.items() if k.startswith(starts))
+    ours = {g["scale"]: sum(p.numel() for p in g["params"])
+            for g in cpctrans.make_optimizer(tuning, model).param_groups}
     for key in case.case["outputs"]:
         at = re.fullmatch(r"(pretrain|finetune)_(?:(slow|fast)_)?lr(?:_at_(?:epochs_)?([\d_]+))?",
                           key)
         if at:
-            offset = first if at[1] == "pretrain" else 0
-            epochs = map(int, at[3].split("_")) if at[3] else range(first, last + 1)
-            scale = slow if at[2] == "slow" else fast
-            out[key] = scale * rates(at[1], [e - offset for e in epochs])
-    return {**out, "slow_params_total_params": [
-        ours[slow] + dead_slow, sum(ours.values()) + sum(dead.values())]}
+            args.stage, args.lr = at[1], c[at[1]]["lr"]
+            epochs = np.array(at[3].split("_") if at[3] else range(first, last + 1), int)
+            epochs -= first if args.stage == "pretrain" else 0
+            with mock.patch.dict(cpctrans.SCHEDULE, {args.stage: c[args.stage]["StepLR"]}):
+                rates = np.array([cpctrans.learning_rate(args, e, 1) for e in epochs])
+            out[key] = rates * (min(ours) if at[2] == "slow" else max(ours))
+    dead = {k: int(np.prod(s)) for k, s in parameters_of(unused(source, model)).items()}
+    starts = tuple(c["finetune"].get("slow_prefixes", ("backbone", "transEnc")))
+    slow = ours[min(ours)] + sum(n for k, n in dead.items() if k.startswith(starts))
+    return {**out, "slow_params_total_params": [slow, sum(ours.values()) + sum(dead.values())]}
 
 
 def meter(case):
@@ -464,7 +389,6 @@ def parse_hmdb51(case):
         assert {row.split("/")[0] for row in rows} == set(classes)
         assert [v.name.split("/", 1)[1] for v in videos] == c["expected"][split]
         code |= {v.name: number for v in videos}
-    assert c["expected"].get("class") in {None, *classes}
     return {"codes": [code.get(row, 0) for row in rows]}
 
 
@@ -486,7 +410,7 @@ def image_outputs(x, tensor=False, hue=False):
     return {k: Tensorised(v, 255.0, hue) for k, v in found.items()} if tensor else found
 
 
-def clip_outputs(x, tensor=False, hue=False):
+def clip_outputs(x, tensor=False):
     """The outputs of a whole pipeline.    x: (N, 3, H, W), normalised
 
     Contiguous: means in float32 follow the order of summation.
@@ -496,13 +420,12 @@ def clip_outputs(x, tensor=False, hue=False):
              "row_means": x.mean((0, 1, 3))}
     units = {"clip_NxCxHxW": (1 / STD)[:, None, None], "per_frame_channel_means": 1 / STD,
              "row_means": (1 / STD).mean()}
-    return {k: Tensorised(v, units[k], hue) for k, v in found.items()} if tensor else found
+    return {k: Tensorised(v, units[k], hue=True) for k, v in found.items()} if tensor else found
 
 
 def frames_of(case):
     """The case's frames, (n, 3, h, w) uint8."""
-    (frames,) = case.inputs().values()
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return case.input().permute(0, 3, 1, 2)
 
 
 def scale(case):
@@ -519,79 +442,60 @@ def scale(case):
 
 def short_side(case):
     """By the reader of frames, whose crop is 14/15 of the side."""
-    c, frames = case.config, frames_of(case).permute(0, 2, 3, 1).numpy()
-    side = int(re.search(r"shorter side to (\d+)", case.what)[1])
+    frames, side = case.input().numpy(), case.told(r"shorter side to (\d+)")
     with mock.patch.object(common, "read_frames", lambda *_: frames):
-        out = cpctrans.read_frames(video(len(frames)), np.arange(len(frames)), -(-side * 14 // 15))
-    assert out.shape[:1:-1] == tuple(c["out_wh"]), out.shape
-    return image_outputs(out)
+        return image_outputs(cpctrans.read_frames(
+            video(len(frames)), np.arange(len(frames)), -(-side * 14 // 15)))
 
 
 def center_crop(case):
-    x, size = frames_of(case), case.config["size"]
-    places = torch.stack(torch.meshgrid(*map(torch.arange, x.shape[2:]), indexing="ij"))
-    top, left = cpctrans.TF.center_crop(places[None], [size])[0, :, 0, 0].tolist()
-    assert [left, top] == case.config.get("expected_xy", [left, top])
-    return image_outputs(cpctrans.TF.center_crop(x, [size]))
+    return image_outputs(cpctrans.TF.center_crop(frames_of(case), [case.config["size"]]))
 
 
 def random_sized_crop(case):
     """Where ten tries find no box: ten of four times the area."""
     c = case.config
-    size = c.get("size") or int(re.search(r"resize to (\d+)", case.what)[1])
-    draws = Draws(uniform=[4.0, 1.0], random=[1.0])
+    size = c.get("size") or case.told(r"resize to (\d+)")
+    rng = draws(uniform=[4.0, 1.0], random=[1.0])
     if "area_fraction" in c:
-        draws = Draws(uniform=[c["area_fraction"], c["aspect"]],
-                      random=[0.0 if c["swap_wh"] else 1.0], integers=[c["x"], c["y"]])
-    with mock.patch.object(cpctrans.TF, "resized_crop", wraps=cpctrans.TF.resized_crop) as spy:
-        out = cpctrans.random_sized_crop(frames_of(case), draws, size)
-    if spy.call_args:
-        height, width = spy.call_args.args[3:5]
-        assert [width, height] == c.get("crop_wh", [width, height])
-    return image_outputs(out, tensor=True)
+        rng = draws(uniform=[c["area_fraction"], c["aspect"]],
+                    random=[0.0 if c["swap_wh"] else 1.0], integers=[c["x"], c["y"]])
+    return image_outputs(cpctrans.random_sized_crop(frames_of(case), rng, size), tensor=True)
 
 
-def pretrain_clip(args, frames, draws):
+def pretrain_clip(args, frames, rng):
     """A pre-training sample of these frames as the network gets it: (N, 3, S, S)."""
     args.num_frames = len(frames)
-    with reading(lambda *_: frames):
-        sample = cpctrans.make_pretrain_clip(args, [video(len(frames))], 0, draws)
+    with mock.patch.object(cpctrans, "read_frames", lambda *_: frames):
+        sample = cpctrans.make_pretrain_clip(args, [video(len(frames))], 0, rng)
     batch = {k: torch.as_tensor(v)[None] for k, v in sample.items()}
-    return cpctrans.jitter_batch(batch, CPU)[0]
+    return cpctrans.jitter_batch(batch, torch.device("cpu"))[0]
 
 
-def tiled(case, flip=1.0, grey=(1.0, 0)):
-    """Flip and grey channels by pre-training's own code, without jitter.
-
-    That code cuts squares, so a frame goes through it in overlapping ones.
-    """
+def flip_and_grey(case, flip=1.0, grey=(1.0, 0)):
+    """By pre-training's own code, without jitter. It cuts squares: frames are extended to them."""
     frames = frames_of(case)
     n, _, h, w = frames.shape
-    side, out = min(h, w), np.zeros(frames.shape)
+    side = max(h, w)
     args = arguments(case, "none", "--img_dim", str(side), "--crop", str(side))
-    for y, x in itertools.product(*(sorted({*range(0, size - side, side), size - side})
-                                    for size in (h, w))):
-        draws = Draws(random=[flip, np.full(n, 1.0) * grey[0]],
-                      integers=[0, x, y, np.full(n, 0) + grey[1]],
-                      uniform=[np.zeros((n, 4))], permutation=[-np.ones(4, int)])
-        with mock.patch.object(cpctrans.TF, "normalize", lambda x, *_: x):
-            tile = pretrain_clip(args, frames, draws)
-        out[..., y:y + side, x:x + side] = (tile * 255).double().round()
-    return image_outputs(out)
+    rng = draws(random=[flip, np.full(n, 1.0) * grey[0]], uniform=[np.zeros((n, 4))],
+                integers=[0, 0, 0, np.full(n, 0) + grey[1]], permutation=[-np.ones(4, int)])
+    with mock.patch.object(cpctrans.TF, "normalize", lambda x, *_: x):
+        out = pretrain_clip(args, F.pad(frames, (0, side - w, 0, side - h)), rng)
+    left = side - w if flip < 0.5 else 0
+    return image_outputs((out * 255).double().round()[..., :h, left:left + w])
 
 
 def flip(case):
-    return tiled(case, flip=float(re.search(r"draw ([\d.]+)", case.what)[1]))
+    return flip_and_grey(case, flip=case.told(r"draw ([\d.]+)", float))
 
 
 def random_gray(case):
     """The channels stand in words, frame by frame; where there is none, any would do."""
-    words = re.findall(r"frame (\d+) (?:replaced )?by (?:its )?channel (\d)", case.what)
-    channels = {int(frame): int(channel) for frame, channel in words}
+    words = dict(re.findall(r"frame (\d+) (?:replaced )?by (?:its )?channel (\d)", case.what))
     draws = np.array(case.config["draws"])
-    for i, draw in enumerate(draws):
-        assert (draw < case.config["p"]) == (i in channels), "the words and the draws disagree"
-    return tiled(case, grey=(draws, np.array([channels.get(i, 0) for i in range(len(draws))])))
+    channels = np.array([int(words.get(str(i), 0)) for i in range(len(draws))])
+    return flip_and_grey(case, grey=(draws, channels))
 
 
 def color_jitter(case):
@@ -619,39 +523,36 @@ def size_of(case):
 
 
 def pipeline_pretrain(case):
-    c, frames = case.config, frames_of(case)
+    c = case.config
     channels = [re.search(r"\d", x)[0] if x else None for x in c["gray"]]
     order = [np.array([OPERATIONS[word[0]] for word in words]) for words in c["jitter_order"]]
-    draws = Draws(
+    rng = draws(
         random=[0.0 if c["flip"] else 1.0, np.array([1.0 if x is None else 0.0 for x in channels])],
         integers=[0, *c["crop_xy"], np.array([int(x or 0) for x in channels])],
         uniform=[np.array(c["jitter_bcsh"]) - (1, 1, 1, 0)], permutation=order)
     args = arguments(case, "none", *size_of(case))
-    return clip_outputs(pretrain_clip(args, frames, draws), tensor=True, hue=True)
+    return clip_outputs(pretrain_clip(args, frames_of(case), rng), tensor=True)
 
 
 def pipeline_test(case):
     frames, args = frames_of(case), arguments(case, "none", *size_of(case))
     args.num_frames, args.stride = len(frames), 1
-    with reading(lambda *_: frames):
+    with mock.patch.object(cpctrans, "read_frames", lambda *_: frames):
         clip = cpctrans.make_middle_clip(args, [video(len(frames))], 0)["clip"]
     return clip_outputs(cpctrans.normalize(clip))
 
 
 def end_to_end_test_video(case):
     """From a folder of frames, stored without loss under the names of the release."""
-    from PIL import Image
     args, model = whole(case)
     folder = case.folder / "Class" / "v_Class_g01_c01"
     folder.mkdir(parents=True)
-    for i, frame in enumerate(frames_of(case).permute(0, 2, 3, 1).numpy()):
+    for i, frame in enumerate(case.input().numpy()):
         Image.fromarray(frame).save(folder / f"image_{i + 1:05d}.jpg", "PNG")
     video = cpctrans.Video("Class/v_Class_g01_c01", 0, path=folder)
-    length, error = cpctrans.count_frames(args, [video], 0, None)
-    assert (length, error) == (case.config["frames"], "")
+    length, _ = cpctrans.count_frames(args, [video], 0, None)
     sample = cpctrans.make_test_clips(args, [video._replace(length=length)], 0)
     clips = cpctrans.normalize(sample["clips"])
-    assert len(clips) == case.config["clips"]
     with torch.no_grad():
         logits = model.eval()(clips)
     prob, _ = cpctrans.aggregate(logits)
@@ -659,19 +560,11 @@ def end_to_end_test_video(case):
             "argmax": prob.argmax()}
 
 
-ADAPTERS = {
-    "backbone": backbone, "layernorm": layernorm, "attention": attention,
-    "feedforward": feedforward, "encoder": encoder, "positional_table": positional_table,
-    "convgru": convgru, "prediction_loop": prediction_loop, "mask": mask, "loss_topk": loss_topk,
-    "pretrain_full": pretrain_full, "future_is_visible": future_is_visible,
-    "classifier_eval": classifier, "classifier_train": classifier, "train#_pretrain": steps,
-    "train#_finetune": steps, "weights_transfer": weights_transfer,
-    "video_aggregation": video_aggregation, "clip_indices": clip_indices,
-    "lr_schedules": lr_schedules, "meter": meter, "parse_ucf101": parse_ucf101,
-    "parse_hmdb51": parse_hmdb51, "parse_frame_csv": parse_frame_csv, "scale_nearest": scale,
-    "scale_bilinear": scale, "scale_int_short_side": scale, "short_side": short_side,
-    "center_crop": center_crop, "random_sized_crop": random_sized_crop, "flip": flip,
-    "random_gray": random_gray, "color_jitter": color_jitter,
-    "pipeline_pretrain": pipeline_pretrain, "pipeline_test": pipeline_test,
-    "end_to_end_test_video": end_to_end_test_video}
+ADAPTERS = {f.__name__: f for f in (
+    backbone, layernorm, attention, feedforward, encoder, positional_table, convgru,
+    prediction_loop, mask, loss_topk, pretrain_full, future_is_visible, classifier,
+    weights_transfer, video_aggregation, clip_indices, lr_schedules, meter, parse_ucf101,
+    parse_hmdb51, parse_frame_csv, scale, short_side, center_crop, random_sized_crop, flip,
+    random_gray, color_jitter, pipeline_pretrain, pipeline_test, end_to_end_test_video)}
+ADAPTERS |= {"train#_pretrain": steps, "train#_finetune": steps}
 ADAPTERS |= {f"upstream_#l#h_{family}": adapter for family, adapter in ADAPTERS.items()}

@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from parity_tools import NUMBER, Twice, only, watch
+from parity_tools import NUMBER, Twice, gradients, only, watch
 from scipy.signal import peak_prominences
 from torch import nn
 
@@ -27,19 +27,17 @@ def twice(outputs, model):
     return {k: Twice(v, double[k]) for k, v in outputs(model).items()}
 
 
-def backbone(case, network, stages):
-    """The map of each stage, their global maximum, and the state, whose statistics training moves.
-
-    stages: {name in the original: ours}.
-    """
-    network, x = case.load(network, [()], ("",)).train(case.training()), case.input("x")
+def backbone(case, network):
+    """Map of each stage, global maximum, and the state, whose statistics training moves."""
+    network, x = case.load(network).train(case.training()), case.input("x")
     for m in network.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = case.config.get("bn_momentum", m.momentum)
 
     @torch.no_grad()
     def outputs(network):
-        seen = watch({k: getattr(network, own) for k, own in stages.items()})
+        stages = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
+        seen = watch(dict(zip(stages, network.children(), strict=True)))
         last = network(x.to(next(network.parameters()).dtype))
         return {**{k: maps[0] for k, maps in seen.items()}, "forward": last,
                 "pool": last.amax(tuple(range(2, last.dim())), keepdim=True),
@@ -47,17 +45,13 @@ def backbone(case, network, stages):
     return twice(outputs, network) if network.training else outputs(network)
 
 
-def video_backbone(case):
-    stages = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
+def backbone_video(case):
     width = case.entries()["conv1.0.weight"][0]
-    network = common.R2Plus1D(width, case.config["depth"])
-    return backbone(case, network, dict(zip(stages, stages)))
+    return backbone(case, common.R2Plus1D(width, case.config["depth"]))
 
 
-def audio_backbone(case):
-    return backbone(case, common.SpectrogramCNN(case.entries()["conv1.0.weight"][0]), {
-        "conv1": "conv1", "conv2x": "block1", "conv3x": "block2", "conv4x": "block3",
-        "conv5x": "block4"})
+def backbone_audio(case):
+    return backbone(case, common.SpectrogramCNN(case.entries()["conv1.0.weight"][0]))
 
 
 def replai_model(case):
@@ -66,16 +60,15 @@ def replai_model(case):
     deep = any(k.startswith("backbone.video.conv2x.1.") for k in s)
     depth, out_dim = case.config.get("depth", 18 if deep else 10), s["mlp.video_clr.2.weight"][0]
     model = replai.RepLAI(s["backbone.video.conv1.0.weight"][0], depth, out_dim)
-    case.load(model, replai.PRETRAIN_LAYOUTS, ("backbone.",))
-    return model
+    return case.load(model, replai.PRETRAIN_LAYOUTS, ("backbone.",))
 
 
 def objective(case, model):
     """(total, AVC, AStC) losses of the case's clips and sounds; tau: the case's, or our default."""
     c = case.config
     tau = c["temperature"] if "temperature" in c else replai.parse_args([]).tau
-    made, dtype = case.inputs(), next(model.parameters()).dtype
-    out = model(*(only(made, k).to(dtype) for k in ("video_l", "video_r", "audio")))
+    dtype = next(model.parameters()).dtype
+    out = model(*(x.to(dtype) for x in case.input("video_l", "video_r", "audio")))
     avc = replai.avc_loss(out["z"], out["y"], tau)
     astc = replai.astc_loss(out["g_fwd"], out["g_bwd"], out["q"], replai.KAPPA)
     return c["clr_coeff"] * avc + c["aot_coeff"] * astc, avc, astc
@@ -83,23 +76,21 @@ def objective(case, model):
 
 def criterion(case):
     def outputs(model):
-        maps = {}
-        for k, network in model.backbone.items():
-            network.register_forward_hook(lambda _, __, y, k=k: maps.update({k: y}))
+        maps = watch(model.backbone)
         total, avc, astc = objective(case, model)
         total.backward()
-        return {"total_loss": total, "clr_loss": avc, "aot_loss": astc, "audio_map": maps["audio"],
-                "video_feature": maps["video"].amax((2, 3, 4), keepdim=True), **model.state_dict(),
-                **{f"grad:{k}": p.grad for k, p in model.named_parameters()}}
+        return {"total_loss": total, "clr_loss": avc, "aot_loss": astc,
+                "video_feature": maps["video"][0].amax((2, 3, 4), keepdim=True),
+                "audio_map": maps["audio"][0], **gradients(model), **model.state_dict()}
     return twice(outputs, replai_model(case).train(case.training()))
 
 
-def criterion_sgd_steps(case):
+def criterion_two_sgd_steps(case):
     """The optimiser's settings that the config lacks stand in the case's `what`."""
-    c, number = case.config, re.compile(rf"weight decay {NUMBER}")
-    decay = c["weight_decay"] if "weight_decay" in c else float(number.search(case.what)[1])
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    steps = c.get("steps") or words.index(re.search(r"(\w+) optimi[sz]er steps?", case.what)[1])
+    c, words = case.config, "zero one two three four five six seven eight nine ten".split()
+    decay = (c["weight_decay"] if "weight_decay" in c else
+             case.told(rf"weight decay {NUMBER}", float))
+    steps = c.get("steps") or case.told(r"(\w+) optimi[sz]er steps?", words.index)
 
     def outputs(model):
         values, optimizer = [], torch.optim.SGD(model.parameters(), lr=c["lr_used"],
@@ -115,58 +106,49 @@ def criterion_sgd_steps(case):
 
 
 def avc_gradients(inputs, tau):
-    """{name of an input: tensor} -> the loss, {grad:name: its gradient}"""
+    """loss, {grad:name of an input: its gradient}"""
     x = {k: v.requires_grad_() for k, v in inputs.items()}
-    video_l, video_r, audio = (only(x, k) for k in ("video_l", "video_r", "audio"))
+    video_l, video_r, audio = only(x, "video_l", "video_r", "audio")
     loss = replai.avc_loss(torch.stack([video_l, video_r]), audio, tau)
     loss.backward()
     return loss.detach(), {f"grad:{k}": v.grad for k, v in x.items()}
-
-
-def avc(case):
-    if case.config.get("world_size", 1) > 1:
-        return avc_processes(case)
-    inputs = {k: torch.from_numpy(v) for k, v in case.inputs().items()}
-    loss, grads = avc_gradients(inputs, case.config["temperature"])
-    return {"loss": loss, **grads}
 
 
 def avc_process(shares, tau, rank):
     return avc_gradients(shares[rank], tau)
 
 
-def avc_processes(case):
+def loss_avc(case):
+    """Of one process, or of each of several."""
     import running
-    inputs, world = case.inputs(), case.config["world_size"]
-    shares = [{k: torch.from_numpy(v) for k, v in inputs.items() if f".rank{r}." in k}
-              for r in range(world)]
-    assert all(len(v) == case.config["per_rank_batch"] for x in shares for v in x.values())
-    process = functools.partial(avc_process, shares, case.config["temperature"])
-    found = {}
+    inputs, tau, world = case.inputs(), case.config["temperature"], case.config.get("world_size", 1)
+    if world == 1:
+        loss, grads = avc_gradients(inputs, tau)
+        return {"loss": loss, **grads}
+    shares = [{k: v for k, v in inputs.items() if f".rank{r}." in k} for r in range(world)]
+    process, found = functools.partial(avc_process, shares, tau), {}
     for r, (loss, grads) in enumerate(running.processes(process, world, case.folder)):
         found |= {f"loss_rank{r}": loss, **grads}
     return found
 
 
-def astc(case):
+def loss_astc(case):
     """g alone with the state's weights, then our `RepLAI.change` and AStC."""
-    s, made = case.entries(), case.inputs()
-    hidden, out_dim = s["mlp.aot_diff.0.weight"]
+    hidden, out_dim = case.entries()["mlp.aot_diff.0.weight"]
     model = nn.Module()
     model.mlp = nn.ModuleDict({"aot_diff": replai.head(out_dim, hidden, out_dim)})
-    case.load(model, [()], ("",))
-    x = {k: torch.from_numpy(v).requires_grad_() for k, v in made.items()}
-    s_l, s_r, q = (only(x, k) for k in ("video_l", "video_r", "audio"))
+    case.load(model)
+    x = {k: v.requires_grad_() for k, v in case.inputs().items()}
+    s_l, s_r, q = only(x, "video_l", "video_r", "audio")
     loss = replai.astc_loss(*replai.RepLAI.change(model, s_l, s_r), q, case.config["temperature"])
     loss.backward()
-    return {"loss": loss, **{f"grad:{k}": v.grad for k, v in x.items()},
-            **{f"grad:{k}": p.grad for k, p in model.named_parameters()}}
+    return {"loss": loss, **{f"grad:{k}": v.grad for k, v in x.items()}, **gradients(model)}
 
 
 def moi(case):
-    c, (x,) = case.config, case.inputs().values()
-    times, curve, bins = replai.find_moments(x, c["sample_rate"], c["prominence"],
-                                             c["distance_bins"])
+    c = case.config
+    times, curve, bins = replai.find_moments(case.input().numpy(), c["sample_rate"],
+                                             c["prominence"], c["distance_bins"])
     peaks = times[bins]
     kept = replai.admissible(peaks, c["segment_seconds"], c["delta_non_overlap"], c["clip_seconds"])
     return {"zscore_mean_over_frequency": curve, "number_of_bins": len(curve),
@@ -177,9 +159,8 @@ def moi(case):
 
 def spectrogram(case):
     """The script has one window, hop, number of bands and rate; the case's stand in for them."""
-    c, (x,) = case.config, case.inputs().values()
-    x, new = torch.from_numpy(np.atleast_2d(x)), c["audio_rate"]        # (channels, n)
-    mono = x.mean(0)
+    c, x = case.config, torch.atleast_2d(case.input())                  # (channels, n)
+    new, mono = c["audio_rate"], x.mean(0)
     resampled = replai.resample(mono, c["raw_sample_rate"], new)
     mel_power = functools.partial(replai.mel_power, n_fft=round(c["window_ms"] * new / 1000),
                                   hop=round(c["hop_ms"] * new / 1000), n_mels=c["n_mels"],
@@ -197,17 +178,25 @@ def spectrogram(case):
 
 
 def mel_filterbank(case):
-    c, bins = case.config, re.search(r"\[(\d+) bins", case.what)
+    c = case.config
     assert (c["scale"], c["norm"]) == ("htk", None), "only the HTK scale without area norm exists"
-    bins = c.get("bins") or int(bins[1])
+    bins = c.get("bins") or case.told(r"\[(\d+) bins")
     fbank = replai.mel_filterbank(bins, c["n_mels"], c["f_min"], c["f_max"])
     return {"fbank": fbank, "column_sums": fbank.sum(0),
             **{f"row_{i}": row for i, row in enumerate(fbank)}}
 
 
+def subsample(case):
+    return {"indices": replai.subsample(case.config["in"], case.config["out"])}
+
+
+def pad_video(case):
+    return {"indices": replai.sample_frames(0, case.config["have"], case.config["want"])}
+
+
 def video_transform(case):
     """Crop and number of frames are our defaults where the case does not name them."""
-    c, (frames,), args = case.config, case.inputs().values(), replai.parse_args([])
+    c, frames, args = case.config, case.input().numpy(), replai.parse_args([])
     named = re.search(r"centre crop (\d+)", case.what)
     crop = c.get("crop") or (int(named[1]) if named else args.crop)
     if "short_side_draw" in c:                                # training, with the case's draws
@@ -230,11 +219,11 @@ def audio_window(case):
     return {"recommended_first_last_length": rows}
 
 
-def one_cycle(case):
+def schedule_onecycle(case):
     lr, momentum = zip(*replai.one_cycle(case.config["max_lr"], case.config["total_steps"]))
-    return {"lr": lr, "momentum": momentum, **{
-        f"{k}_epochs": {str(i): x for i, x in enumerate(v)}
-        for k, v in (("lr", lr), ("momentum", momentum))}}
+    by_epoch = [{str(i): x for i, x in enumerate(values)} for values in (lr, momentum)]
+    return {"lr": lr, "momentum": momentum,
+            "lr_epochs": by_epoch[0], "momentum_epochs": by_epoch[1]}
 
 
 def rates(stage, lr, epochs, **how):
@@ -242,24 +231,20 @@ def rates(stage, lr, epochs, **how):
     return {"lr": [replai.learning_rate(args, i, 1, **how) for i in range(epochs)]}
 
 
-def per_epoch(case):
+def schedule(case):
     c = case.config
+    if "warmup_steps" in c:
+        return rates("recognition", c["base_lr"], c["total_steps"], warmup=c["warmup_steps"],
+                     most=1)
     if c["cos"]:
         return rates("statechange", c["lr"], c["epochs"])
     return rates("linear", c["lr"], c["epochs"], milestones=[
         (m + 0.5) / c["epochs"] for m in c["milestones"]])
 
 
-def warmup_cosine(case):
-    c = case.config
-    return rates("recognition", c["base_lr"], c["total_steps"], warmup=c["warmup_steps"], most=1)
-
-
 def linear_classifier(case):
     """The features stand in for f_V's map; with `normalize` the original makes signs of them."""
-    (features,) = case.inputs().values()
-    features = torch.from_numpy(features).flatten(1)                    # (N, D)
-    classes = case.config["num_classes"]
+    features, classes = case.input().flatten(1), case.config["num_classes"]       # (N, D)
     probe = replai.LinearProbe(features.shape[1] // 8, verbs=classes["verb_class"],
                                nouns=classes["noun_class"])
     case.load(probe, replai.video_layouts("backbone."), ("fc.",))
@@ -269,11 +254,11 @@ def linear_classifier(case):
     return dict(zip(("verb_class", "noun_class"), probe(features)))
 
 
-def topk(case):
+def metric_topk(case):
     scores, labels = case.input("scores"), case.input("labels").numpy()
-    n = len(labels)
     return {f"top{k}": float(np.float32(replai.hits(scores, labels, k).sum())
-                             * np.float32(100.0 / n)) for k in range(1, scores.shape[1] + 1)}
+                             * np.float32(100.0 / len(labels)))
+            for k in range(1, scores.shape[1] + 1)}
 
 
 def number_set(x):
@@ -284,31 +269,28 @@ def number_set(x):
     return set(x)
 
 
-def epic_official(case):
-    c, made = case.config, case.inputs()
-    verb, noun, verb_class, noun_class = (
-        only(made, k).numpy() for k in ("verb", "noun", "verb_class", "noun_class"))
-    return replai.epic_metrics(verb, noun, verb_class, noun_class, only(made, "participant"),
-                               number_set(c["tail_verbs"]), number_set(c["tail_nouns"]),
-                               set(c["unseen_participants"]))
+def metric_epic_official(case):
+    c = case.config
+    scores = (x.numpy() for x in case.input("verb", "noun", "verb_class", "noun_class"))
+    return replai.epic_metrics(*scores, case.input("participant"), number_set(c["tail_verbs"]),
+                               number_set(c["tail_nouns"]), set(c["unseen_participants"]))
 
 
 def recognition(case):
     """Logits, or probabilities where the original's switch TEST.NO_ACT is off."""
     c = case.config
     model = replai.Recognition(c["width"], c["depth"], c["num_classes"])
-    out = case.load(model, replai.video_layouts(""), ("",)).train(case.training())(case.input("x"))
+    out = case.load(model, replai.video_layouts("")).train(case.training())(case.input("x"))
     assert c["test_no_act"] or c["head_act"] == "softmax"
     return dict(zip(("verb", "noun"), out if c["test_no_act"] else [x.softmax(-1) for x in out]))
 
 
-def anticipation(case):
+def lta_model(case):
     c, kind = case.config, case.config["aggregator"].removesuffix("Aggregator").lower()
     model = replai.Anticipation(
         c["width"], c["depth"], c["num_classes"], kind, c["multi_input_features"],
         c["encoder_layers"], c["encoder_heads"], c["input_clips"], c["Z"])
-    case.load(model, replai.video_layouts("backbone."), ("",))
-    model.train(case.training())
+    case.load(model, replai.video_layouts("backbone.")).train(case.training())
     x = case.input("x")
     features = model.encode(x)
     verb, noun = model(x)
@@ -327,45 +309,40 @@ def lta_windows(case):
     return {key: rows}
 
 
-def frame_sampling(case):
+def pnr_frame_sampling(case):
     """Numbers of frames, and the key frame as a training sample has it."""
-    rows = case.input("rows")
-    args = argparse.Namespace(num_frames=0)
-    keyframes = []
-    for start, stop, args.num_frames, pnr in rows:
-        change = replai.Change("", None, [], 0.0, (start, stop), 1, pnr)
-        with (mock.patch.object(replai, "random_part", lambda *_, part=(start, stop): part),
+    rows, keyframes = case.input("rows"), []
+    for start, stop, n, pnr in rows:
+        change = replai.Change("", None, [], 0.0, (start, stop), 1, -1 if pnr is None else pnr)
+        with (mock.patch.object(replai, "random_part", lambda change, *_: change.frames),
               mock.patch.object(replai, "read_state", lambda *_: None)):
-            keyframes.append(None if pnr is None else int(replai.make_state(
-                args, [change], 0, None)["keyframe"]))
+            made = replai.make_state(argparse.Namespace(num_frames=n), [change], 0, None)
+        keyframes.append(int(made["keyframe"]) if made["has_keyframe"] else None)
     return {"frames": [replai.sample_frames(*row[:3]).tolist() for row in rows],
             "keyframe_index": keyframes}
 
 
-def keyframe_metrics(case):
-    rows, fps = case.input("rows"), re.search(r"\(end - start\) / (\d+)", case.config["fps"])
-    keyframe, state = (case.input(k).flatten(1) for k in ("keyframe", "state"))
-    changes = [replai.Change("", None, [], (stop - start) / int(fps[1]), (start, stop),
+def pnr_metrics(case):
+    fps = case.told(r"\(end - start\) / (\d+)", text=case.config["fps"])
+    keyframe, state = (x.flatten(1) for x in case.input("keyframe", "state"))
+    changes = [replai.Change("", None, [], (stop - start) / fps, (start, stop),
                              int(pnr is not None), -1 if pnr is None else pnr)
-               for start, stop, pnr in rows]
-    model = replai.StateChange(1, 10)
-    metrics = [model.metrics(None, *x) for x in (
-        (changes, keyframe, state), *(([c], k[None], s[None]) for c, k, s in zip(
-            changes, keyframe, state)))]
-    errors = [m["PNR err (s)"] for m in metrics]
-    return {"accuracy": metrics[0]["StCC acc"] / 100, "keyframe_error_seconds": errors[0],
-            "keyframe_error_seconds_each": [None if math.isnan(e) else e for e in errors[1:]]}
+               for start, stop, pnr in case.input("rows")]
+
+    def metrics(rows):
+        return replai.StateChange(1, 10).metrics(None, changes[rows], keyframe[rows], state[rows])
+    whole = metrics(slice(None))
+    errors = [metrics(slice(i, i + 1))["PNR err (s)"] for i in range(len(changes))]
+    return {"accuracy": whole["StCC acc"] / 100, "keyframe_error_seconds": whole["PNR err (s)"],
+            "keyframe_error_seconds_each": [None if math.isnan(e) else e for e in errors]}
 
 
-def state_heads(case):
-    """The map comes in place of the frames; no dropout."""
+def pnr_heads_and_losses(case):
+    """The map comes in place of the frames."""
     c = case.config
     with mock.patch.object(common, "R2Plus1D", lambda *_, **__: nn.Identity()):
         model = replai.StateChange(c["channels"] // 8, crop=32 * c["map"])
-    assert model.pool == c["pool"]
-    case.load(model, [()], ("",))
-    with mock.patch.object(replai.F, "dropout", lambda x, *_: x):
-        keyframe, state = model(case.input("map"))
+    keyframe, state = case.load(model).eval()(case.input("map"))
     losses = model.losses((keyframe, state), {
         "state": torch.tensor(c["state_labels"]), "keyframe": torch.tensor(c["keyframe_index"]),
         "has_keyframe": torch.tensor(c["state_labels"]) > 0})
@@ -375,39 +352,28 @@ def state_heads(case):
             "state_loss": losses["state"], "loss": sum(losses.values())}
 
 
-def square(case):
+def pnr_resize(case):
     image, (height, width) = case.input("img").numpy(), case.config["to"]
     out = replai.resize_crop_flip(image[None], (width, height), 0, 0, max(height, width), False,
                                   "tensor")
     return {"resized": out[:, 0].permute(1, 2, 0).float()}
 
 
-def aued(case):
+def metric_aued(case):
     pred, label = case.input("preds").numpy(), case.input("labels").numpy()[..., 0]
     ed, area = replai.edit_metrics(pred, label)
     return {"ED": ed, "AUED": area}
 
 
-def transpositions(case):
+def metric_transpositions(case):
     pairs = [(np.array(a), np.array(b)) for a, b in case.input("pairs")]
     return {"distance_over_Z": [replai.edit_metrics(a[None, :, None], b[None])[0][-1]
                                 for a, b in pairs]}
 
 
-ADAPTERS = {
-    "backbone.video": video_backbone, "backbone.audio": audio_backbone,
-    "criterion": criterion, "criterion.two_sgd_steps": criterion_sgd_steps,
-    "loss.avc": avc, "loss.avc_two_processes": avc_processes, "loss.astc": astc,
-    "moi": moi, "spectrogram": spectrogram, "mel_filterbank": mel_filterbank,
-    "subsample": lambda case: {"indices": replai.subsample(case.config["in"], case.config["out"])},
-    "pad_video": lambda case: {"indices": replai.sample_frames(0, case.config["have"],
-                                                               case.config["want"])},
-    "video_transform": video_transform, "audio_window": audio_window,
-    "schedule.onecycle_per_epoch": one_cycle, "schedule.linear_eval_steps": per_epoch,
-    "schedule.cosine": per_epoch, "schedule.warmup_cosine_per_step": warmup_cosine,
-    "recognition": recognition, "lta.model": anticipation, "lta.windows_as_released": lta_windows,
-    "pnr.frame_sampling": frame_sampling, "pnr.metrics": keyframe_metrics,
-    "pnr.heads_and_losses": state_heads, "pnr.resize": square,
-    "metric.aued": aued, "metric.transpositions": transpositions,
-    "linear.classifier": linear_classifier, "metric.topk": topk,
-    "metric.epic_official": epic_official}
+ADAPTERS = {f.__name__: f for f in (
+    backbone_video, backbone_audio, criterion, criterion_two_sgd_steps, loss_avc, loss_astc, moi,
+    spectrogram, mel_filterbank, subsample, pad_video, video_transform, audio_window, schedule,
+    schedule_onecycle, linear_classifier, metric_topk, metric_epic_official, recognition, lta_model,
+    lta_windows, metric_aued, metric_transpositions, pnr_frame_sampling, pnr_metrics,
+    pnr_heads_and_losses, pnr_resize)}

@@ -1,7 +1,7 @@
 """Adapters of the parity tests for SSDet and Coarse-Fine: {family: function of a Case to outputs}.
 
-Weights are written as a released checkpoint and read by `load`, the function behind `--init`, or
-for parts of a network by `load_weights` with the same names. Random choices are the case's.
+Weights are written as a released checkpoint and read by `load_network`, the function behind
+`--init`, or for parts of a network by `load_weights`. Random choices are the case's.
 Numbers that a case tells in words alone, its own or another case's, are read from the words.
 """
 
@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from parity_tools import watch
+from parity_tools import gradients, recipe, runs, watch
 
 import common
 import ssdet_coarsefine as sc
@@ -28,113 +28,50 @@ WRITTEN = 1e-10      # rates and times are written rounded
 
 # ---- reading a case ----------------------------------------------------------------------------
 
-def told(case, pattern, text=None):
-    """The groups of this pattern in the case's words, or in other words."""
-    found = re.search(pattern, case.what if text is None else text)
-    assert found, f"{case.id}: {text or case.what!r} does not match {pattern!r}"
-    return found.groups()
-
-
-def words(case):
-    """The case's own, then those of all cases of the file."""
-    return [case.what, *(c["what"] for c in case.file["cases"])]
-
-
-def told_anywhere(case, pattern):
-    """As `told`; where the case does not say it, another of the file does."""
-    return told(case, pattern, next((w for w in words(case) if re.search(pattern, w)), case.what))
-
-
-def sibling(case, id):
-    other = next(c for c in case.file["cases"] if c["id"] == id)
-    return type(case)(case.stem, case.file, other, case.folder)
-
-
-def tensors(case):
-    return {k: torch.from_numpy(v) for k, v in case.inputs().items() if isinstance(v, np.ndarray)}
-
-
-def ending(case, *ends):
-    """The inputs whose names end so."""
-    found = []
-    for end in ends:
-        (x,) = (v for k, v in tensors(case).items() if k.endswith(end))
-        found.append(x)
-    return found
-
-
-def only(case):
-    (x,) = tensors(case).values()
-    return x
-
-
-def values(case, name, shape):
-    """Numbers of that name, by the recipe behind the case's inputs."""
-    return torch.from_numpy(case.construct(name, {"shape": list(shape), "scale": 1.0}))
+def values(name, shape):
+    """Numbers of that name."""
+    return torch.from_numpy(recipe.values(name, shape))
 
 
 def above(case, text, x):
     """Labels by "... (value > 0.8) ..."."""
-    return (x > float(told(case, r"value.*? > (-?[\d.]*\d)", text)[0])).float()
+    return (x > case.told(r"value.*? > (-?[\d.]*\d)", float, text)).float()
 
 
-def ones_but_last(case, text, B):
+def valid_mask(B, N, row, valid):
+    """(B, N) of ones, but for the end of one row."""
+    mask = torch.ones(B, N)
+    mask[row, valid:] = 0
+    return mask
+
+
+def told_mask(case, text, B):
     """(B, N) by "ones except last sample valid for 13 of 20"."""
-    valid, N = map(int, told(case, r"ones except last sample valid for (\d+) of (\d+)", text))
-    mask = torch.ones(B, N)
-    mask[-1, valid:] = 0
-    return mask
-
-
-def ones_but_first(B, N, valid):
-    mask = torch.ones(B, N)
-    mask[0, valid:] = 0
-    return mask
+    valid, N = case.told(r"ones except last sample valid for (\d+) of (\d+)", text=text)
+    return valid_mask(B, N, -1, valid)
 
 
 def as_written(ours, theirs):
     """Our numbers, those of theirs that they round to."""
     if isinstance(theirs, list) and len(ours) == len(theirs):
         return [as_written(a, b) for a, b in zip(ours, theirs)]
-    near = isinstance(theirs, float) and abs(ours - theirs) <= WRITTEN
-    return theirs if near else ours
-
-
-def runs(values):
-    """[[value, how often in a row]]"""
-    return [[k, len(list(g))] for k, g in groupby(values)]
+    return theirs if isinstance(theirs, float) and abs(ours - theirs) <= WRITTEN else ours
 
 
 # ---- weights -----------------------------------------------------------------------------------
 
-def shapes(case, model):
-    """{name: shape} of the case's state; where it is a hash, of the model, if that fits the hash.
-    """
-    state = case.case.get("state")
-    if not isinstance(state, dict) or "n_keys" not in state:
-        return case.entries()
-    own = {k: list(v.shape) for k, v in model.state_dict().items()}
-    assert state["line_format"] == "key [d0, d1, ...]", state
-    lines = "\n".join(sorted(f"{k} {shape}" for k, shape in own.items()))
-    assert len(own) == state["n_keys"], f"{len(own)} tensors, the original {state['n_keys']}"
-    assert hashlib.sha1(lines.encode()).hexdigest() == state["sha1_of_sorted_lines"]
-    return own
-
-
-def released(case, model):
-    """The case's state as a checkpoint of the release, or of SlowFast's zoo."""
-    state = {k: torch.from_numpy(np.asarray(case.parameter(k, shape)))
-             for k, shape in shapes(case, model).items()}
-    path = case.folder / "x3d_charades_019000.pt"
-    zoo = {"epoch": 7, "model_state": state, "optimizer_state": {}, "cfg": ""}
-    ours = {"model_state_dict": state, "optimizer_state_dict": {}, "scheduler_state_dict": {}}
-    torch.save(zoo if any(".pathway0_" in k for k in state) else ours, path)
-    return path
-
-
 def filled(case, model):
-    """A whole network with the case's weights, for evaluation unless the case trains."""
-    sc.load_network(model, released(case, model), strict=True)
+    """A whole network with the case's weights, for evaluation unless the case trains.
+
+    Where the state is a hash of names and shapes, those of the model must fit it.
+    """
+    entries = case.entries()
+    if not entries:
+        entries = {k: list(x.shape) for k, x in model.state_dict().items()}
+        lines = "\n".join(sorted(f"{k} {shape}" for k, shape in entries.items()))
+        known = case.case["state"]["sha1_of_sorted_lines"]
+        assert hashlib.sha1(lines.encode()).hexdigest() == known, "other tensors than the original"
+    sc.load_network(model, case.checkpoint(case.state(entries)), strict=True)
     count = sum(p.numel() for p in model.parameters())
     assert count == case.config.get("parameters", count), f"{count} parameters"
     return model.train(not case.config.get("eval", True))
@@ -142,49 +79,44 @@ def filled(case, model):
 
 def part(case, model):
     """A part of a network with the case's weights."""
-    common.load_weights(model, released(case, model), adapt=sc.convert_names)
-    return model.eval()
-
-
-def gradients(model):
-    return {f"grad:{k}": p.grad for k, p in model.named_parameters()}
+    return case.load(model, adapt=sc.convert_names).eval()
 
 
 # ---- X3D and SlowFast --------------------------------------------------------------------------
 
-def x3d(case):
+def x3d_network(case):
     """Of the config, else as the words and the state say."""
     c, entries = case.config, case.entries()
-    version = c.get("version") or told(case, r"X3D-(\w+)")[0]
+    version = c.get("version") or case.told(r"X3D-(\w+)", str)
     heads = [v[0] for k, v in entries.items() if k in ("fc2.bias", "head.projection.bias")]
     task = c.get("task", "class" if "class task" in case.what else "loc")
     norm = functools.partial(common.SplitBatchNorm, splits=c.get("base_bn_splits", 1))
     return filled(case, common.X3D(version, c.get("n_classes") or heads[0], task == "loc", norm,
-                                   **{k: c[k] for k in ("dropout",) if k in c}))
+                                   dropout=c.get("dropout", 0.5)))
 
 
-def x3d_logits(case):
-    model = x3d(case)
+def x3d(case):
+    model = x3d_network(case)
     seen = watch({k: model.get_submodule(k) for k in case.case["outputs"] if k != "logits"})
     with torch.no_grad():
-        return {"logits": model(only(case)), **{k: v[0] for k, v in seen.items()}}
+        return {"logits": model(case.input()), **{k: v[0] for k, v in seen.items()}}
 
 
 def fine_features(case):
     with torch.no_grad():
-        return sc.fine_features(x3d(case), only(case))
+        return sc.fine_features(x3d_network(case), case.input())
 
 
-def pooled_features(case):
-    model, given = x3d(case), []
+def x3d_m_pooled_features(case):
+    model, given = x3d_network(case), []
     model.fc1.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     with torch.no_grad():
-        model(only(case))
+        model(case.input())
     return {"features": given[0]}
 
 
-def train_step(case):
-    model, (x, t) = x3d(case).train(), ending(case, "_x", "_t")
+def x3d_m_train_step(case):
+    model, (x, t) = x3d_network(case).train(), case.input("x", "t")
     (label,) = (above(case, v["built"], t) for v in case.case["inputs"].values() if "built" in v)
     logits = model(x)
     loss = F.binary_cross_entropy_with_logits(logits, label)
@@ -200,7 +132,7 @@ def train_step(case):
 
 
 def sub_batch_norm(case):
-    c, x = case.config, only(case)
+    c, x = case.config, case.input()
     norm = part(case, common.SplitBatchNorm(c["num_features"], c["num_splits"]))
     for bn in (norm.bn, norm.split_bn):
         bn.eps, bn.momentum = c["eps"], c["momentum"]
@@ -225,26 +157,23 @@ def slowfast(case):
                                          c["beta_inv"]))
     found = {}
     for key in case.case["outputs"]:
-        at = re.fullmatch(r"s(\d)(_fuse)?_(slow|fast)", key)
-        if at and at[2]:
-            block = model.get_submodule(f"s{int(at[1]) + 1}.pathway{pathways.index(at[3])}_res0")
-            block.register_forward_pre_hook(lambda _, args, k=key: found.update({k: args[0]}))
-        elif at:
-            block = f"pathway{pathways.index(at[3])}_res{depth[int(at[1]) - 2] - 1}"
-            model.get_submodule(f"s{at[1]}.{block}").register_forward_hook(
-                lambda _, __, y, k=key: found.update({k: y}))
-    slow, fast = ending(case, "_slow", "_fast")
+        if at := re.fullmatch(r"s(\d)(_fuse)?_(slow|fast)", key):
+            stage, block = (int(at[1]) + 1, 0) if at[2] else (int(at[1]), depth[int(at[1]) - 2] - 1)
+            model.get_submodule(
+                f"s{stage}.pathway{pathways.index(at[3])}_res{block}").register_forward_hook(
+                lambda _, x, y, k=key, fused=at[2]: found.update({k: x[0] if fused else y}))
+    slow, fast = case.input(*pathways)
     with torch.no_grad():
         logits = model(fast, slow)[..., 0]
     return {**found, "softmax": logits.softmax(1), "head_logits": logits[:, None, None, None]}
 
 
 def fair_x3d(case):
-    model = x3d(case)
+    model = x3d_network(case)
     stages = [k for k in case.case["outputs"] if re.fullmatch(r"s\d", k)]
     seen = watch({k: model.get_submodule(f"layer{int(k[1]) - 1}") for k in stages})
     with torch.no_grad():
-        logits = model(only(case))[..., 0]
+        logits = model(case.input())[..., 0]
     return {**{k: v[0] for k, v in seen.items()}, "logits": logits, "softmax": logits.softmax(1)}
 
 
@@ -252,18 +181,17 @@ def fair_x3d(case):
 
 def coarse(case):
     """As released. Biases and scales of the fusion at the size that the original has them at."""
-    c, want, x = case.config, case.case["outputs"], tensors(case)
-    assert c["learnedMixing"], "there is no fusion without learned layers"
+    c, want = case.config, case.case["outputs"]
     model = filled(case, sc.Coarse(c["version"], c["n_classes"], c["t_pool"],
                                    "mixed" if c["isMixing"] else "own", coarse_stride=1))
     named = {k: k.split("_")[0] for k in want if re.match(r"(layer|rw|mix)\d", k)}
     seen, given = watch({v: getattr(model, v) for v in named.values()}), []
     model.rw6.register_forward_pre_hook(lambda _, args: given.append(args[1]))
     pooled = watch({"pool_1": model.pool_1})["pool_1"] if c["t_pool"] == "grid" else []
-    features = {level: v for level in sc.LEVELS for k, v in x.items() if k.endswith(f"_{level}")}
-    (clip,) = (v for k, v in x.items() if v.shape[1] == 3 and "_feat_" not in k)
-    valid = ones_but_last(case, case.what, len(clip))
-    meta = torch.tensor(json.loads(told(case, r"meta rows .*?: (\[\[.*?\]\])")[0]))
+    features = dict(zip(sc.LEVELS, case.input(*sc.LEVELS)))
+    (clip,) = (x for k, x in case.inputs().items() if "_feat_" not in k)
+    valid = told_mask(case, case.what, len(clip))
+    meta = torch.tensor(case.told(r"meta rows .*?: (\[\[.*?\]\])", json.loads))
     with torch.set_grad_enabled(bool(c["target"])):
         logits = model(clip, features, valid, meta[:, 0])
     found = {"logits": logits, "gaussians": given[0], "cdf": model.grid_times}
@@ -278,9 +206,9 @@ def coarse(case):
         found["rw6_scale"] = found["rw6_scale"].sigmoid()
     if not c["target"]:
         return found
-    mask = ones_but_last(case, c["target"], len(clip))
+    mask = told_mask(case, c["target"], len(clip))
     frames = sc.resize_logits(logits, mask.shape[1], align_corners=False)
-    drawn = values(case, told(case, r"values\(\"(\w+)\"", c["target"])[0], frames.shape)
+    drawn = values(case.told(r"values\(\"(\w+)\"", str, c["target"]), frames.shape)
     label = above(case, c["target"], drawn) * mask[:, None]
     loss, cls, loc = sc.detection_loss(frames, label, mask)
     loss.backward()
@@ -290,11 +218,11 @@ def coarse(case):
 
 def weighted_sum(case, y):
     """The sum of y*w with the w that the words name."""
-    return (y * values(case, told(case, r"w ?= ?values\(\"(\w+)\"")[0], y.shape)).sum()
+    return (y * values(case.told(r"w ?= ?values\(\"(\w+)\"", str), y.shape)).sum()
 
 
 def grid_pool(case):
-    pool, x = part(case, sc.GridPool(case.config["depth"], common.SplitBatchNorm)), only(case)
+    pool, x = part(case, sc.GridPool(case.config["depth"], common.SplitBatchNorm)), case.input()
     y, c = pool(x.requires_grad_())
     weighted_sum(case, y).backward()
     return {"y": y, "cdf": c, "grad_x": x.grad, **gradients(pool)}
@@ -306,9 +234,8 @@ def times(q):
 
 
 def grid_unpool(case):
-    q, x = ending(case, "_q", "_x")
+    q, x = case.input("q", "x")
     c, x = times(q).requires_grad_(), x.requires_grad_()
-    assert c.shape[1] == case.config["L"]
     y = sc.grid_unpool(x, c)
     weighted_sum(case, y).backward()
     return {"unpooled": sc.to_uniform_times(x, c), "upsampled": y, "grad_logits": x.grad,
@@ -316,36 +243,34 @@ def grid_unpool(case):
 
 
 def interp1d(case):
-    x, y, at = ending(case, "_x", "_y", "_n")
+    x, y, at = case.input("x", "y", "n")
     return {"y_new": sc.interpolate(x.sort(1).values, y, at)}
 
 
 def gaussian(case):
     """Without Grid Pool as released, where coarse steps are as far apart as fine ones."""
     c, start = case.config, torch.tensor(case.config["meta"])[:, 0]
-    valid = ones_but_first(len(start), c["fine_steps"], c["valid_of_first_sample"]).sum(1)
-    at = times(only(case)) if c["grid"] else None
+    valid = valid_mask(len(start), c["fine_steps"], 0, c["valid_of_first_sample"]).sum(1)
+    at = times(case.input()) if c["grid"] else None
     return {"weights": sc.gaussian(start, valid, c["fine_steps"], at, c["T"], c["L"],
                                    coarse_stride=1)}
 
 
 def fusion_filter(case):
-    c, (x, g) = case.config, ending(case, "_x", "_g")
+    c, (x, g) = case.config, case.input("x", "g")
     level = part(case, sc.FusionFilter(c["d"], c["ch"], c["pool"], sigmoid_scale=not c["mixing"]))
     with torch.no_grad():
-        found = level(x, torch.exp(-g ** 2), ones_but_first(c["b"], c["tf"], c["valid"]))
+        found = level(x, torch.exp(-g ** 2), valid_mask(c["b"], c["tf"], 0, c["valid"]))
     return dict(zip(("bias", "scale"), found if c["pool"] else
                     (sc.resize_maps(m, c["h"]) for m in found)))
 
 
 def fusion_mixing(case):
-    c, x = case.config, tensors(case)
     out, channels, _ = case.entries()["conv_at.weight"]
-    assert out == c["c"]
-    biases, scales = ([v for k, v in sorted(x.items()) if re.search(rf"_{kind}\d$", k)]
+    biases, scales = ([x for k, x in sorted(case.inputs().items()) if re.search(rf"_{kind}\d$", k)]
                       for kind in "bs")
     with torch.no_grad():
-        bias, scale = part(case, sc.Mixing(channels, out))(biases, scales, c["h"])
+        bias, scale = part(case, sc.Mixing(channels, out))(biases, scales, case.config["h"])
     return {"bias": bias, "scale": scale}
 
 
@@ -353,7 +278,7 @@ def fusion_mixing(case):
 
 def clips_of(case, x):
     """A Mixture of clips with the labels (sample index+1)*7."""
-    plus, factor = map(int, told_anywhere(case, r"\(sample index\+(\d+)\)\*(\d+)"))
+    plus, factor = case.told(r"\(sample index\+(\d+)\)\*(\d+)")
     label = (torch.arange(len(x)) + plus) * factor
     return sc.unmixed(x, label[:, None].expand(-1, x.shape[2]))
 
@@ -383,7 +308,7 @@ def fixed_choices(T, B):
 
 def volume(case):
     """The drawn choices, or validation's fixed ones."""
-    mix, name = clips_of(case, only(case)), case.id.split("_")[1]
+    mix, name = clips_of(case, case.input()), case.id.split("_")[1]
     name = "sliding" if "sliding" in case.id else name
     c = choice(case) if case.config else fixed_choices(mix.x.shape[2], len(mix.x))[name]
     c |= {"extend": False} if "NOT extended" in case.what else {}
@@ -391,14 +316,14 @@ def volume(case):
     return {**found, "labels": found["labels"][0]} if name == "freeze" else found
 
 
-def volume_combo(case):
+def volume_aug_combo(case):
     """The choices are those of other cases."""
-    x, logits = ending(case, "_x", "_logits")
-    number, permutation = told(case, r"mixup case (\d+); cutmix permutation (\[.*?\])")
-    limit = float(told(case, r"<= ([\d.]*\d)")[0])
-    choices = {"freeze": choice(sibling(case, "volume_freeze_train")),
-               "mixup": choice(sibling(case, f"volume_mixup_train_{number}")),
-               "sliding": {"partner": torch.tensor(json.loads(permutation))}}
+    x, logits = case.input("x", "logits")
+    number, permutation = case.told(r"mixup case (\d+); cutmix permutation (\[.*?\])", json.loads)
+    limit = case.told(r"<= ([\d.]*\d)", float)
+    choices = {"freeze": choice(case.sibling("volume_freeze_train")),
+               "mixup": choice(case.sibling(f"volume_mixup_train_{number}")),
+               "sliding": {"partner": torch.tensor(permutation)}}
     on = [name for name, u in zip(choices, case.config["switches"]) if u <= limit]
     mix = sc.augment(clips_of(case, x), {name: choices[name] for name in on})
     loss, accuracy = sc.pretraining_loss(logits, mix)
@@ -408,9 +333,9 @@ def volume_combo(case):
 # ---- losses and metrics ------------------------------------------------------------------------
 
 def detection_loss(case):
-    logits, t = ending(case, "_logits", "_t")
+    logits, t = case.input("logits", "t")
     (text,) = (v["built"] for v in case.case["inputs"].values() if "built" in v)
-    mask = ones_but_last(case, text, len(logits))
+    mask = told_mask(case, text, len(logits))
     label = above(case, text, t) * mask[:, None]
     counted = torch.ones_like(mask) if "no mask" in case.what else mask
     total, cls, loc = sc.detection_loss(logits.requires_grad_(), label, counted)
@@ -418,53 +343,50 @@ def detection_loss(case):
     return {"total": total, "cls": cls, "loc": loc, "grad_logits": logits.grad}
 
 
-def ensemble(case):
-    models = list(tensors(case).values())
-    assert len(models) == case.config["models"]
+def ensemble_average(case):
+    models = case.inputs().values()
     frames = sc.resize_logits(sum(models) / len(models), case.config["label_length"], False)
     return {"per_frame_logits": frames, "probs": frames.sigmoid()}
 
 
-def label_rate(case):
-    x, n = only(case), case.config["length"]
+def label_rate_interpolation(case):
+    x, n = case.input(), case.config["length"]
     return {"fine": sc.resize_logits(x, n, True), "coarse": sc.resize_logits(x, n, False)}
 
 
 def apmeter(case):
     """The last class loses its positives where the words say that it has none."""
-    scores, drawn = ending(case, "_s", "_t")
-    target = drawn > float(told_anywhere(case, r"target = value > (-?[\d.]*\d)")[0])
-    if any("last class has no positives" in w for w in words(case)):
+    scores, drawn = case.input("s", "t")
+    target = drawn > case.told(r"target = value > (-?[\d.]*\d)", float)
+    if any("last class has no positives" in c.what for c in case.others()):
         target[:, -1] = False
     weights = None
     if any(k.endswith("_w") for k in case.inputs()):
-        (drawn,) = ending(case, "_w")
-        weights = drawn[:, 0].abs() + float(told(case, r"\|value\|\+([\d.]*\d)")[0])
+        weights = case.input("w")[:, 0].abs() + case.told(r"\|value\|\+([\d.]*\d)", float)
     ap = [sc.average_precision(s, y, weights) for s, y in zip(scores.T, target.T)]
     return {"ap": np.array(ap), "map": float(np.mean(ap))}
 
 
 def apmeter_ties(case):
-    scores, target = (torch.tensor(json.loads(x)) for x in told(
-        case, r"scores (\[.*?\]) targets (\[.*?\])"))
-    return {"ap": [sc.average_precision(scores, target)]}
+    lists = case.told(r"scores (\[.*?\]) targets (\[.*?\])", json.loads)
+    return {"ap": [sc.average_precision(*map(torch.tensor, lists))]}
 
 
-def localize(case):
+def charades_v1_localize(case):
     """Scores that a submission lacks are -inf."""
     count, submitted = case.config["frames_per_video"], case.config["submitted"]
-    name, classes, digits, missing = told(
-        case, r"values\(\"(\w+?)<v>_<j>\", \[(\d+)\]\).*?, (\d+)\), .*?missing rows (\[\[.*?\]\])")
-    missing = {(v, j) for v, j in json.loads(missing.replace("'", '"'))}
+    name, classes, digits, missing = case.told(
+        r"values\(\"(\w+?)<v>_<j>\", \[(\d+)\]\).*?, (\d+)\), .*?missing rows (\[\[.*?\]\])", str)
+    classes, missing = int(classes), json.loads(missing.replace("'", '"'))
     truth, scores = [], []
-    for row in csv.DictReader(io.StringIO(case.inputs()["ground_truth_csv"])):
+    for row in csv.DictReader(io.StringIO(case.input("ground_truth_csv"))):
         actions = [a.split() for a in row["actions"].split(";") if a]
         actions = [(int(c[1:]), float(a), float(b)) for c, a, b in actions]
-        truth.append(sc.localization_labels(actions, float(row["length"]), int(classes), count))
+        truth.append(sc.localization_labels(actions, float(row["length"]), classes, count))
         video = row["id"]
         scores.append(np.stack([
-            np.full(int(classes), -np.inf) if video not in submitted or (video, j) in missing else
-            np.round(values(case, f"{name}{video}_{j}", [int(classes)]).double().sigmoid().numpy(),
+            np.full(classes, -np.inf) if video not in submitted or [video, j] in missing else
+            np.round(values(f"{name}{video}_{j}", [classes]).double().sigmoid().numpy(),
                      int(digits)) for j in range(count)]))
     ap, mean, weighted = sc.charades_localize(truth, scores)
     present = np.flatnonzero(~np.isnan(ap))
@@ -472,7 +394,7 @@ def localize(case):
             "wap": weighted, "positives": int(np.sum(truth))}
 
 
-def frames25(case):
+def frames25_selection(case):
     n, want = case.config["valid"], case.case["outputs"]["official_indices"]
     return {"indices": sc.charades_frames(n, None, None, as_released=True),
             "official_indices": as_written(sc.localization_times(n).tolist(), want)}
@@ -485,9 +407,9 @@ def late_state(step, bounds):
     return 3 if step in bounds[1:-1] else sc.long_state(step, bounds)
 
 
-def cycle_batches(case):
+def cycle_batch_sampler(case):
     """The place in the short cycle counts from the iterator's start, that in the long cycle not."""
-    c, base = case.config, int(told(case, r"base batch (\d+)")[0])
+    c, base = case.config, case.told(r"base batch (\d+)")
     short = "short cycles not used" not in case.what
     batches = []
     for k in range(c["batches"]):
@@ -500,7 +422,7 @@ def cycle_batches(case):
                       "first_batch_sizes": sizes[:shown]} for state, sizes in found]}
 
 
-def clip_shapes(case):
+def multigrid_clip_shapes(case):
     c, rows = case.config, []
     for state in (*range(len(sc.LONG_FRAMES)), -1):
         for place in sorted({sc.short_state(k, state) for k in range(12)}):
@@ -509,7 +431,7 @@ def clip_shapes(case):
     return {"table": rows}
 
 
-def rates(case):
+def lr(case):
     """[[rate, how many steps]], of two groups where the words name both."""
     c, want, found = case.config, case.case["outputs"]["lrs"], []
     for k in range(sum(n for _, n in want)):                  # steps 0 and 1 are not warmed up,
@@ -544,15 +466,14 @@ def fair_multigrid(case):
 def spatial(case):
     """The picture is made as the words say."""
     c = case.config
-    h, w, *numbers = map(int, told(
-        case, r"image of (\d+)x(\d+) \(h x w\): pixel\[i,j,c\] = \(i\*i//(\d+) \+ (\d+)j \+ "
-              r"(\d+)\*c\*i \+ (\d+)\*c\*\(j%(\d+)\)\) % (\d+)"))
+    h, w, d, a, b, e, m, levels = case.told(
+        r"image of (\d+)x(\d+) \(h x w\): pixel\[i,j,c\] = \(i\*i//(\d+) \+ (\d+)j \+ "
+        r"(\d+)\*c\*i \+ (\d+)\*c\*\(j%(\d+)\)\) % (\d+)")
     i, j, channel = np.ogrid[:h, :w, :3]
-    d, a, b, e, m, levels = numbers
     picture = (i * i // d + a * j + b * channel * i + e * channel * (j % m)) % levels
     if "scale" in c:
         box = sc.crop_box(w, h, c["scale"], c["tl_x"], c["tl_y"])
-        flip = c["p"] < float(told(case, r"flip when p<([\d.]*\d)")[0])
+        flip = c["p"] < case.told(r"flip when p<([\d.]*\d)", float)
     else:
         box, flip = sc.center_box(w, h), False
     norms = {"kinetics": sc.KINETICS_NORM, "charades": sc.CHARADES_NORM}
@@ -563,12 +484,11 @@ def spatial(case):
 
 def temporal_crop(case):
     c = case.config
-    numbers = sc.kinetics_frames(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"],
-                                  c["span"])
-    return {"frames": numbers + 1, "begin_max": sc.max_start(c["n"], c["size"], 1)}
+    frames = sc.kinetics_frames(c["n"], c["begin"], c["size"], c["gamma"], c["tstride"], c["span"])
+    return {"frames": frames + 1, "begin_max": sc.max_start(c["n"], c["size"], 1)}
 
 
-def validation_crops(case):
+def kinetics_val_crops(case):
     c = case.config
     clips = sc.kinetics_crops(c["n"], c["size"], c["gamma"], c["crops"]) + 1
     return {"crops": [[x[0], x[-1], len(x)] for x in clips.tolist()],
@@ -586,10 +506,9 @@ def starts_from_one(n, span, stride):
 
 def spans(case):
     """(longest coarse clip, fine clip in training, fine clip at test, step), in frames."""
-    coarse, *fine = map(int, told_anywhere(
-        case, r"coarse clip up to (\d+) frames, fine clip up to (\d+)\*(\d+) .*?(\d+)\*(\d+)"))
-    (stride,) = {fine[1], fine[3]}
-    return coarse, fine[0] * stride, fine[2] * stride, stride
+    coarse, train, stride, test, _ = case.told(
+        r"coarse clip up to (\d+) frames, fine clip up to (\d+)\*(\d+) .*?(\d+)\*(\d+)")
+    return coarse, train * stride, test * stride, stride
 
 
 def charades_sampling(case):
@@ -610,9 +529,8 @@ def charades_sampling(case):
 
 def two_stream_sampling(case):
     c, n = case.config, case.config["nf"]
-    span, fine_span, test_span, stride = spans(case)
+    span, fine_span, _, stride = spans(case)
     starts = [c["start"] - 1, c["start_g"] - 1]
-    assert test_span == 2 * fine_span
     fine, offset = sc.fine_frames(n, starts[0], fine_span, stride, starts[1])
     test_fine, test_offset = sc.fine_frames(n, 0, fine_span, stride)
     draws = [starts_from_one(n, s, stride) for s in (span, fine_span)]
@@ -628,10 +546,9 @@ def two_stream_sampling(case):
 
 def frame_labels(case):
     c = case.config
-    entry, n = told(case, r"labels from (\{.*\}) with (\d+) frames")
-    entry = json.loads(entry)
+    entry, n = case.told(r"labels from (\{.*\}) with (\d+) frames", json.loads)
     actions = [(k - c["index_base"], a, b) for k, a, b in entry["actions"]]
-    labels = sc.frame_labels(actions, int(n), entry["duration"], c["num_classes"])
+    labels = sc.frame_labels(actions, n, entry["duration"], c["num_classes"])
     at = {k: np.flatnonzero(row) for k, row in enumerate(labels) if row.any()}
     return {"rows": {str(k): [x[0], x[-1], len(x)] for k, x in at.items()},
             "total": labels.sum()}
@@ -671,23 +588,10 @@ def collate_coarse(case):
             "clip_sum": float(batch["clip"].sum())}
 
 
-ADAPTERS = {
-    "x3d_m_per_frame_logits": x3d_logits, "fine_features": fine_features,
-    "x3d_m_pooled_features": pooled_features, "x3d_m_class_logits": x3d_logits,
-    "x3d_m_train_step_split_bn": train_step, "sub_batch_norm": sub_batch_norm,
-    "x3d_xl_per_frame_logits": x3d_logits, "slowfast_r50": slowfast, "fair_x3d_m": fair_x3d,
-    "fair_multigrid_schedule": fair_multigrid, "coarse_grid_fused": coarse,
-    "coarse_avg_fused": coarse, "coarse_stride_unfused_levels": coarse, "grid_pool": grid_pool,
-    "grid_unpool": grid_unpool, "interp1d": interp1d, "gaussian": gaussian,
-    "fusion_filter": fusion_filter, "fusion_mixing": fusion_mixing, "volume_freeze": volume,
-    "volume_mixup": volume, "volume_cutmix_sliding": volume, "volume_cutmix_growing": volume,
-    "volume_aug_combo": volume_combo, "detection_loss_masked": detection_loss,
-    "detection_loss_unmasked": detection_loss, "ensemble_average": ensemble,
-    "label_rate_interpolation": label_rate, "apmeter": apmeter, "apmeter_weighted": apmeter,
-    "apmeter_ties": apmeter_ties, "charades_v1_localize": localize, "frames25_selection": frames25,
-    "cycle_batch_sampler": cycle_batches, "multigrid_clip_shapes": clip_shapes,
-    "lr_x3d_multigrid": rates, "lr_ssdet": rates, "spatial": spatial,
-    "temporal_crop": temporal_crop, "kinetics_val_crops": validation_crops,
-    "charades_sampling": charades_sampling, "two_stream_sampling": two_stream_sampling,
-    "frame_labels": frame_labels, "inference_chunks": inference_chunks,
-    "collate_coarse": collate_coarse}
+ADAPTERS = {f.__name__: f for f in (
+    x3d, x3d_m_pooled_features, x3d_m_train_step, fine_features, sub_batch_norm, slowfast, fair_x3d,
+    coarse, grid_pool, grid_unpool, interp1d, gaussian, fusion_filter, fusion_mixing, volume,
+    volume_aug_combo, detection_loss, ensemble_average, label_rate_interpolation, apmeter,
+    apmeter_ties, charades_v1_localize, frames25_selection, cycle_batch_sampler,
+    multigrid_clip_shapes, lr, fair_multigrid, spatial, temporal_crop, kinetics_val_crops,
+    charades_sampling, two_stream_sampling, frame_labels, inference_chunks, collate_coarse)}

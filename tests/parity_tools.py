@@ -22,11 +22,9 @@ sys.path += [str(FOLDER), str(HERE)]
 import recipe  # noqa: E402
 
 NUMBER = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"                       # in the words of a case
-GREY = re.compile(r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)(, one RGB PIL image|$)")
-LABELS = re.compile(r"integers: np\.floor\(np\.abs\(values\(name, shape\)\) \* float32\((\d+)\)\)"
-                    r"\.astype\(int64\) % C")
-PIXELS = re.compile(r'(frame i: )?np\.clip\(values\(name(?: \+ "\." \+ i, \(h, w, 3\)|, shape)\)'
-                    r" \* (\d+) \+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)")
+GREY = r"uint8\(clip\(rint\(v\), ?(\d+), ?(\d+)\)\)"              # in the words of an input
+PIXELS = r"(?:frame i: )?np\.clip\(values\(.*\) \* (\d+) \+ (\d+), (\d+), (\d+)\)\.astype\(uint8\)"
+LABELS = r"integers: np\.floor\(np\.abs\(values\(.*\)\) \* float32\((\d+)\)\)\.astype\(int64\) % C"
 
 
 # ---- reading a case ------------------------------------------------------------------------------
@@ -34,53 +32,81 @@ PIXELS = re.compile(r'(frame i: )?np\.clip\(values\(name(?: \+ "\." \+ i, \(h, w
 class Case:
     """One case of a fixture, its state and inputs rebuilt when asked for."""
 
-    def __init__(self, stem, file, case, folder=None):
-        self.stem, self.file, self.case, self.folder = stem, file, case, folder
+    def __init__(self, file, case, folder=None):
+        self.file, self.case, self.folder = file, case, folder
         self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
 
     def others(self):
         """All cases of the file."""
-        return [Case(self.stem, self.file, case, self.folder) for case in self.file["cases"]]
+        return [Case(self.file, case, self.folder) for case in self.file["cases"]]
+
+    def sibling(self, id):
+        return next(c for c in self.others() if c.id == id)
+
+    def told(self, pattern, of=int, text=None):
+        """What stands at this place of the case's words, else of another case's, made by `of`.
+
+        A list, if the pattern has several groups. text: other words.
+        """
+        texts = [self.what, *(c.what for c in self.others())] if text is None else [text]
+        found = next(filter(None, (re.search(pattern, x) for x in texts)), None)
+        assert found, f"{self.id}: {texts[0]!r} does not match {pattern!r}"
+        values = [of(x) for x in found.groups()]
+        return values if len(values) > 1 else values[0]
+
+    def training(self):
+        """Whether the original ran in training mode; the case says so in words."""
+        return self.told(r"\b(eval|train)\b", str, self.config.get("mode", self.what)) == "train"
 
     def entries(self):
         """{name: shape} of the state; references to other states are followed."""
         entries = self.case.get("state") or {}
         while isinstance(entries, str):
-            if entries.removeprefix("@") in self.file.get("states", {}):
-                entries = self.file["states"][entries.removeprefix("@")]
-            else:
-                other = entries.removeprefix("as ")
-                entries = next(c["state"] for c in self.file["cases"] if c["id"] == other)
+            shared = self.file.get("states", {}).get(entries.removeprefix("@"))
+            entries = shared or self.sibling(entries.removeprefix("as ")).case["state"]
         return {} if "n_keys" in entries else entries         # told by a hash alone
 
-    def state(self):
+    def state(self, entries=None):
         """{name: tensor} that the recipe fills in."""
         return {k: torch.from_numpy(np.asarray(self.parameter(k, shape)))
-                for k, shape in self.entries().items()}
+                for k, shape in (entries or self.entries()).items()}
 
     def parameter(self, name, shape):
-        """An alias has the value of the name it stands for; an override replaces the recipe's, or
-        of `state_overrides` is a factor.
-        """
+        """By the recipe, or the case's `state_override`. `state_overrides` are factors."""
         for alias, name_of in self.case.get("aliases", {}).items():
-            if name.startswith(alias):
+            if name.startswith(alias):                        # the same tensor
                 name = name_of + name.removeprefix(alias)
         override = self.case.get("state_override", {}).get(name)
         x = recipe.values(name, shape, **override) if override else recipe.parameter(name, shape)
         factor = self.case.get("state_overrides", {}).get(name)
         return x if factor is None else x * np.float32(factor)
 
+    def checkpoint(self, state=None):
+        """Path of the state, or another one, as a checkpoint of other people's code."""
+        path = self.folder / "released.pth.tar"
+        torch.save({"epoch": 7, "state_dict": {
+            f"module.{k}": v for k, v in (state or self.state()).items()}}, path)
+        return path
+
+    def load(self, module, *how, state=None, **options):
+        """Fill `module` by the function behind --init; how, options: its arguments."""
+        path = self.checkpoint(state)
+        common.load_weights(module, path, *how, **options)
+        path.unlink()
+        return module
+
     def inputs(self):
-        """{name: array}, made as each entry's `how` says."""
+        """{name: value}, made as each entry's `how` says; a tensor, if of numbers."""
         made = {k: self.construct(k, v) for k, v in self.case["inputs"].items()}
-        for k, v in self.case["inputs"].items():              # "..., then 3 added at [i, label_i]"
+        for k, v in self.case["inputs"].items():
             if isinstance(v, dict) and " added at " in v.get("how", ""):
                 add_at_labels(made, k, v["how"])
-        return made
+        return {k: torch.from_numpy(x) if isinstance(x, np.ndarray) and x.dtype.kind in "fiu" else x
+                for k, x in made.items()}
 
-    def input(self, last):
-        """The input whose name ends in `last`, as a tensor or an array."""
-        return only(self.inputs(), last)
+    def input(self, *ends):
+        """The one input, that whose name ends so, or a list with one for each end."""
+        return only(self.inputs(), *ends)
 
     def in_order(self):
         """The inputs by the numbers that their names end in."""
@@ -88,30 +114,27 @@ class Case:
             re.search(r"\d*$", item[0])[0] or 0))]
 
     def construct(self, name, entry):
+        """The value of an input, as `then` or `how` says."""
         if not isinstance(entry, dict):
             return entry
-        how, shape = entry.get("how", "values"), entry.get("shape")
-        if re.match(r"values(, then|$)", how):
-            x = recipe.values(name, shape, entry.get("scale", 1.0), entry.get("shift", 0.0))
-            if "then" not in entry:
-                return x
-            how = entry["then"]
-            if grey := GREY.match(how):
-                return np.clip(np.rint(x), int(grey[1]), int(grey[2])).astype(np.uint8)
-        if factor := LABELS.match(how):
-            x = np.floor(np.abs(recipe.values(name, shape)) * np.float32(factor[1]))
-            x = x.astype(np.int64) % entry["C"]
-            names = re.search(r"([\d, ]+) stand for ([\w, ]+)", how)
-            if names:
-                table = dict(zip(*(re.split(r", ?", s.strip()) for s in names.groups())))
-                x = np.array([table[str(i)] for i in x.ravel()]).reshape(x.shape)
-            return x
-        pixels = PIXELS.match(how)
-        if pixels and (pixels[1] or pixels[0] == how):
-            gain, shift, *limits = map(int, pixels.groups()[1:])
+        how, x = entry.get("then", entry.get("how", "values")), None
+        if "shape" in entry:
+            x = recipe.values(name, entry["shape"], entry.get("scale", 1), entry.get("shift", 0))
+        elif "h" in entry:                                    # each frame has its own name
             x = np.stack([recipe.values(f"{name}.{i}", (entry["h"], entry["w"], 3))
-                          for i in range(entry["n"])]) if pixels[1] else recipe.values(name, shape)
+                          for i in range(entry["n"])])
+        if re.match(r"values(, then|$)", how):
+            return x
+        if limits := re.match(GREY, how):
+            return np.clip(np.rint(x), *map(int, limits.groups())).astype(np.uint8)
+        if numbers := re.match(PIXELS, how):
+            gain, shift, *limits = map(int, numbers.groups())
             return np.clip(x * gain + shift, *limits).astype(np.uint8)
+        if factor := re.match(LABELS, how):
+            x = np.floor(np.abs(x) * np.float32(factor[1])).astype(np.int64) % entry["C"]
+            names = re.search(r"([\d,]+) stand for ([\w, ]+)", how)
+            table = dict(zip(names[1].split(","), names[2].split(", "))) if names else {}
+            return np.array([table[str(i)] for i in x]) if names else x
         if how.startswith("values(name, (channels, n), noise); then for each burst i at second t0"):
             return self.bursts(name, entry)
         raise NotImplementedError(f"{name}: no construction known for how = {how!r}")
@@ -127,20 +150,6 @@ class Case:
             burst = recipe.values(f"{name}.burst{i}", (n,))
             w[:, start:start + n] += (envelope * burst).astype(np.float32)
         return ((w + np.float32(e["dc"])) * np.float32(e["gain"])).astype(np.float32)
-
-    def load(self, module, layouts, required):
-        """Fill `module` from a checkpoint like the released ones, through --init's code."""
-        path = self.folder / "released.pth.tar"
-        torch.save({"model": {f"module.{k}": v for k, v in self.state().items()}}, path)
-        common.load_weights(module, path, layouts, required)
-        path.unlink()
-        return module
-
-    def training(self):
-        """Whether the original ran in training mode; the case says so in words."""
-        mode = re.search(r"\b(eval|train)( mode|\b)", self.config.get("mode", self.what))
-        assert mode, f"{self.id}: `what` names neither eval mode nor train mode"
-        return mode[1] == "train"
 
 
 def own_names(case, layouts, own):
@@ -161,21 +170,22 @@ def parameters_of(entries):
     return {k: x for k, x in entries.items() if k.rsplit(".", 1)[-1] not in buffers}
 
 
-def only(entries, last):
-    """The one value whose dotted name ends in `last`."""
-    found = [v for k, v in entries.items() if k.split(".")[-1] == last]
-    assert len(found) == 1, f"{len(found)} entries end in .{last}: {list(entries)}"
-    return torch.from_numpy(found[0]) if isinstance(found[0], np.ndarray) and (
-        found[0].dtype.kind in "fiu") else found[0]
+def only(entries, *ends):
+    """The one value, that whose name ends so, or a list with one for each end."""
+    found = []
+    for end in ends or [".*"]:
+        (value,) = (v for k, v in entries.items() if re.search(rf"(^|[._]){end}$", k))
+        found.append(value)
+    return found if len(ends) > 1 else found[0]
 
 
 def add_at_labels(made, name, how):
     """In place: "3 added at [i, label_i] for every third row i = 0, 3, 6, ..."."""
-    m = re.search(r"([\d.]+) added at \[i, (\w+)_i\] for .*?i = (\d+), (\d+)", how)
-    assert m, f"{name}: cannot read how = {how!r}"
-    labels = next(v for k, v in made.items() if k.split(".")[-1] in (m[2], m[2] + "s"))
-    rows = np.arange(int(m[3]), len(made[name]), int(m[4]) - int(m[3]))
-    made[name][rows, labels[rows]] += np.float32(m[1])
+    amount, label, start, second = re.search(
+        r"([\d.]+) added at \[i, (\w+)_i\] for .*?i = (\d+), (\d+)", how).groups()
+    labels = only(made, f"{label}s?")
+    rows = np.arange(int(start), len(made[name]), int(second) - int(start))
+    made[name][rows, labels[rows]] += np.float32(amount)
 
 
 # ---- outputs that are compared in their own way --------------------------------------------------
@@ -193,7 +203,7 @@ class Tensorised(NamedTuple):
     hue: bool
 
 
-# ---- hooks ---------------------------------------------------------------------------------------
+# ---- networks and labels -------------------------------------------------------------------------
 
 def watch(modules):
     """{name: [what the module returned, call by call]}, filled as the network runs."""
@@ -201,3 +211,12 @@ def watch(modules):
     for k, m in modules.items():
         m.register_forward_hook(lambda _, __, y, k=k: seen[k].append(y))
     return seen
+
+
+def runs(values):
+    """[[value, how often in a row]]"""
+    return [[k, len(list(g))] for k, g in itertools.groupby(values)]
+
+
+def gradients(model):
+    return {f"grad:{k}": p.grad for k, p in model.named_parameters()}

@@ -2,8 +2,8 @@
 
 The fixtures, `parity/*.json`, hold what the original code computed from weights and inputs that
 `recipe.py` rebuilds from names. `PARITY_DIR=folder` runs the same adapters on other files of that
-form. parity_<script>.py holds the adapters of a script. The longest family that the case's id
-begins with chooses one; everything else, sizes, temperatures, rates and draws, comes from the case.
+form. parity_<script>.py holds the adapters of a script. That with the longest name that the case's
+id begins with is taken; all else, sizes, temperatures, rates and draws, comes from the case.
 """
 
 import importlib
@@ -23,61 +23,21 @@ SCRIPTS = ["cpctrans", "f2c_oops", "replai", "ssdet_coarsefine"]
 DIGEST = {"shape", "first", "mean", "std", "norm"}            # and a `probe`, in some files
 SUMMED = 1e-13                       # statistics are sums of doubles, in whatever order
 BOUND = rf"(?:rtol {NUMBER})?(?:, )?(?:atol {NUMBER})?"
+TABLE = {"rtol", "atol", "atol_std", "norm_rtol", "grads", "exact", "tensor_implementation", "note"}
 
-# Outputs that are deliberately not reproduced: {file stem: {family: {output: reason}}}.
-NOT_REPRODUCED = {"replai": {"audio_window": {
-    "first_last_length": "a fault of the released decoder, which drops the partial first codec "
-                         "frame and then as many samples again; replai.audio_window is exact to "
-                         "the sample, which `recommended_first_last_length` checks"}},
-    "f2c_oops": {
-        "clip_frames": {"frames_read_by_original": "a fault of the release, which rounds times "
-                        "down to frames, now and then one frame early, and fails at 16, 32, ... "
-                        "frames a second; `frames_intended` are read"},
-        "anticipation_labels": {"original": "the release fails at 16, 32, ... frames a second; "
-                                "`expected` holds the labels of every video"}},
-    "ssdet_coarsefine": {"charades_sampling": {
-        "label_sum_fine_train": "the case does not tell the video's actions; labels are compared "
-                                "in frame_labels"}}}
+# Outputs that are deliberately not reproduced: {(script, family): output}.
+NOT_REPRODUCED = {
+    # The released decoder drops the partial first codec frame and then as many samples again. Ours
+    # is exact to the sample, as `recommended_first_last_length` checks.
+    ("replai", "audio_window"): "first_last_length",
+    # The release rounds times down to frames, and fails at 16, 32, ... frames a second.
+    ("f2c_oops", "clip_frames"): "frames_read_by_original",
+    ("f2c_oops", "anticipation_labels"): "original",
+    # The case does not tell the video's actions; labels are compared in frame_labels.
+    ("ssdet_coarsefine", "charades_sampling"): "label_sum_fine_train"}
 
 
 # ---- tolerances ----------------------------------------------------------------------------------
-
-def parse_tolerance(text):
-    """([(subjects or None for all, rtol, atol)], rtol of the norm of gradients or None).
-
-    ValueError for words it does not know.
-    """
-    norm = re.search(rf"\(gradients: compare norm with rtol {NUMBER}\)", text)
-    rest = text.replace(norm[0], "") if norm else text
-    for remark in re.findall(r"\([^)]*\)", rest):
-        if re.search(r"tol|equal|exact|compare|except|only", remark):
-            raise ValueError(f"tolerance {text!r}: cannot read {remark}")
-        rest = rest.replace(remark, "")
-    clauses = []
-    for clause in (c.strip() for c in rest.split(";")):
-        if re.fullmatch(rf"(rtol|atol) {NUMBER} on \w+(, {NUMBER} on \w+)*", clause):
-            clauses += [({subject}, *((float(x), 0.0) if clause[0] == "r" else (0.0, float(x))))
-                        for x, subject in re.findall(rf"{NUMBER} on (\w+)", clause)]
-            continue
-        if re.fullmatch(NUMBER, clause):
-            clauses.append((None, 0.0, float(clause)))
-            continue
-        m = re.fullmatch(r"(.*?) ?\b(exact|equal|(?:rtol|atol) [\d.e, rtola-]+)", clause)
-        bound = m and (m[2] in ("exact", "equal") or re.fullmatch(BOUND, m[2]))
-        if not bound or not re.fullmatch(r"[\w/, -]*", m[1]):
-            raise ValueError(f"tolerance {text!r}: cannot read {clause!r}")
-        rtol, atol = (0.0, 0.0) if bound is True else (float(b or 0) for b in bound.groups())
-        clauses.append((set(re.split(r"/| and |, ", m[1])) if m[1] else None, rtol, atol))
-    return clauses, float(norm[1]) if norm else None
-
-
-def names(subject, output, state):
-    """Whether a word of a tolerance means this output."""
-    if subject == "weights":
-        return output in state
-    letters = re.sub(r"[^a-z]", "", subject.lower()).removesuffix("es").removesuffix("s")
-    return letters in re.sub(r"[^a-z]", "", output.lower())
-
 
 class Bound(NamedTuple):
     """How far one output may be off.
@@ -93,6 +53,39 @@ class Bound(NamedTuple):
     tensor: str = ""
 
 
+def parse_tolerance(text):
+    """([(subjects or None for all, rtol, atol)], rtol of the norm of gradients or None).
+
+    ValueError for words it does not know.
+    """
+    norm = re.search(rf" ?\(gradients: compare norm with rtol {NUMBER}\)", text)
+    rest = text.replace(norm[0], "") if norm else text
+    for remark in re.findall(r" ?\([^)]*\)", rest):           # "(float32)", not "(atol 5 for ...)"
+        if not re.search(r"tol|equal|exact|compare|except|only", remark):
+            rest = rest.replace(remark, "")
+    clauses = []
+    for clause in rest.split("; "):
+        if re.fullmatch(rf"(rtol|atol) {NUMBER} on \w+(, {NUMBER} on \w+)*", clause):
+            clauses += [({subject}, *((float(x), 0.0) if clause[0] == "r" else (0.0, float(x))))
+                        for x, subject in re.findall(rf"{NUMBER} on (\w+)", clause)]
+            continue
+        clause = f"atol {clause}" if re.fullmatch(NUMBER, clause) else clause
+        m = re.fullmatch(rf"(?:([\w/, -]+?) )??(?:exact|equal|{BOUND})", clause)
+        if not m or not clause or "tol" in (m[1] or ""):
+            raise ValueError(f"tolerance {text!r}: cannot read {clause!r}")
+        subjects = set(re.split(r"/| and |, ", m[1])) if m[1] else None
+        clauses.append((subjects, float(m[2] or 0), float(m[3] or 0)))
+    return clauses, float(norm[1]) if norm else None
+
+
+def names(subject, output, state):
+    """Whether a word of a tolerance means this output."""
+    if subject == "weights":
+        return output in state
+    letters = re.sub(r"[^a-z]", "", subject.lower()).removesuffix("es").removesuffix("s")
+    return letters in re.sub(r"[^a-z]", "", output.lower())
+
+
 def bounds(tolerance, output, state=()):
     """The Bound of an output, from words or from a table.
 
@@ -101,25 +94,21 @@ def bounds(tolerance, output, state=()):
     them as for a value.
     """
     gradient = output.startswith("grad:")
-    if isinstance(tolerance, dict):
-        words = {"abs": "atol", "rel": "rtol"}
-        tolerance = {words.get(k, k): v for k, v in tolerance.items()}
-        known = {"rtol", "atol", "atol_std", "norm_rtol", "tensor_implementation", "note"}
-        own = {k for k in tolerance if k.startswith("atol_")} - known
-        unknown = set(tolerance) - known - own - {"grads", "exact"}
-        exact = tolerance.get("exact", False)
-        if unknown or exact not in (True, False) or exact and {"rtol", "atol"} & set(tolerance):
-            raise ValueError(f"tolerance: cannot read {unknown or tolerance}")
-        if f"atol_{output}" in own:
-            tolerance = {**tolerance, "atol": tolerance[f"atol_{output}"]}
-        if not {"atol_std", "norm_rtol", "grads"} & set(tolerance):
-            tolerance = {**tolerance, "norm_rtol": tolerance.get("rtol", 0)}
-        table = tolerance.get("grads", tolerance) if gradient else tolerance
-        numbers = [float(table.get(k, 0)) for k in ("rtol", "atol", "norm_rtol", "atol_std")]
-        return Bound(*numbers, tolerance.get("tensor_implementation", ""))
-    clauses, of_gradients = parse_tolerance(tolerance)
-    named = [c for c in clauses if c[0] is None or any(names(s, output, state) for s in c[0])]
-    return Bound(*(named or clauses)[0][1:], of_gradients if gradient else None)
+    if isinstance(tolerance, str):
+        clauses, of_gradients = parse_tolerance(tolerance)
+        named = [c for c in clauses if c[0] is None or any(names(s, output, state) for s in c[0])]
+        return Bound(*(named or clauses)[0][1:], of_gradients if gradient else None)
+    table = {{"abs": "atol", "rel": "rtol"}.get(k, k): v for k, v in tolerance.items()}
+    own = {k: v for k, v in table.items() if k.startswith("atol_") and k not in TABLE}
+    if unknown := set(table) - set(own) - TABLE:
+        raise ValueError(f"tolerance: cannot read {unknown}")
+    if f"atol_{output}" in own:
+        table["atol"] = own[f"atol_{output}"]
+    if not {"atol_std", "norm_rtol", "grads"} & set(table):
+        table["norm_rtol"] = table.get("rtol", 0)
+    values = table.get("grads", table) if gradient else table
+    return Bound(*(float(values.get(k, 0)) for k in ("rtol", "atol", "norm_rtol", "atol_std")),
+                 table.get("tensor_implementation", ""))
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -133,14 +122,15 @@ def digest(x):
         x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else x)
 
 
-def probe_faults(got, want, slack, at):
-    """Of the sum of the array's values times fixed random numbers: what the statistics do not see,
-    as values in another order. Off as the values may be, it is off by about `slack`, the norm's.
-    """
-    x = torch.as_tensor(got).detach().cpu().double().flatten().numpy()
-    probe = float((x * recipe.values("probe", [x.size])).sum())
-    return [] if abs(probe - want) <= 4 * slack else [
-        f"{at}.probe: {probe!r}, the original {want!r}, allowed {4 * slack:.3g}"]
+def rms(want):
+    """Root mean square of the values behind a digest."""
+    return want["norm"] / math.sqrt(max(1, math.prod(want["shape"])))
+
+
+def off(got, want, slack, at):
+    """[what is wrong, in words] with a number."""
+    return [] if abs(got - want) <= slack else [
+        f"{at}: {got!r}, the original {want!r}, allowed {slack:.3g}"]
 
 
 def compare(got, want, bound, name):
@@ -159,23 +149,21 @@ def compare(got, want, bound, name):
     bad = faults(got.single, want, bound, name)
     if not bad or not is_digest(want):
         return bad
-    quarter = Bound(*(x and x / 4 for x in bound[:4]))
-    ours = faults(got.double, digest(got.single), quarter, name)
-    loose = {p for p in ("first", "mean", "std", "norm")
-             if any(f.startswith(f"{name}.{p}") for f in ours)}
+    ours, quarter = digest(got.single), Bound(*(x and x / 4 for x in bound[:4]))
+    moved = faults(got.double, ours, quarter, name)
+    loose = [p for p in ("first", "mean", "std", "norm")
+             if any(f.startswith(f"{name}.{p}") for f in moved)]
     if loose:
-        warnings.warn(f"{name}: float32 rounding alone moves {', '.join(sorted(loose))} by as "
-                      "much as the fixture allows; compared as loosely as that takes", stacklevel=1)
-    kept = [f for f in bad if not any(f.startswith(f"{name}.{p}") for p in loose)]
-    if "first" in loose:
-        single, double = (torch.as_tensor(x).detach().double() for x in got)
-        furthest = (single - double).abs().max().item()
-        kept += faults(digest(got.single)["first"], want["first"],
-                       Bound(bound.rtol, bound.atol + 3 * furthest), f"{name}.first")
-    rms = want["norm"] / math.sqrt(max(1, math.prod(want["shape"])))
-    scale, ours = {"mean": rms, "std": rms, "norm": want["norm"]}, digest(got.single)
-    return kept + [f"{name}.{p}: {ours[p]!r}, the original {want[p]!r}, not even 5 % near"
-                   for p in loose & set(scale) if not abs(ours[p] - want[p]) <= 0.05 * scale[p]]
+        warnings.warn(f"{name}: float32 rounding alone moves {', '.join(loose)} by as much as the "
+                      "fixture allows; compared as loosely as that takes", stacklevel=1)
+    bad = [f for f in bad if not any(f.startswith(f"{name}.{p}") for p in loose)]
+    for p in loose:
+        allowed = Bound(atol=0.05 * (want["norm"] if p == "norm" else rms(want)))
+        if p == "first":
+            single, double = (torch.as_tensor(x).detach().double() for x in got)
+            allowed = Bound(bound.rtol, bound.atol + 3 * (single - double).abs().max().item())
+        bad += faults(ours[p], want[p], allowed, f"{name}.{p}")
+    return bad
 
 
 def tensor_faults(got, want, bound, name):
@@ -184,22 +172,19 @@ def tensor_faults(got, want, bound, name):
     It is on the mean absolute difference, a share of the range of grey levels: here of the values
     that the digest keeps, and of its statistics.
     """
+    if not bound.tensor:
+        return faults(got.value, want, bound, name)
     words = re.fullmatch(r"mean absolute difference below (\d+)/(\d+) \((\d+)/(\d+) after hue\)",
                          bound.tensor)
-    assert words or not bound.tensor, f"cannot read {bound.tensor!r}"
-    if not words:
-        return faults(got.value, want, bound, name)
     part, of = map(int, words.groups()[2:] if got.hue else words.groups()[:2])
-    value = torch.as_tensor(got.value)
-    allowed = torch.as_tensor(got.unit, dtype=torch.float64).expand(value.shape) * part / of
-    ours, n, typical = digest(value), value.numel(), allowed.mean().item()
+    unit, ours = torch.as_tensor(got.unit, dtype=torch.float64), digest(got.value)
     if ours["shape"] != want["shape"]:
         return [f"{name}.shape: {ours['shape']}, the original {want['shape']}"]
-    off = np.abs(np.subtract(ours["first"], want["first"])) / allowed.flatten()[:32].numpy()
-    bad = [] if off.mean() < 1 else [f"{name}.first: {off.mean():.3g} times the mean bound off"]
-    slack = {"mean": typical, "std": typical, "norm": math.sqrt(n) * typical}
-    return bad + [f"{name}.{k}: {ours[k]!r}, the original {want[k]!r}, allowed {s:.3g}"
-                  for k, s in slack.items() if not abs(ours[k] - want[k]) < s]
+    allowed = unit.expand(ours["shape"]) * part / of
+    far = np.abs(np.subtract(ours["first"], want["first"])) / allowed.flatten()[:32].numpy()
+    bad = [] if far.mean() < 1 else [f"{name}.first: {far.mean():.3g} times the mean bound off"]
+    slack, _ = slack_of(want, Bound(atol=allowed.mean().item()))
+    return bad + [f for k, s in slack.items() for f in off(ours[k], want[k], s, f"{name}.{k}")]
 
 
 def slack_of(want, bound):
@@ -209,28 +194,37 @@ def slack_of(want, bound):
     atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x), the norm by √n times it.
     """
     rtol, atol, norm_rtol, atol_std, _ = bound
-    n = max(1, math.prod(want["shape"]))
-    rms = want["norm"] / math.sqrt(n)
+    typical = atol + rtol * rms(want)
     if atol_std is not None:
         each = Bound(rtol, atol + atol_std * want["std"])
-        return {"mean": each.atol + max(rtol * abs(want["mean"]), SUMMED * rms), **{
+        return {"mean": each.atol + max(rtol * abs(want["mean"]), SUMMED * rms(want)), **{
             k: atol + max(norm_rtol, SUMMED) * abs(want[k]) for k in ("std", "norm")}}, each
-    norm = norm_rtol * want["norm"] if norm_rtol else math.sqrt(n) * (atol + rtol * rms)
-    return {"mean": atol + rtol * rms, "std": atol + rtol * rms, "norm": norm}, Bound(rtol, atol)
+    norm = norm_rtol * want["norm"] if norm_rtol else (
+        math.sqrt(max(1, math.prod(want["shape"]))) * typical)
+    return {"mean": typical, "std": typical, "norm": norm}, Bound(rtol, atol)
+
+
+def digest_faults(got, want, bound, at):
+    """As `faults`, of an array and a digest.
+
+    The probe, a sum of the values times fixed random numbers, sees what the statistics do not, as
+    values in another order. Off as the values may be, it is off by about as much as the norm.
+    """
+    ours, (slack, each) = digest(got), slack_of(want, bound)
+    bad = faults(ours["shape"], want["shape"], Bound(), f"{at}.shape")
+    bad += faults(ours["first"], want["first"], each, f"{at}.first")
+    if "probe" in want and not bad:
+        x = torch.as_tensor(got).detach().cpu().double().flatten().numpy()
+        probe = float((x * recipe.values("probe", [x.size])).sum())
+        spread = math.sqrt(x.size) * (each.atol + each.rtol * rms(want))
+        bad += off(probe, want["probe"], 4 * spread, f"{at}.probe")
+    return bad + [f for k, s in slack.items() for f in off(ours[k], want[k], s, f"{at}.{k}")]
 
 
 def faults(got, want, bound, at=""):
     """Every place where `got` is not `want`, in words."""
     if is_digest(want):
-        array, got, (slack, each) = got, digest(got), slack_of(want, bound)
-        bad = faults(got["shape"], want["shape"], Bound(), f"{at}.shape")
-        bad += faults(got["first"], want["first"], each, f"{at}.first")
-        if "probe" in want and not bad:
-            rms = want["norm"] / math.sqrt(max(1, math.prod(want["shape"])))
-            spread = math.sqrt(math.prod(want["shape"])) * (each.atol + each.rtol * rms)
-            bad += probe_faults(array, want["probe"], spread, at)
-        return bad + [f"{at}.{k}: {got[k]!r}, the original {want[k]!r}, allowed {s:.3g}"
-                      for k, s in slack.items() if not abs(got[k] - want[k]) <= s]
+        return digest_faults(got, want, bound, at)
     if isinstance(want, dict):
         missing = [f"{at}.{k}: missing" for k in want if k not in got]
         return missing + [f for k in want if k in got
@@ -245,9 +239,7 @@ def faults(got, want, bound, at=""):
                 for f in faults(a, b, bound, f"{at}[{i}]")]
     if isinstance(want, (str, bool, type(None))) or got is None:
         return [] if got == want else [f"{at}: {got!r}, the original {want!r}"]
-    slack = bound.atol + bound.rtol * abs(want)
-    return [] if abs(got - want) <= slack else [
-        f"{at}: {got!r}, the original {want!r}, allowed {slack:.3g}"]
+    return off(got, want, bound.atol + bound.rtol * abs(want), at)
 
 
 # ---- tests ---------------------------------------------------------------------------------------
@@ -255,10 +247,10 @@ def faults(got, want, bound, at=""):
 def family_of(id, families):
     """The longest family that the id begins with, ending at a dot, an underscore or its end.
 
-    # in a family's name stands for any number.
+    # in a family's name stands for any number, _ for a dot too.
     """
-    fitting = [f for f in families
-               if re.match(r"\d+".join(map(re.escape, f.split("#"))) + r"(?=[._]|$)", id)]
+    fitting = [f for f in families if re.match(
+        f.replace("#", r"\d+").replace("_", "[._]") + r"(?=[._]|$)", id)]
     return max(fitting, key=len, default=None)
 
 
@@ -280,11 +272,10 @@ def test_matches_the_original(stem, file, case, tmp_path):
     adapters = importlib.import_module(f"parity_{script}").ADAPTERS    # fails these cases alone
     family = family_of(case["id"], adapters)
     assert family, f"{stem}/{case['id']}: no adapter for this family"
-    left_out = NOT_REPRODUCED.get(script, {}).get(family, {})
     want = {k: v["exact"] if isinstance(v, dict) and set(v) == {"exact"} else v
-            for k, v in case["outputs"].items() if k not in left_out}
+            for k, v in case["outputs"].items() if k != NOT_REPRODUCED.get((script, family))}
     assert want, f"{stem}/{case['id']}: names no output that could be compared"
-    c = Case(stem, file, case, tmp_path)
+    c = Case(file, case, tmp_path)
     torch.manual_seed(0)
     got = adapters[family](c)
     bad = []
@@ -300,61 +291,42 @@ def test_there_are_cases():
     assert read_cases(), f"no *.json in {FOLDER}"
 
 
-BINS = "bins equal; prominences and z-score rtol 1e-3"
-STEPS = "rtol 5e-3 on losses, 1e-3 on weights"
-SOUND = "resampled/log/normalised atol 2e-4; mel_power rtol 1e-3"
-
-
 @pytest.mark.parametrize("text, output, expected", [
     ("exact", "x", (0, 0)), ("equal", "x", (0, 0)), ("1e-6", "x", (0, 1e-6)),
     ("rtol 1e-4, atol 1e-5 (float32)", "x", (1e-4, 1e-5)), ("rtol 1e-9", "x", (1e-9, 0)),
     ("atol 0.02 (one grey level is 0.0175)", "x", (0, 0.02)),
-    (STEPS, "losses", (5e-3, 0)), (STEPS, "bn.running_mean", (1e-3, 0)),
-    (BINS, "all_peak_bins", (0, 0)), (BINS, "zscore_mean_over_frequency", (1e-3, 0)),
-    (SOUND, "mel_power", (1e-3, 0)), (SOUND, "normalised", (0, 2e-4)),
+    ("rtol 5e-3 on losses, 1e-3 on weights", "losses", (5e-3, 0)),
+    ("rtol 5e-3 on losses, 1e-3 on weights", "bn.running_mean", (1e-3, 0)),
+    ("bins equal; prominences and z-score rtol 1e-3", "all_peak_bins", (0, 0)),
+    ("bins equal; prominences and z-score rtol 1e-3", "zscore_mean_over_frequency", (1e-3, 0)),
+    ("resampled/log/normalised atol 2e-4; mel_power rtol 1e-3", "mel_power", (1e-3, 0)),
+    ("resampled/log/normalised atol 2e-4; mel_power rtol 1e-3", "normalised", (0, 2e-4)),
     *((text, "x", None) for text in ("", "close", "rtol about 1e-3", "within 2 %",
-                                     "rtol 1e-3 or so", "rtol 1e-3 (atol 5 for the last)"))])
+                                     "rtol 1e-3 or so", "rtol 1e-3 atol 1e-5",
+                                     "rtol 1e-3 (atol 5 for the last)"))])
 def test_tolerances_are_read_from_their_words_and_unknown_ones_refused(text, output, expected):
     with pytest.raises(ValueError, match="cannot read") if not expected else nullcontext():
         assert bounds(text, output, {"bn.running_mean": 0})[:2] == expected
 
 
 def test_a_table_of_tolerances_is_held_to_what_it_says():
-    table = {"rtol": 0.1, "atol": 1, "atol_std": 0.5, "norm_rtol": 0.2, "note": "",
-             "grads": {"rtol": 0.3}}
+    table = {"rtol": 0.1, "atol": 1, "atol_std": 0.5, "norm_rtol": 0.2, "grads": {"rtol": 0.3}}
     assert bounds(table, "score") == (0.1, 1, 0.2, 0.5, "")
     assert bounds(table, "grad:a") == (0.3, 0, 0, 0, "")
     want = {"shape": [2], "first": [10.0, 20.0], "mean": 15.0, "std": 5.0, "norm": 22.4}
     slack, each = slack_of(want, bounds(table, "score"))
     assert slack == {"mean": 3.5 + 1.5, "std": 1 + 1, "norm": pytest.approx(1 + 4.48)}
     assert each == (0.1, 3.5, None, None, "")
-    with pytest.raises(ValueError, match="cannot read"):
-        bounds({**table, "about": 1}, "score")
-    assert bounds({"rtol": 0.1, "atol": 1}, "score") == (0.1, 1, 0.1, 0, "")
     assert bounds({"rel": 0.1, "abs": 1}, "score") == (0.1, 1, 0.1, 0, "")
     table = {"exact": True, "atol_times": 1e-9}
     assert [bounds(table, k)[:2] for k in ("frames", "times")] == [(0, 0), (0, 1e-9)]
     with pytest.raises(ValueError, match="cannot read"):
-        bounds({"exact": True, "rtol": 1}, "score")
+        bounds({"rtol": 0.1, "about": 1}, "score")
 
 
 def test_a_probe_sees_two_values_that_changed_places():
     x, bound = np.arange(100) / 100, Bound(1e-6, 1e-6, 1e-6, 0.0)
-    probe = float((x * recipe.values("probe", [x.size])).sum())
-    want = {**digest(x), "probe": probe}
-    assert not compare(x, want, bound, "x")
+    want = {**digest(x), "probe": float((x * recipe.values("probe", [x.size])).sum())}
     assert not compare(torch.from_numpy(x), want, bound, "x")
     x[[60, 90]] = x[[90, 60]]
     assert [f[:8] for f in compare(x, want, bound, "x")] == ["x.probe:"]
-
-
-@pytest.mark.parametrize("off, hue, faulty", [(1.9, False, False), (2.1, False, True),
-                                              (3.9, True, False), (4.1, True, True)])
-def test_a_tensor_implementation_may_be_off_by_the_stated_grey_levels(off, hue, faulty):
-    image = np.random.default_rng(0).uniform(50, 200, (1, 8, 8, 3))
-    bound = Bound(tensor="mean absolute difference below 2/255 (4/255 after hue)")
-    got = Tensorised(image + off, 255.0, hue)
-    assert bool(compare(got, digest(image), bound, "x")) == faulty
-    exact = Bound(0.0, 0.0, 0.0, 0.0)
-    assert compare(got, digest(image), exact, "x")
-    assert not compare(Tensorised(image, 255.0, hue), digest(image), exact, "x")
