@@ -270,6 +270,13 @@ TIMBRE = {  # noun: seconds, overtones, share of noise, envelope
     "brittle": (0.75, (1, 0, 0.6, 0, 0.4), 0.0, lambda t: np.exp(-(t % 0.25) / 0.05)),
 }
 BASE_PITCH, RING, CLICK, HUM = 700, 0.2, 0.6, 0.003               # Hz, three amplitudes
+COURSE = {  # noun: how far a change is u seconds after the strike, 0 before it, 1 in the end
+    "rigid": lambda u: np.clip(u / 0.5, 0, 1) ** 3,
+    "viscous": lambda u: np.clip(u / 0.8, 0, 1),
+    "elastic": lambda u: np.where(u > 0.85, 1.0, 1 - (        # overshoots, swings into place
+        np.exp(-np.maximum(u, 0) / 0.3) * np.cos(2 * np.pi * 2.5 * np.maximum(u, 0)))),
+    "brittle": lambda u: np.clip(np.floor(u / 0.25 + 1e-6) + 1, 0, 3) / 3,
+}
 GAPS = {  # kind of video: seconds from the i-th strike to the next
     "normal": lambda rng, i: 2.2 + 4 * rng.beta(1, 3.2),
     "dense": lambda rng, i: rng.uniform(1.95, 2.3),
@@ -279,20 +286,8 @@ GAPS = {  # kind of video: seconds from the i-th strike to the next
 }
 
 
-def course(noun, u):
-    """How far a change is u seconds after the strike: 0 before it, 1 in the end."""
-    if noun == "brittle":
-        return np.clip(np.floor(u / 0.25 + 1e-6) + 1, 0, 3) / 3
-    if noun == "viscous":
-        return np.clip(u / 0.8, 0, 1)
-    if noun == "rigid":
-        return np.clip(u / 0.5, 0, 1) ** 3
-    v = np.maximum(u, 0)                         # elastic: overshoots and swings into place
-    return np.where(u > 0.85, 1.0, 1 - np.exp(-v / 0.3) * np.cos(2 * np.pi * 2.5 * v))
-
-
 def swing(noun, u):
-    """Sideways displacement of a shaken object, in the rhythm of `course`."""
+    """Sideways displacement of a shaken object, in the rhythm of COURSE."""
     length = {"rigid": 0.25, "viscous": 0.75, "elastic": 0.8, "brittle": 0.75}[noun]
     how = {"elastic": np.exp(-np.maximum(u, 0) / 0.3), "brittle": u % 0.25 < 0.15}.get(noun, 1)
     return (u >= 0) * (u < length) * how * np.sin(2 * np.pi * 4 * u)
@@ -339,7 +334,7 @@ def strike_things(rng, room, video, times, pan):
         radius = h * rng.uniform(*SIZE) * GROWTH ** (o["large"] / 2) + 0 * t
         angle = rng.uniform(0, 2 * np.pi) + 0 * t
         for moment, verb, noun, sense in o["strikes"]:
-            share, (low, large) = course(noun, t - moment), VERBS[verb][2]
+            share, (low, large) = COURSE[noun](t - moment), VERBS[verb][2]
             y -= low * TRAVEL * h * share
             radius *= GROWTH ** (-large * share)
             angle += (verb == "spin") * sense * 2 * np.pi * TURN * share
@@ -988,7 +983,6 @@ def plan_untrimmed(name, k, seed, fps, seconds, idle):
 
 def deal_deeds(videos, rng):
     """Give every object of a split something to do, all deeds equally often."""
-    """Give every object of a split something to do, all deeds equally often."""
     deeds = deal(rng, list(DEEDS))
     for actor in (a for video in videos for a in video["actors"] if a["busy"]):
         actor["deed"] = next(deeds)
@@ -1109,10 +1103,7 @@ def build(video):
     write_video(path, frames, video["fps"], audio, rate, **video["coding"])
     for link in links:
         link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:                                  # no hard links on this file system
-            shutil.copyfile(path, link)
+        shutil.copyfile(path, link)
 
 
 def make(names, out, seed=0, workers=1):
@@ -1143,7 +1134,7 @@ def make(names, out, seed=0, workers=1):
         (out / f".{name}" / ".toy.json").write_text(settings)
         shutil.rmtree(out / name, ignore_errors=True)
         (out / f".{name}").rename(out / name)
-        size = sum({f.stat().st_ino: f.stat().st_size for f in (out / name).rglob("*")}.values())
+        size = sum(f.stat().st_size for f in (out / name).rglob("*.*"))
         print(f"{name}: {out / name}, {len(some)} videos of {sum(v['seconds'] for v in some):.0f} "
               f"s, {size / 1e6:.1f} MB")
     if videos:
