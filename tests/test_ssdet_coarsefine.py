@@ -293,39 +293,6 @@ def test_grid_pool_steps_least_where_it_is_most_confident(T):
             close(y[b, :, i], (1 - part) * x[b, :, k] + part * x[b, :, k + 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("L", [2, 5, 17])
-def test_grid_unpool_goes_back_to_uniform_times(L):
-    rng = np.random.default_rng(L)
-    z, c = rng.normal(size=L), np.array([0, *rng.uniform(0.2, 1, L - 1).cumsum()])
-    index = np.interp(np.linspace(0, c[-1], L), c, range(L))  # where c_i = j / (L-1)
-    want = np.interp(np.linspace(0, L - 1, 4 * (L - 1)), range(L), np.interp(index, range(L), z))
-    got = sc.grid_unpool(*(torch.tensor(v).float() for v in (z[None, None], c[None] / c[-1])))
-    close(got, torch.tensor(want[None, None]).float(), atol=1e-5)
-
-
-def test_features_are_filtered_and_mixed_as_if_maps_were_resized_first():
-    torch.manual_seed(0)
-    net, mixing = sc.FusionFilter(6, 5).eval(), sc.Mixing(10, 4)
-    x, valid, start = torch.randn(2, 6, 9, 7, 7), torch.ones(2, 9), torch.tensor([0, 2])
-    valid[1, 6:] = 0
-    G = sc.gaussian(start, valid.sum(1), 9, L=2)              # 4 fine steps from peak to peak
-    assert G.argmax(1).tolist() == [[0, 4], [2, 6]] and G.amax(1).min() == 1
-    close(G[1, 4, 0], torch.tensor(math.exp(-(4 - 2) ** 2 / (2 * (6 / 8) ** 2))), atol=1e-6)
-    with torch.no_grad():
-        found = net(x, G, valid)
-        a = net.at2(F.relu(net.at1(x.flatten(2)))).sigmoid().view(2, 1, 9, 7, 7)
-        for i in range(2):
-            weight = a * (valid * G[:, :, i])[:, None, :, None, None]     # v a G_i, B, 1, T', h, w
-            A = ((weight * x).sum(2) / (weight.sum(2) + 1e-6)).flatten(2)
-            for y, first, second in zip(found, (net.fc1, net.fc3), (net.fc2, net.fc4)):
-                close(y[:, :, i].flatten(2), second(F.relu(first(A))), atol=1e-5)
-        for size in (14, 10):                                 # repeated, or the largest of parts
-            bias, scale = mixing(found, found[::-1], size)
-            maps = [F.adaptive_max_pool3d(v, (2, size, size)).flatten(2) for v in found]
-            close(bias.flatten(2), mixing.conv_at(torch.cat(maps, 1)), atol=1e-5)
-            close(scale.flatten(2), mixing.conv_at2(torch.cat(maps[::-1], 1)).sigmoid(), atol=1e-5)
-
-
 def test_the_coarse_stream_also_pools_by_the_maximum_and_goes_without_fusion():
     with torch.no_grad():
         z = sc.Coarse("tiny", 4, "max", "none").eval()(torch.randn(1, 3, 8, 64, 64))
