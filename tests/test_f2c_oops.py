@@ -207,9 +207,8 @@ def test_names_and_annotations_are_read_as_they_are(tmp_path):
         assert f.read_names(tmp_path / "train.txt") == odd
     (tmp_path / "x.csv").write_text('filename,t\n"a, ""b"".mp4",3\nc.mp4,4\nc.mp4,4')
     assert f.read_names(tmp_path / "x.csv") == ['a, "b"', "c"]
-    path = tmp_path / "annotations" / "transition_times.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({odd[0]: ENTRY}))
+    path = tmp_path / "annotations/transition_times.json"
+    world.text(path, json.dumps({odd[0]: ENTRY}))
     assert f.read_annotations(tmp_path) == {odd[0]: ((-1, 2, 2.3), 5, (-0.2, 0.4, 0.46))}
     for broken in ({**ENTRY, "t": [1, 2]}, {**ENTRY, "len": 0}, {**ENTRY, "t": [1, 2, "x"]}, 3,
                    {"t": [1, 2, 3]}):
@@ -437,7 +436,6 @@ def test_defaults_are_the_published_recipe(flags, epochs, batch, level, loss, sp
     assert args.transforms == ",".join(VIDEO if "f2c2v" in flags else CLIP)
     assert (args.layers, args.window, args.weights) == (
         3, 32, "timm" if args.backbone == "vit_b16" else "torchvision")
-    assert len(vars(args)) <= 34
 
 
 @pytest.mark.parametrize("flags", [
@@ -447,7 +445,7 @@ def test_defaults_are_the_published_recipe(flags, epochs, batch, level, loss, sp
     "--finetune_frames --window 4", "--stage classify --loss regression --select last",
     "--stage classify --level video --anticipate 2 --spacing 0.5 --layers 1"])
 def test_every_switch_trains(flags, feats, tmp_path):
-    run(tmp_path / "out", *SHORT, *feats, *(["--init", "none"]), *flags.split())
+    run(tmp_path / "out", *SHORT, *feats, "--init", "none", *flags.split())
 
 
 def test_features_of_clips_and_their_classifier(data, tmp_path):

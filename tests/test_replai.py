@@ -660,7 +660,6 @@ def test_state_changes_of_every_official_kind_are_read(ego, capsys):
             oscc_entry(4, 44910, 45150, state_change=True, parent_pnr_frame=45000),
             oscc_entry(5, 0, 240, "gone", state_change=False, pnr_frame=None)]
     write_ego4d(ego, "fho_oscc-pnr_val", rows)
-    args = arguments("--stage", "statechange", "--data", ego)
     for flags, null in (((), 0), (("--as_released",), 1)):
         args = arguments("--stage", "statechange", "--data", ego, *flags)
         changes, left_out = replai.read_split(args, replai.StateChange(2, 10, 56), "val")

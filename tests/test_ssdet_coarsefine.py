@@ -28,17 +28,6 @@ FINETUNE = "--stage finetune --stream"
 
 # ---- volume augmentations ------------------------------------------------------------------------
 
-def test_freezing_holds_a_frame_and_shifts_the_rest():
-    x, label = torch.rand(3, 3, 6, 2, 4), torch.randint(1, 90, (3, 6))
-    got = sc.volume_freeze(sc.unmixed(x, label), torch.tensor([0, 2, 5]), torch.tensor([2, 3, 1]))
-    orders = [0, 0, 1, 2, 3, 4], [0, 1, 2, 2, 2, 3], [0, 1, 2, 3, 4, 5]
-    for b, (order, frozen) in enumerate(zip(orders, ([0, 1], [2, 3, 4], [5]))):
-        assert torch.equal(got.x[b], x[b][:, order])
-        label[b] = label[b, order]
-        label[b, frozen] = 0
-    assert torch.equal(got.label[0], label) and got.weight.min() == got.present.min() == 1
-
-
 def test_clips_are_faded_or_cut_in_the_frames_that_they_share():
     """Frames 3, 4, 5 of 9, after the earlier window has moved to 0 and the later one to the end."""
     start = torch.tensor([[1, 3, 0, 3], [3, 1, 3, 0]])
