@@ -1,7 +1,6 @@
 """cpctrans.py: loss, network, clips, lists, stages, protocol, checkpoints and flags."""
 
 import collections
-import itertools
 import json
 import math
 import re

@@ -260,25 +260,6 @@ def test_evaluation_takes_the_flags_of_a_checkpoint_unless_they_contradict(tmp_p
 
 # ---- Coarse-Fine ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T", [4, 8, 13, 64])
-def test_grid_pool_steps_least_where_it_is_most_confident(T):
-    torch.manual_seed(T)
-    pool, x, given = sc.GridPool(6, SplitBatchNorm).eval(), torch.randn(2, 6, T, 8, 8), []
-    pool.conv3.weight.data.mul_(10)
-    pool.conv3.register_forward_hook(lambda _, __, y: given.append(y))
-    with torch.no_grad():
-        y, c = pool(x)
-    L = math.ceil(math.ceil(T / 2) / 2) + 1
-    assert y.shape == (2, 6, L, 8, 8) and c.shape == (2, L)
-    for b, z in enumerate(given[0].mean((1, 3, 4)).tolist()):
-        step = [1 - 1 / (1 + math.exp(-0.5 * v)) for v in z]
-        assert c[b].tolist() == pytest.approx(np.cumsum([0, *step]) / sum(step), abs=1e-6)
-        for i, t in enumerate(c[b].tolist()):
-            k = min(int(t * (T - 1)), T - 2)
-            part = t * (T - 1) - k
-            close(y[b, :, i], (1 - part) * x[b, :, k] + part * x[b, :, k + 1], atol=1e-4)
-
-
 def test_the_coarse_stream_also_pools_by_the_maximum_and_goes_without_fusion():
     with torch.no_grad():
         z = sc.Coarse("tiny", 4, "max", "none").eval()(torch.randn(1, 3, 8, 64, 64))

@@ -149,9 +149,9 @@ def jerks(video):
     found = []
     for start in np.arange(0, video["seconds"] - 1, 0.5):
         if not start <= video["truth"] <= start + 1:
-            of_second = place[:, (times >= start) & (times < start + 1)]
-            rate = float(video["fps"]) ** 2
-            found.append((np.hypot(*np.diff(of_second, 2)).mean() * rate, start > video["truth"]))
+            inside = place[:, (times >= start) & (times < start + 1)]
+            jerk = np.hypot(*np.diff(inside, 2)).mean() * float(video["fps"]) ** 2
+            found.append((jerk, start > video["truth"]))
     return found
 
 
