@@ -142,8 +142,7 @@ def renamed(state, table):
 
 LAYOUTS = {        # name: from RepLAI's state to the content of a file
     "ours": lambda s: {"model": s, "step": 7, "args": {"lr": 0.1}},
-    "RepLAI": lambda s: {"model": renamed(s, {"": "module."}), "optimizer": {"state": {}},
-                         "sampler": {"num_batches_seen": 9, "epoch": 3}, "epoch": 3},
+    "RepLAI": lambda s: {"model": renamed(s, {"": "module."}), "sampler": {"epoch": 3}},
     "AVID": lambda s: {"epoch": 5, "optimizer": {}, "train_criterion": {}, "model": {
         **renamed(s, {"backbone.video.": "module.video_model.",
                       "backbone.audio.": "module.audio_model."}),

@@ -260,6 +260,18 @@ def test_evaluation_takes_the_flags_of_a_checkpoint_unless_they_contradict(tmp_p
 
 # ---- Coarse-Fine ---------------------------------------------------------------------------------
 
+def test_fine_features_are_4_steps_apart_and_mixed_as_if_maps_were_resized_first():
+    G = sc.gaussian(torch.tensor([0, 2]), torch.tensor([9, 6]), 9, L=2)
+    assert G.argmax(1).tolist() == [[0, 4], [2, 6]]           # without Grid Pool
+    mixing, maps = sc.Mixing(10, 4), torch.randn(2, 2, 5, 2, 7, 7)
+    both = [torch.cat([*x], 1) for x in (maps, maps.flip(0))]
+    for size in (14, 10):                                     # repeated, or the largest of parts
+        want = [F.adaptive_max_pool3d(x, (2, size, size)).flatten(2) for x in both]
+        bias, scale = mixing([*maps], [*maps.flip(0)], size)
+        close(bias.flatten(2), mixing.conv_at(want[0]), atol=1e-5)
+        close(scale.flatten(2), mixing.conv_at2(want[1]).sigmoid(), atol=1e-5)
+
+
 def test_the_coarse_stream_also_pools_by_the_maximum_and_goes_without_fusion():
     with torch.no_grad():
         z = sc.Coarse("tiny", 4, "max", "none").eval()(torch.randn(1, 3, 8, 64, 64))
