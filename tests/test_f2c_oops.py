@@ -207,9 +207,8 @@ def test_names_and_annotations_are_read_as_they_are(tmp_path):
         assert f.read_names(tmp_path / "train.txt") == odd
     (tmp_path / "x.csv").write_text('filename,t\n"a, ""b"".mp4",3\nc.mp4,4\nc.mp4,4')
     assert f.read_names(tmp_path / "x.csv") == ['a, "b"', "c"]
-    path = tmp_path / "annotations" / "transition_times.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({odd[0]: ENTRY}))
+    path = tmp_path / "annotations/transition_times.json"
+    world.text(path, json.dumps({odd[0]: ENTRY}))
     assert f.read_annotations(tmp_path) == {odd[0]: ((-1, 2, 2.3), 5, (-0.2, 0.4, 0.46))}
     for broken in ({**ENTRY, "t": [1, 2]}, {**ENTRY, "len": 0}, {**ENTRY, "t": [1, 2, "x"]}, 3,
                    {"t": [1, 2, 3]}):
@@ -351,16 +350,16 @@ def slow_scores(chain, name, video):
     x = torch.from_numpy(np.load(video.features)["arr_0"])
     model = f.make_model(args, x.shape[1], len(state["model"]["head.4.weight"])).eval()
     model.load_state_dict(state["model"])
-    apart, p = 4 if args.level == "video" else 1, {}          # as in training: 1 s
-    for first in range(apart):
+    apart, p = 4 if args.level == "video" else 1, np.zeros((len(video.rows), 3))
+    for first in range(apart):                                # as in training: 1 s
         z = torch.cat([model.frame_encoder(x[rows][None]) for rows in video.rows[first::apart]])
         if name == "regression":
             return model.head(model.clip_encoder(z[None])).sigmoid().item()
         q = model.head(z if apart == 1 else model.clip_encoder(z[None])[0, 1:])
         crf = args.loss == "crf"
         q = model.crf.marginals(q[None], torch.tensor([len(q)]))[0] if crf else q.softmax(1)
-        p |= {first + apart * j: row.tolist() for j, row in enumerate(q)}
-    return [p[j] for j in range(len(p))]
+        p[first::apart] = q.detach()
+    return p
 
 
 @pytest.mark.parametrize("name, n", [("clip", 1), ("crf", 2), ("ce", 1), ("regression", 2),
@@ -435,7 +434,6 @@ def test_defaults_are_the_published_recipe(flags, epochs, batch, level, loss, sp
     assert args.transforms == ",".join(VIDEO if "f2c2v" in flags else CLIP)
     assert (args.layers, args.window, args.weights) == (
         3, 32, "timm" if args.backbone == "vit_b16" else "torchvision")
-    assert len(vars(args)) <= 34
 
 
 @pytest.mark.parametrize("flags", [
@@ -445,7 +443,7 @@ def test_defaults_are_the_published_recipe(flags, epochs, batch, level, loss, sp
     "--finetune_frames --window 4", "--stage classify --loss regression",
     "--stage classify --level video --anticipate 2 --spacing 0.5 --layers 1"])
 def test_every_switch_trains(flags, feats, tmp_path):
-    run(tmp_path / "out", *SHORT, *feats, *(["--init", "none"]), *flags.split())
+    run(tmp_path / "out", *SHORT, *feats, "--init", "none", *flags.split())
 
 
 def test_features_of_clips_and_their_classifier(data, tmp_path):

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from functools import partial
-from pathlib import Path
 
 import av
 import numpy as np
@@ -27,17 +26,6 @@ FINETUNE = "--stage finetune --stream"
 
 
 # ---- volume augmentations ------------------------------------------------------------------------
-
-def test_freezing_holds_a_frame_and_shifts_the_rest():
-    x, label = torch.rand(3, 3, 6, 2, 4), torch.randint(1, 90, (3, 6))
-    got = sc.volume_freeze(sc.unmixed(x, label), torch.tensor([0, 2, 5]), torch.tensor([2, 3, 1]))
-    orders = [0, 0, 1, 2, 3, 4], [0, 1, 2, 2, 2, 3], [0, 1, 2, 3, 4, 5]
-    for b, (order, frozen) in enumerate(zip(orders, ([0, 1], [2, 3, 4], [5]))):
-        assert torch.equal(got.x[b], x[b][:, order])
-        label[b] = label[b, order]
-        label[b, frozen] = 0
-    assert torch.equal(got.label[0], label) and got.weight.min() == got.present.min() == 1
-
 
 def test_clips_are_faded_or_cut_in_the_frames_that_they_share():
     """Frames 3, 4, 5 of 9, after the earlier window has moved to 0 and the later one to the end."""
@@ -183,12 +171,10 @@ def shake(model, seed=0):
     return model
 
 
-def test_a_split_norm_keeps_the_memory_format_and_a_run_its_number_of_parts():
-    norm, other = SplitBatchNorm(5, 3), SplitBatchNorm(5, 2)
-    x = torch.randn(6, 5, 2, 3, 4).contiguous(memory_format=torch.channels_last_3d)
-    assert norm(x).is_contiguous(memory_format=torch.channels_last_3d)
-    other.load_state_dict(norm.state_dict())
-    assert other.splits == 3
+def test_a_split_norm_takes_the_number_of_parts_of_its_checkpoint():
+    norm = SplitBatchNorm(5, 2)
+    norm.load_state_dict(SplitBatchNorm(5, 3).state_dict())
+    assert norm.splits == 3
 
 
 def pytorchvideo_name(name):
@@ -274,56 +260,16 @@ def test_evaluation_takes_the_flags_of_a_checkpoint_unless_they_contradict(tmp_p
 
 # ---- Coarse-Fine ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T", [4, 8, 13, 64])
-def test_grid_pool_steps_least_where_it_is_most_confident(T):
-    torch.manual_seed(T)
-    pool, x, given = sc.GridPool(6, SplitBatchNorm).eval(), torch.randn(2, 6, T, 8, 8), []
-    pool.conv3.weight.data.mul_(10)
-    pool.conv3.register_forward_hook(lambda _, __, y: given.append(y))
-    with torch.no_grad():
-        y, c = pool(x)
-    L = math.ceil(math.ceil(T / 2) / 2) + 1
-    assert y.shape == (2, 6, L, 8, 8) and c.shape == (2, L)
-    for b, z in enumerate(given[0].mean((1, 3, 4)).tolist()):
-        step = [1 - 1 / (1 + math.exp(-0.5 * v)) for v in z]
-        assert c[b].tolist() == pytest.approx(np.cumsum([0, *step]) / sum(step), abs=1e-6)
-        for i, t in enumerate(c[b].tolist()):
-            k = min(int(t * (T - 1)), T - 2)
-            part = t * (T - 1) - k
-            close(y[b, :, i], (1 - part) * x[b, :, k] + part * x[b, :, k + 1], atol=1e-4)
-
-
-@pytest.mark.parametrize("L", [2, 5, 17])
-def test_grid_unpool_goes_back_to_uniform_times(L):
-    rng = np.random.default_rng(L)
-    z, c = rng.normal(size=L), np.array([0, *rng.uniform(0.2, 1, L - 1).cumsum()])
-    index = np.interp(np.linspace(0, c[-1], L), c, range(L))  # where c_i = j / (L-1)
-    want = np.interp(np.linspace(0, L - 1, 4 * (L - 1)), range(L), np.interp(index, range(L), z))
-    got = sc.grid_unpool(*(torch.tensor(v).float() for v in (z[None, None], c[None] / c[-1])))
-    close(got, torch.tensor(want[None, None]).float(), atol=1e-5)
-
-
-def test_features_are_filtered_and_mixed_as_if_maps_were_resized_first():
-    torch.manual_seed(0)
-    net, mixing = sc.FusionFilter(6, 5).eval(), sc.Mixing(10, 4)
-    x, valid, start = torch.randn(2, 6, 9, 7, 7), torch.ones(2, 9), torch.tensor([0, 2])
-    valid[1, 6:] = 0
-    G = sc.gaussian(start, valid.sum(1), 9, L=2)              # 4 fine steps from peak to peak
-    assert G.argmax(1).tolist() == [[0, 4], [2, 6]] and G.amax(1).min() == 1
-    close(G[1, 4, 0], torch.tensor(math.exp(-(4 - 2) ** 2 / (2 * (6 / 8) ** 2))), atol=1e-6)
-    with torch.no_grad():
-        found = net(x, G, valid)
-        a = net.at2(F.relu(net.at1(x.flatten(2)))).sigmoid().view(2, 1, 9, 7, 7)
-        for i in range(2):
-            weight = a * (valid * G[:, :, i])[:, None, :, None, None]     # v a G_i, B, 1, T', h, w
-            A = ((weight * x).sum(2) / (weight.sum(2) + 1e-6)).flatten(2)
-            for y, first, second in zip(found, (net.fc1, net.fc3), (net.fc2, net.fc4)):
-                close(y[:, :, i].flatten(2), second(F.relu(first(A))), atol=1e-5)
-        for size in (14, 10):                                 # repeated, or the largest of parts
-            bias, scale = mixing(found, found[::-1], size)
-            maps = [F.adaptive_max_pool3d(v, (2, size, size)).flatten(2) for v in found]
-            close(bias.flatten(2), mixing.conv_at(torch.cat(maps, 1)), atol=1e-5)
-            close(scale.flatten(2), mixing.conv_at2(torch.cat(maps[::-1], 1)).sigmoid(), atol=1e-5)
+def test_fine_features_are_4_steps_apart_and_mixed_as_if_maps_were_resized_first():
+    G = sc.gaussian(torch.tensor([0, 2]), torch.tensor([9, 6]), 9, L=2)
+    assert G.argmax(1).tolist() == [[0, 4], [2, 6]]           # without Grid Pool
+    mixing, maps = sc.Mixing(10, 4), torch.randn(2, 2, 5, 2, 7, 7)
+    both = [torch.cat([*x], 1) for x in (maps, maps.flip(0))]
+    for size in (14, 10):                                     # repeated, or the largest of parts
+        want = [F.adaptive_max_pool3d(x, (2, size, size)).flatten(2) for x in both]
+        bias, scale = mixing([*maps], [*maps.flip(0)], size)
+        close(bias.flatten(2), mixing.conv_at(want[0]), atol=1e-5)
+        close(scale.flatten(2), mixing.conv_at2(want[1]).sigmoid(), atol=1e-5)
 
 
 def test_the_coarse_stream_also_pools_by_the_maximum_and_goes_without_fusion():
@@ -656,46 +602,38 @@ def test_a_json_of_another_form_is_one_line_with_its_place(content, words, tmp_p
 
 # ---- arguments -----------------------------------------------------------------------------------
 
-RUNS = "runs/ssdet_coarsefine_"
-BEFORE = f"{RUNS}kinetics400_pretrain/last.pt"
-
-
 @pytest.mark.parametrize("flags, want", [
-    ("", {"task": "detect", "batch_size": 64, "lr": 0.05, "backbone_lr": 0.1, "warmup": 8000,
-          "iters": 100_000, "num_frames": 16, "stride": 5, "weight_decay": 5e-5, "bn_splits": 1,
-          "crop": 224, "init": ["fair"], "multigrid": "off", "aug_prob": 0.5, "milestones": [],
-          "augment": ["freeze", "mixup", "cutmix"], "out": Path(f"{RUNS}kinetics400_pretrain")}),
-    ("--task classify", {
-        "batch_size": 128, "lr": 0.2, "num_frames": 8, "stride": 10, "iters": 206_160,
-        "milestones": [0.4, 0.65, 0.925], "backbone_lr": 1.0, "bn_splits": 4, "multigrid": "x3d",
-        "init": ["none"], "augment": [], "out": Path(f"{RUNS}kinetics400_pretrain_classify")}),
-    ("--epochs 5", {"epochs": 5, "iters": None}), ("--version L", {"crop": 312}),
-    (f"{FINETUNE} fine", {
-        "dataset": "charades", "batch_size": 8, "lr": 0.01, "num_frames": 64, "stride": 10,
-        "weight_decay": 1e-5, "milestones": [0.3, 0.4, 0.5], "epochs": 200, "val_every": 4,
-        "bn_splits": 1, "init": [BEFORE], "out": Path(f"{RUNS}charades_finetune_fine")}),
-    (f"{FINETUNE} coarse", {
-        "batch_size": 6, "lr": 0.02, "milestones": [0.15, 0.25, 0.35], "num_frames": 64,
-        "stride": 10, "feature_cap": 128, "init": [BEFORE], "pool": "grid", "fusion": "mixed",
-        "val_every": 2, "features": Path("data/charades/features")}),
-    (f"{FINETUNE} two", {
-        "batch_size": 16, "lr": 0.02, "milestones": [0.3, 0.45, 0.55],
-        "init": [f"{RUNS}charades_finetune_{s}/best.pt" for s in ("coarse", "fine")]}),
-    (f"{FINETUNE} x3d", {"batch_size": 16, "lr": 0.02, "epochs": 100, "schedule": "plateau",
-                         "num_frames": 16, "stride": 10, "bn_splits": 2}),
-    (f"{FINETUNE} slowfast", {"batch_size": 8, "lr": 0.01, "init": ["pytorchvideo"]}),
-    ("--stage finetune --dataset multithumos", {
-        "stream": "fine", "feature_cap": 1024, "data": Path("data/multithumos"), "init": [BEFORE],
-        "out": Path(f"{RUNS}multithumos_finetune_fine")}),
-    ("--stage extract", {"init": [f"{RUNS}charades_finetune_fine/best.pt"], "stream": "fine",
-                         "out": Path(f"{RUNS}charades_extract")}),
-    ("--stage evaluate", {"init": [f"{RUNS}charades_finetune_coarse/best.pt"], "stream": "coarse",
-                          "out": Path(f"{RUNS}charades_evaluate_coarse")}),
-    ("--stage evaluate --init a b", {"stream": None, "out": Path(f"{RUNS}charades_evaluate")}),
-    ("--tiny", {"version": "tiny", "crop": 48, "iters": 600, "batch_size": 16, "init": ["none"]})])
+    ("", "task=detect batch_size=64 lr=0.05 backbone_lr=0.1 warmup=8000 iters=100000 num_frames=16 "
+     "stride=5 weight_decay=5e-05 bn_splits=1 crop=224 init=fair multigrid=off aug_prob=0.5 "
+     "milestones= augment=freeze,mixup,cutmix out=RUNS_kinetics400_pretrain"),
+    ("--task classify", "batch_size=128 lr=0.2 backbone_lr=1.0 iters=206160 num_frames=8 stride=10 "
+     "bn_splits=4 milestones=0.4,0.65,0.925 multigrid=x3d init=none augment= "
+     "out=RUNS_kinetics400_pretrain_classify"),
+    ("--epochs 5", "epochs=5 iters=None"), ("--version L", "crop=312"),
+    (f"{FINETUNE} fine", "dataset=charades batch_size=8 lr=0.01 num_frames=64 stride=10 epochs=200 "
+     "weight_decay=1e-05 milestones=0.3,0.4,0.5 val_every=4 bn_splits=1 "
+     "init=RUNS_kinetics400_pretrain/last.pt out=RUNS_charades_finetune_fine"),
+    (f"{FINETUNE} coarse", "batch_size=6 lr=0.02 num_frames=64 stride=10 milestones=0.15,0.25,0.35 "
+     "val_every=2 pool=grid fusion=mixed feature_cap=128 features=data/charades/features "
+     "init=RUNS_kinetics400_pretrain/last.pt"),
+    (f"{FINETUNE} two", "batch_size=16 lr=0.02 milestones=0.3,0.45,0.55 "
+     "init=RUNS_charades_finetune_coarse/best.pt,RUNS_charades_finetune_fine/best.pt"),
+    (f"{FINETUNE} x3d", "batch_size=16 lr=0.02 num_frames=16 stride=10 epochs=100 bn_splits=2 "
+     "schedule=plateau"),
+    (f"{FINETUNE} slowfast", "batch_size=8 lr=0.01 init=pytorchvideo"),
+    ("--stage finetune --dataset multithumos", "stream=fine feature_cap=1024 data=data/multithumos "
+     "init=RUNS_kinetics400_pretrain/last.pt out=RUNS_multithumos_finetune_fine"),
+    ("--stage extract", "stream=fine init=RUNS_charades_finetune_fine/best.pt "
+     "out=RUNS_charades_extract"),
+    ("--stage evaluate", "stream=coarse init=RUNS_charades_finetune_coarse/best.pt "
+     "out=RUNS_charades_evaluate_coarse"),
+    ("--stage evaluate --init a b", "stream=None out=RUNS_charades_evaluate"),
+    ("--tiny", "version=tiny crop=48 iters=600 batch_size=16 init=none")])
 def test_defaults_are_those_of_the_published_recipes(flags, want):
-    args = sc.parse_args(flags.split())
-    assert {k: getattr(args, k) for k in want} == want
+    found = vars(sc.parse_args(flags.split()))
+    for k, v in (x.split("=") for x in want.replace("RUNS", "runs/ssdet_coarsefine").split()):
+        items = found[k] if isinstance(found[k], list) else [found[k]]
+        assert ",".join(map(str, items)) == v, k
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -1,5 +1,6 @@
 """The toys pose each paper's problem: single frames tell nothing, the intended cue tells all."""
 
+import collections
 import itertools
 import json
 import re
@@ -7,21 +8,20 @@ import re
 import av
 import numpy as np
 import pytest
+import torch
 import toy
+from torch.nn.functional import adaptive_avg_pool2d
 
 
 def shrunk(frame):
-    """A frame of any size as 12 x 16 means, from 0 to 1."""
-    rows, columns = (np.arange(k) * n // k for n, k in zip(frame.shape, (12, 16)))
-    sums = np.add.reduceat(np.add.reduceat(frame.astype(np.float32), rows, 0), columns, 1)
-    areas = np.outer(*(np.diff(np.append(a, n)) for a, n in zip((rows, columns), frame.shape)))
-    return sums / areas[..., None] / 255
+    """A frame of any size as means, (3, 12, 16), from 0 to 1."""
+    return adaptive_avg_pool2d(torch.from_numpy(frame).movedim(2, 0) / 255, (12, 16)).numpy()
 
 
 def frames_at(video, numbers):
     """The shrunk frames of a planned video with these numbers."""
-    frames = {i: shrunk(f) for i, f in enumerate(toy.draw(video)) if i in set(numbers)}
-    return [frames[i] for i in numbers]
+    frames = list(toy.draw(video))
+    return [shrunk(frames[i]) for i in numbers]
 
 
 def accuracy(train, test):
@@ -42,14 +42,15 @@ def stills(clips):
 # ---- strikes -----------------------------------------------------------------------------------
 
 def test_a_frame_of_a_strike_hardly_tells_the_verb_and_the_change_does():
-    rng, moments, struck = np.random.default_rng(0), [-0.35, -0.05, 0.15, 0.35, 0.55, 0.75], []
+    rng, struck = np.random.default_rng(0), []
     for numbers in (range(12), range(100, 108)):              # [(N, before .. after, ...), (N,)]
         videos = [toy.plan_strikes("test", k, 11, "dense", 0, 8) for k in numbers]
         toy.deal_strikes(videos, rng)
-        frames = np.concatenate([frames_at(v, [
-            round(8 * (t + m)) for t, *_ in v["strikes"] for m in moments]) for v in videos])
-        verbs = [[*toy.VERBS].index(verb) for v in videos for _, verb, _ in v["strikes"]]
-        struck.append((frames.reshape(-1, len(moments), *frames.shape[1:]), np.array(verbs)))
+        frames = [frames_at(video, [round(8 * (t + after)) for after in (
+            -0.35, -0.05, 0.15, 0.35, 0.55, 0.75)]) for video in videos
+            for t, *_ in video["strikes"]]
+        verbs = [[*toy.VERBS].index(verb) for video in videos for _, verb, _ in video["strikes"]]
+        struck.append((np.array(frames), np.array(verbs)))
     assert len(struck[0][1]) > 300 and max(np.bincount(struck[0][1])) < len(struck[0][1]) / 5
     assert accuracy(*stills(struck)) < 0.30                   # of 6 verbs
     # Who knows that a frame is from before can rule out some: what moves up is low.
@@ -61,7 +62,7 @@ def test_the_sound_tells_the_moments_of_strikes_and_motion_alone_does_not():
     def near(times, before, after):
         return (times[:, None] >= strikes - before) & (times[:, None] <= strikes + after)
 
-    hits = total = 0
+    hits = []
     for k, kind in enumerate(["normal", "calm"] * 2):
         video = toy.plan_strikes("test", k, 21, kind, 18, 30)
         toy.deal_strikes([video], np.random.default_rng(0))
@@ -70,46 +71,45 @@ def test_the_sound_tells_the_moments_of_strikes_and_motion_alone_does_not():
         assert near(loud, 0.001, 0.01).any(0).all()           # none is missed
         assert near(loud, 0.001, 0.85).any(1).all()           # nothing else is loud
         grey = np.stack([f[::2, ::2].mean(2, dtype="f4") for f in toy.draw(video)])
-        motion = np.convolve(abs(np.diff(grey, axis=0)).mean((1, 2)), np.ones(8) / 8, "same")
-        at = (np.arange(len(motion)) + 0.5) / 30
-        for _ in strikes:                                     # as many as there are
-            best = at[[motion.argmax()]]
-            hits += near(best, 0.3, 0.5).any()
-            motion[abs(at - best) < 0.8] = 0
-        total += len(strikes)
-    assert total >= 12 and hits <= 0.65 * total, (hits, total)
+        motion = abs(np.diff(grey, axis=0)).mean((1, 2))
+        struck = near((np.arange(len(motion)) + 0.5) / 30, 0.3, 0.5).any(1)
+        most = motion > np.quantile(motion, 1 - struck.mean())            # as many frames
+        hits.append(struck[most].mean())
+    assert max(hits) < 0.5
 
 
 @pytest.fixture(scope="module")
 def ego4d(tmp_path_factory):
-    """(folder of annotations, {video_uid: video}) of a whole toy Ego4D, not drawn."""
+    """A whole toy Ego4D, not drawn.   -> {list: entries}, {video_uid: video}"""
     root = tmp_path_factory.mktemp("ego4d")
-    return root / "annotations", {v["video_uid"]: v for v in toy.make_ego4d(root, 0)}
+    videos = {v["video_uid"]: v for v in toy.make_ego4d(root, 0)}
+    lists = {path.stem[4:]: json.loads(path.read_text()) for path in root.glob("*/fho_*.json")}
+    return {name: content.get("clips") for name, content in lists.items()}, videos
 
 
 def test_four_actions_of_a_routine_tell_the_next_twenty_and_nothing_else_does(ego4d):
-    futures, pairs = {}, {}
+    lists, videos = ego4d
+    futures = {}
     for split in ("train", "val"):
-        entries = json.loads((ego4d[0] / f"fho_lta_{split}.json").read_text())["clips"]
-        for _, clip in itertools.groupby(entries, lambda e: e["clip_uid"]):
-            clip = [((e["verb"], e["noun"]), e["video_uid"]) for e in clip]
-            if ego4d[1].get(clip[0][1], {}).get("kind") == "routine":
-                done = [action for action, _ in clip]
-                pairs[split] = pairs.get(split, []) + done
-                for i in range(len(done) - 24 + 1):
-                    future = futures.setdefault(tuple(done[i:i + 4]), tuple(done[i + 4:i + 24]))
-                    assert future == tuple(done[i + 4:i + 24])
-        counts = {pair: pairs[split].count(pair) for pair in pairs[split]}
-        assert len(counts) == 24 and len(set(counts.values())) == 1       # chance stays chance
-    assert len(futures) == len(set(futures.values())) == 24
+        clips = collections.defaultdict(list)
+        for e in lists[f"lta_{split}"]:
+            if e["video_uid"] in videos and videos[e["video_uid"]]["kind"] == "routine":
+                clips[e["clip_uid"]].append((e["verb"], e["noun"]))
+        for done in clips.values():
+            for i in range(len(done) - 24 + 1):
+                future = futures.setdefault(tuple(done[i:i + 4]), tuple(done[i + 4:i + 24]))
+                assert future == tuple(done[i + 4:i + 24])
+        counts = collections.Counter(itertools.chain(*clips.values()))
+        assert len(counts) == 24 and len({*counts.values()}) == 1         # chance stays chance
+    assert len(futures) == len({*futures.values()}) == 24
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_windows_of_state_change_hold_one_strike_or_none(ego4d, split):
-    lengths = {True: [], False: []}
-    for e in json.loads((ego4d[0] / f"fho_oscc-pnr_{split}.json").read_text())["clips"]:
+    (lists, videos), lengths = ego4d, {True: [], False: []}
+    for e in lists[f"oscc-pnr_{split}"]:
         start, stop = e["parent_start_sec"], e["parent_end_sec"]
-        times = [t for t, *_ in ego4d[1][e["video_uid"]]["strikes"]]
+        times = [t for t, *_ in videos[e["video_uid"]]["strikes"]]
         inside = [t for t in times if start - toy.CHANGE < t < stop + toy.REACH]
         assert len(inside) == e["state_change"]
         assert not inside or abs(e["parent_pnr_frame"] / 30 - inside[0]) < 1 / 30
@@ -130,29 +130,28 @@ def test_a_frame_of_an_action_does_not_tell_it_and_the_order_of_two_does():
             rng = np.random.default_rng((*video["key"], 4))
             turn = toy.states(rng, names[c], np.arange(26) / 25)[1][::5]
             inside.append(turn[2:] == turn[:-2])              # no round ends between the two
-        x, y = np.array(x), np.repeat(np.arange(8), len(groups))
+        x, y, inside = np.array(x), np.repeat(np.arange(8), len(groups)), np.array(inside)
         clips.append((x, y))
-        inside = np.array(inside)
         changes.append(((x[:, 2:] - x[:, :-2])[inside], y[np.nonzero(inside)[0]]))
     assert accuracy(*stills(clips)) < 0.20                    # of 8 classes
     train, (u, z) = changes
     motions = [toy.MOTIONS[name] for name in names]
     partner = np.array([motions.index((what, not grows)) for what, grows in motions])
-    assert accuracy(train, (u, z)) > 0.40 and accuracy(train, (-u, partner[z])) > 0.40
-    assert accuracy(train, (-u, z)) < 0.20                    # backwards it is its partner
+    assert accuracy(train, (u, z)) > 0.40
+    assert accuracy(train, (-u, partner[z])) > 0.40           # backwards it is its partner
 
 
 # ---- mishaps -----------------------------------------------------------------------------------
 
 def jerks(video):
-    """[(mean second difference of the object's place over a second, is it from after?)]"""
-    y, x = toy.mishap(video)[:2]
-    fps, found = float(video["fps"]), []
-    grid = (np.arange(int(len(y) * 16 / fps)) * fps / 16).astype(int)
-    for i in (grid[first:first + 16] for first in range(0, len(grid) - 15, 8)):
-        if not i[0] / fps <= video["truth"] <= i[-1] / fps:
-            found.append((np.hypot(np.diff(y[i], 2), np.diff(x[i], 2)).mean() / video["size"][0],
-                          i[0] / fps > video["truth"]))
+    """[(mean acceleration of the object in a second, is it from after?)], every half second."""
+    place, times = np.stack(toy.mishap(video)[:2]) / video["size"][0], toy.frame_times(video)
+    found = []
+    for start in np.arange(0, video["seconds"] - 1, 0.5):
+        if not start <= video["truth"] <= start + 1:
+            inside = place[:, (times >= start) & (times < start + 1)]
+            jerk = np.hypot(*np.diff(inside, 2)).mean() * float(video["fps"]) ** 2
+            found.append((jerk, start > video["truth"]))
     return found
 
 
@@ -161,32 +160,33 @@ def test_a_frame_of_a_mishap_does_not_tell_before_from_after_and_a_second_does(t
     for video in (v for v in toy.make_oops(tmp_path, 0) if v["truth"] < np.inf):
         rng, split = np.random.default_rng(video["key"]), video["paths"][0].parent.name
         after = toy.frame_times(video) > video["truth"]
-        sides = np.flatnonzero(~after), np.flatnonzero(after)
-        few = min(4, *map(len, sides))
-        picked = [int(i) for side in sides for i in rng.choice(side, few, False)]
-        frames[split][0].extend(frames_at(video, picked))
-        frames[split][1].extend([0] * few + [1] * few)
+        few = min(4, after.sum(), (~after).sum())
+        for side in (False, True):
+            picked = rng.choice(np.flatnonzero(after == side), few, False)
+            frames[split][0].extend(frames_at(video, picked))
+            frames[split][1].extend([int(side)] * few)
         motion[split] += jerks(video)
     assert len(frames["train"][1]) > 1000 and accuracy(*frames.values()) < 0.55   # of two sides
     (value, after), (tested, truth) = (map(np.array, zip(*m)) for m in motion.values())
-    best = max(np.sort(value), key=lambda v: ((value > v) == after).mean())
+    best = max(value, key=lambda v: ((value > v) == after).mean())
     assert ((tested > best) == truth).mean() > 0.95
 
 
 # ---- deeds -------------------------------------------------------------------------------------
 
 def statistics(frames):
-    """What moves in some frames: rates of the place, size and shape of what changes."""
+    """What moves in some frames: rates of its place, size and angle, and how often they turn."""
     x = np.stack(frames).astype(np.float32).mean(-1)
     x = np.maximum(x - np.median(x, 0) - 25, 0)               # what rests is gone
-    mass, rows, columns = x.sum((1, 2)) + 1, np.arange(x.shape[1]), np.arange(x.shape[2])
-    y, z = (x.sum(2) @ rows) / mass, (x.sum(1) @ columns) / mass
-    dy, dz = rows[:, None] - y[:, None, None], columns - z[:, None, None]
-    yy, zz, yz = ((x * m).sum((1, 2)) / mass for m in (dy**2, dz**2, dy * dz))
-    turn = np.diff(np.unwrap(np.arctan2(2 * yz, zz - yy)))
-    size, y, z = np.diff(np.log(mass)), np.diff(y), np.diff(z)
-    back = [np.mean(d[1:] * d[:-1] < 0) for d in (size, z)]
-    return [np.median(y), np.median(size), *(np.median(abs(d)) for d in (y, z, size, turn)), *back]
+    mass, (rows, columns) = x.sum((1, 2), keepdims=True) + 1, np.indices(x.shape[1:])
+
+    def mean(values):
+        return (x * values).sum((1, 2), keepdims=True) / mass
+    dy, dx = rows - mean(rows), columns - mean(columns)
+    angle = np.unwrap(np.arctan2(2 * mean(dy * dx), mean(dx**2 - dy**2)), axis=0)
+    rates = np.diff([mean(rows), mean(columns), np.log(mass), angle], axis=1)[..., 0, 0]
+    turns = (rates[:, 1:] * rates[:, :-1] < 0).mean(1)
+    return np.concatenate([np.median(rates, 1), np.median(abs(rates), 1), turns])
 
 
 def test_a_frame_of_a_deed_does_not_tell_it_and_its_motion_does(tmp_path):
@@ -199,8 +199,8 @@ def test_a_frame_of_a_deed_does_not_tell_it_and_its_motion_does(tmp_path):
         clips.append((np.array([[shrunk(f) for f in frames[1:11:2]] for frames in drawn]), y))
         moves.append((np.array([statistics(frames) for frames in drawn]), y))
     assert accuracy(*stills(clips)) < 0.22                    # of 8 classes
-    mean, std = moves[0][0].mean(0), moves[0][0].std(0)
-    assert accuracy(*(((x - mean) / std, y) for x, y in moves)) > 0.85
+    std = moves[0][0].std(0)
+    assert accuracy(*((x / std, y) for x, y in moves)) > 0.85
 
 
 def test_motion_begins_and_ends_where_it_is_annotated():
@@ -212,52 +212,38 @@ def test_motion_begins_and_ends_where_it_is_annotated():
 
 # ---- files -------------------------------------------------------------------------------------
 
-FORMS = {  # dataset: form of the files' names, {list: its first line}
-    "epic": (r"videos/(P\d\d)/\1_\d\d+\.MP4", {
-        "annotations/EPIC_100_train.csv": ",".join(toy.EPIC_COLUMNS),
-        "annotations/EPIC_100_test_timestamps.csv": ",".join(toy.EPIC_COLUMNS[:8])}),
-    "ego4d": (r"((clips|videos)/)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.mp4", {}),
-    "ucf101": (r"UCF-101/(\w+)/v_(?i:\1)_g\d\d_c\d\d\.avi", {
-        "ucfTrainTestlist/classInd.txt": "1 Class1",
-        "ucfTrainTestlist/trainlist01.txt": "BabyCrawling/v_BabyCrawling_g08_c01.avi 4"}),
-    "hmdb51": (r"hmdb51_org/(\w+)/.+_\1_[hufl]_[cn]m_np[12]_(fr|ba|le|ri)_(bad|med|goo)_\d\.avi",
-               {}),
-    "oops": (r"oops_video/(train|val)/.+\D\d+\.mp4", {
-        "annotations/splits/val_all_org.csv": "filename"}),
-    "kinetics400": (r"(train|val)/[^/ ]+/[\w-]{11}_\d{6}_\d{6}\.mp4", {
-        "train.csv": "label,youtube_id,time_start,time_end,split"}),
-    "charades": (r"Charades_v1/[A-Z0-9]{5}\.mp4", {
-        "Charades/Charades_v1_train.csv": ",".join(toy.CHARADES_COLUMNS),
-        "Charades/Charades_v1_classes.txt": "c000 Holding some clothes"}),
-    "multithumos": (r"videos/video_(validation|test)_\d{7}\.mp4", {"class_list.txt": "1 BodyRoll"})}
+FORMS = {  # dataset: form of the files' names
+    "epic": r"videos/(P\d\d)/\1_\d\d+\.MP4",
+    "ego4d": r"((clips|videos)/)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.mp4",
+    "ucf101": r"UCF-101/(\w+)/v_(?i:\1)_g\d\d_c\d\d\.avi",
+    "hmdb51": r"hmdb51_org/(\w+)/.+_\1_[hufl]_[cn]m_np[12]_(fr|ba|le|ri)_(bad|med|goo)_\d\.avi",
+    "oops": r"oops_video/(train|val)/.+\D\d+\.mp4",
+    "kinetics400": r"(train|val)/[^/ ]+/[\w-]{11}_\d{6}_\d{6}\.mp4",
+    "charades": r"Charades_v1/[A-Z0-9]{5}\.mp4",
+    "multithumos": r"videos/video_(validation|test)_\d{7}\.mp4"}
 
 
 @pytest.mark.parametrize("name", toy.MAKERS)
-def test_files_have_the_official_form_and_no_video_is_made_twice(name, tmp_path):
-    videos, (form, lists) = toy.MAKERS[name](tmp_path, 0), FORMS[name]
+def test_files_have_the_official_names_and_no_video_is_made_twice(name, tmp_path):
+    videos = toy.MAKERS[name](tmp_path, 0)
     assert len({(v["key"], v["cut"]) for v in videos}) == len(videos)
     paths = [p.relative_to(tmp_path).as_posix() for v in videos for p in v["paths"]]
     assert len(set(paths)) == len(paths)
-    assert [path for path in paths if not re.fullmatch(form, path)] == []
-    for path, first in lists.items():
-        assert (tmp_path / path).read_text().splitlines()[0] == first
-    seconds = sum(v["seconds"] * np.prod(v["size"]) for v in videos)
-    assert seconds < 3500 * 96 * 128, "the toy grows"
+    assert [path for path in paths if not re.fullmatch(FORMS[name], path)] == []
+    assert sum(v["seconds"] * np.prod(v["size"]) for v in videos) < 3500 * 96 * 128   # stays small
 
 
-@pytest.mark.parametrize("split", [1, 2, 3])
-def test_train_and_test_share_no_group_and_no_film(split, tmp_path):
+def test_train_and_test_share_no_group_and_no_film(tmp_path):
     toy.make_ucf101(tmp_path, 0)
     toy.make_hmdb51(tmp_path, 0)
-    train, test = ({*re.findall(r"_g(\d\d)_", path.read_text())} for path in (
-        tmp_path / f"ucfTrainTestlist/{part}list{split:02d}.txt" for part in ("train", "test")))
-    assert len(train) == 18 and len(test) == 7 and not train & test
-    films = {}
-    for path in tmp_path.glob(f"testTrainMulti_7030_splits/*_test_split{split}.txt"):
-        for line in path.read_text().splitlines():
-            film, code = line.split(f"_{path.name.split('_test_')[0]}_")[0], line.split()[1]
-            films.setdefault(film, set()).add(code)
-    assert len(films) == 11 and all(len(codes) == 1 for codes in films.values())
+    for split in (1, 2, 3):
+        train, test = ({*re.findall(r"_g(\d\d)_", path.read_text())} for path in (
+            tmp_path / f"ucfTrainTestlist/{part}list0{split}.txt" for part in ("train", "test")))
+        assert len(train) == 18 and len(test) == 7 and not train & test
+        codes = {(row.split(f"_{path.name.split('_test_')[0]}_")[0], row.split()[1])
+                 for path in tmp_path.glob(f"testTrainMulti_7030_splits/*_test_split{split}.txt")
+                 for row in path.read_text().splitlines()}    # (film, code)
+        assert len(codes) == len({film for film, _ in codes}) == 11
 
 
 @pytest.mark.parametrize("name", toy.MAKERS)
@@ -270,16 +256,15 @@ def test_the_same_seed_makes_the_same_files_which_hold_the_frames_as_drawn(
         return [v | {"seconds": min(v["seconds"], 5.0), "strikes": v.get("strikes", [])[:1]}
                 for v in videos]
     monkeypatch.setitem(toy.MAKERS, name, shortest)
+    made = []
     for folder, seed, workers in (("one", 3, 1), ("two", 3, 2), ("other", 4, 1)):
         toy.make([name], tmp_path / folder, seed, workers)
-    one, two, other = ({str(p.relative_to(tmp_path / f)): p.read_bytes() for p in sorted(
-        (tmp_path / f).rglob("*.*")) if p.is_file()} for f in ("one", "two", "other"))
-    assert len(one) > 4 and one == two and one != other
+        made.append({path.relative_to(tmp_path / folder): path.read_bytes()
+                     for path in (tmp_path / folder).rglob("*.*") if path.is_file()})
+    assert len(made[0]) > 4 and made[0] == made[1] and made[0] != made[2]
     for video in shortest(tmp_path / "plan", 3):
         path = tmp_path / "one" / name / video["paths"][0].relative_to(tmp_path / "plan")
         with av.open(str(path)) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-        drawn = list(toy.draw(video))
-        assert len(frames) == len(drawn) and frames[0].shape == (*video["size"], 3)
-        for k in (0, len(drawn) // 2, -1):
-            assert abs(frames[k].astype(float) - drawn[k]).mean() < 6
+        off = abs(np.stack(frames).astype(float) - np.stack([*toy.draw(video)]))
+        assert off.mean((1, 2, 3)).max() < 6

@@ -247,52 +247,41 @@ VERBS = {  # change: (EPIC class, its words), (Ego4D class, its word), start sta
     "grow": ((4, ["inflate", "stretch"]), (17, "inflate_(inflate,_stretch)"), (0, -1)),
     "shrink": ((9, ["squeeze", "compress"]), (82, "squeeze_(squeeze,_compress)"), (0, 1)),
     "shake": ((13, ["shake", "jiggle"]), (74, "shake_(shake,_jiggle)"), (0, 0)),
-    "spin": ((21, ["turn", "spin-round"]), (105, "turn_(turn,_spin)"), (0, 0)),
-}
+    "spin": ((21, ["turn", "spin-round"]), (105, "turn_(turn,_spin)"), (0, 0))}
 NOUNS = {  # course of the change: (EPIC class, its words), (Ego4D class, its word), s in contact
     "rigid": ((3, ["lid", "steel lid"]), (12, "lid_(lid,_cover)"), 0.5),
     "viscous": ((15, ["dough", "bread dough"]), (150, "dough_(dough,_paste)"), 0.8),
     "elastic": ((21, ["sponge", "rubber sponge"]), (301, "sponge_(sponge,_rubber)"), 0.8),
-    "brittle": ((103, ["cracker", "rice cracker"]), (467, "cracker_(cracker,_crisp)"), 0.5),
-}
+    "brittle": ((103, ["cracker", "rice cracker"]), (467, "cracker_(cracker,_crisp)"), 0.5)}
 PITCH = {  # verb: pitch and loudness; s: share of the ring that has passed, t: seconds
     "up": (lambda s, t: 0.6 * 3**s, lambda s, t: 1),
     "down": (lambda s, t: 1.8 * 3**-s, lambda s, t: 1),
     "grow": (lambda s, t: 0.4, lambda s, t: 0.2 + 0.8 * s),
     "shrink": (lambda s, t: 2.5, lambda s, t: 1 - 0.8 * s),
     "shake": (lambda s, t: 1, lambda s, t: 0.5 + 0.5 * np.cos(2 * np.pi * 8 * t)),
-    "spin": (lambda s, t: 1 + 0.35 * np.sin(2 * np.pi * 7 * t), lambda s, t: 1),
-}
+    "spin": (lambda s, t: 1 + 0.35 * np.sin(2 * np.pi * 7 * t), lambda s, t: 1)}
 TIMBRE = {  # noun: seconds, overtones, share of noise, envelope
     "rigid": (0.22, (1,), 0.0, lambda t: np.exp(-t / 0.1)),
     "viscous": (0.60, (1, 0.3), 0.9, lambda t: np.exp(-t / 0.6)),
     "elastic": (0.60, (1, 0.5, 0.3), 0.0, lambda t: np.exp(-(t % 0.2) / 0.06 - t / 0.4)),
-    "brittle": (0.75, (1, 0, 0.6, 0, 0.4), 0.0, lambda t: np.exp(-(t % 0.25) / 0.05)),
-}
+    "brittle": (0.75, (1, 0, 0.6, 0, 0.4), 0.0, lambda t: np.exp(-(t % 0.25) / 0.05))}
 BASE_PITCH, RING, CLICK, HUM = 700, 0.2, 0.6, 0.003               # Hz, three amplitudes
+COURSE = {  # noun: how far a change is u seconds after the strike, 0 before it, 1 in the end
+    "rigid": lambda u: np.clip(u / 0.5, 0, 1) ** 3,
+    "viscous": lambda u: np.clip(u / 0.8, 0, 1),
+    "elastic": lambda u: np.where(u > 0.85, 1.0, 1 - (        # overshoots, swings into place
+        np.exp(-np.maximum(u, 0) / 0.3) * np.cos(2 * np.pi * 2.5 * np.maximum(u, 0)))),
+    "brittle": lambda u: np.clip(np.floor(u / 0.25 + 1e-6) + 1, 0, 3) / 3}
 GAPS = {  # kind of video: seconds from the i-th strike to the next
     "normal": lambda rng, i: 2.2 + 4 * rng.beta(1, 3.2),
     "dense": lambda rng, i: rng.uniform(1.95, 2.3),
     "calm": lambda rng, i: rng.uniform(9.8, 11) if i % 3 == 1 else rng.uniform(4.4, 6.5),
     "routine": lambda rng, i: rng.uniform(1.6, 1.9),
-    "quiet": lambda rng, i: rng.uniform(9.8, 10.6),
-}
-
-
-def course(noun, u):
-    """How far a change is u seconds after the strike: 0 before it, 1 in the end."""
-    if noun == "brittle":
-        return np.clip(np.floor(u / 0.25 + 1e-6) + 1, 0, 3) / 3
-    if noun == "viscous":
-        return np.clip(u / 0.8, 0, 1)
-    if noun == "rigid":
-        return np.clip(u / 0.5, 0, 1) ** 3
-    v = np.maximum(u, 0)                         # elastic: overshoots and swings into place
-    return np.where(u > 0.85, 1.0, 1 - np.exp(-v / 0.3) * np.cos(2 * np.pi * 2.5 * v))
+    "quiet": lambda rng, i: rng.uniform(9.8, 10.6)}
 
 
 def swing(noun, u):
-    """Sideways displacement of a shaken object, in the rhythm of `course`."""
+    """Sideways displacement of a shaken object, in the rhythm of COURSE."""
     length = {"rigid": 0.25, "viscous": 0.75, "elastic": 0.8, "brittle": 0.75}[noun]
     how = {"elastic": np.exp(-np.maximum(u, 0) / 0.3), "brittle": u % 0.25 < 0.15}.get(noun, 1)
     return (u >= 0) * (u < length) * how * np.sin(2 * np.pi * 4 * u)
@@ -339,7 +328,7 @@ def strike_things(rng, room, video, times, pan):
         radius = h * rng.uniform(*SIZE) * GROWTH ** (o["large"] / 2) + 0 * t
         angle = rng.uniform(0, 2 * np.pi) + 0 * t
         for moment, verb, noun, sense in o["strikes"]:
-            share, (low, large) = course(noun, t - moment), VERBS[verb][2]
+            share, (low, large) = COURSE[noun](t - moment), VERBS[verb][2]
             y -= low * TRAVEL * h * share
             radius *= GROWTH ** (-large * share)
             angle += (verb == "spin") * sense * 2 * np.pi * TURN * share
@@ -414,7 +403,8 @@ def plan_strikes(name, k, seed, kind, seconds, fps, sound="on", count=None):
     return plan(name, k, seed, "strikes", sizes[rng.integers(len(sizes))], fps, seconds,
                 {"options": {"preset": preset, "crf": "27"}}, kind=kind, sound=sound,
                 times=[t for t in times if t < seconds - 1.1],
-                rate=int(rng.choice([44100, 48000])), channels=int(rng.choice([1, 2])))
+                overrun=False, missing=False, rate=int(rng.choice([44100, 48000])),
+                channels=int(rng.choice([1, 2])))
 
 
 def deal_strikes(videos, rng):
@@ -601,7 +591,7 @@ def plan_ego4d(seed, s, kinds, rng):
                              (34, 28, 28)[s]) for k in range((12, 12, 2)[s])]
     deal_routines(routines, rng)
     routines = [video | {"room": (seed, crc32(b"room"))} for video in routines]
-    return found + [video | {"overrun": False, "missing": False} for video in quiet + routines]
+    return found + quiet + routines
 
 
 def make_ego4d(root, seed):
@@ -650,8 +640,7 @@ MOTIONS = {  # action: (what changes, does it grow)
     "rise": ("height", False), "sink": ("height", True),
     "approach": ("size", True), "leave": ("size", False),
     "scatter": ("spread", True), "gather": ("spread", False),
-    "unfold": ("length", True), "fold": ("length", False),
-}
+    "unfold": ("length", True), "fold": ("length", False)}
 ROUND = (1.0, 1.4)                               # seconds after which an action begins anew
 
 
@@ -888,8 +877,7 @@ def make_oops(root, seed):
 
 DEEDS = {  # what an object does: (what changes, its direction, 0: there and back)
     "rise": ("height", -1), "sink": ("height", 1), "grow": ("size", 1), "shrink": ("size", -1),
-    "drift": ("side", 1), "sway": ("side", 0), "spin": ("angle", 1), "pulse": ("size", 0),
-}
+    "drift": ("side", 1), "sway": ("side", 0), "spin": ("angle", 1), "pulse": ("size", 0)}
 PATH, SCALING = 0.48, 1.85                       # part of the height or side; of the radius
 GIRTH = (0.175, 0.205)                           # of the shorter side: radius, in the middle
 SLENDER = (1.5, 2.0)                             # length over breadth: turning can be seen
@@ -987,7 +975,6 @@ def plan_untrimmed(name, k, seed, fps, seconds, idle):
 
 
 def deal_deeds(videos, rng):
-    """Give every object of a split something to do, all deeds equally often."""
     """Give every object of a split something to do, all deeds equally often."""
     deeds = deal(rng, list(DEEDS))
     for actor in (a for video in videos for a in video["actors"] if a["busy"]):
@@ -1109,10 +1096,7 @@ def build(video):
     write_video(path, frames, video["fps"], audio, rate, **video["coding"])
     for link in links:
         link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, link)
-        except OSError:                                  # no hard links on this file system
-            shutil.copyfile(path, link)
+        shutil.copyfile(path, link)
 
 
 def make(names, out, seed=0, workers=1):
@@ -1143,30 +1127,30 @@ def make(names, out, seed=0, workers=1):
         (out / f".{name}" / ".toy.json").write_text(settings)
         shutil.rmtree(out / name, ignore_errors=True)
         (out / f".{name}").rename(out / name)
-        size = sum({f.stat().st_ino: f.stat().st_size for f in (out / name).rglob("*")}.values())
+        size = sum(f.stat().st_size for f in (out / name).rglob("*.*"))
         print(f"{name}: {out / name}, {len(some)} videos of {sum(v['seconds'] for v in some):.0f} "
               f"s, {size / 1e6:.1f} MB")
     if videos:
         print(f"made in {time.time() - began:.0f} s")
 
 
-def main(argv=None):
+def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("dataset", nargs="*", metavar="DATASET",
+    p.add_argument("dataset", nargs="*", metavar="DATASET", default=list(MAKERS),
                    help=f"which ones: {', '.join(MAKERS)} (default: all)")
     p.add_argument("--out", default="data/toy", metavar="DIR",
                    help="each becomes DIR/DATASET (default: data/toy)")
     p.add_argument("--seed", type=int, default=0, help="of all random numbers (default: 0)")
     p.add_argument("--workers", type=int, default=os.cpu_count(),
                    help="processes (default: one per core)")
-    args = p.parse_args(argv)
+    args = p.parse_args()
     if unknown := set(args.dataset) - set(MAKERS):
         p.error(f"no toy of {', '.join(unknown)}; there are: {', '.join(MAKERS)}")
     if args.seed < 0 or args.workers < 1:
         p.error("--seed must be at least 0, --workers at least 1")
     try:
-        make(args.dataset or list(MAKERS), args.out, args.seed, args.workers)
+        make(args.dataset, args.out, args.seed, args.workers)
     except OSError as e:
         sys.exit(f"error: {e}")
 
