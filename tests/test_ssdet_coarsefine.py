@@ -171,6 +171,18 @@ def shake(model, seed=0):
     return model
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_split_norm_is_a_norm_of_each_part(memory):
+    """Sample i is in part i mod 3. The order of memory stays."""
+    norm, x = SplitBatchNorm(5, 3), torch.randn(6, 5, 4, 3, 2).contiguous(memory_format=memory)
+    y = norm(x)
+    assert y.is_contiguous(memory_format=memory)
+    for k in range(3):
+        plain = nn.BatchNorm3d(5, affine=False)
+        close(y[k::3], plain(x[k::3]), atol=1e-6)
+        close(norm.split_bn.running_var.view(3, 5)[k], plain.running_var, atol=1e-6)
+
+
 def test_a_split_norm_takes_the_number_of_parts_of_its_checkpoint():
     norm = SplitBatchNorm(5, 2)
     norm.load_state_dict(SplitBatchNorm(5, 3).state_dict())
