@@ -30,7 +30,7 @@ Features     torchrun --nproc_per_node 8 f2c_oops.py --stage features --data dat
 F2C          torchrun --nproc_per_node 8 f2c_oops.py
 F2C2V        torchrun --nproc_per_node 8 f2c_oops.py --stage f2c2v
 Classify     torchrun --nproc_per_node 8 f2c_oops.py --stage classify --level video
-Anticipate   torchrun --nproc_per_node 8 f2c_oops.py --stage classify --anticipate 1.5 --out DIR
+Anticipate   torchrun --nproc_per_node 8 f2c_oops.py --stage classify --anticipate 1 --out DIR
 Localize     python f2c_oops.py --stage localize --init FILE     (and --stage evaluate, the same)
 Try it       python f2c_oops.py --stage features --data data/toy/oops --tiny, then
              python f2c_oops.py --data data/toy/oops --tiny      (CPU, minutes; `make toy` first)
