@@ -1234,8 +1234,8 @@ def recipe(chosen):
             "transforms": ",".join(VIDEO_TRANSFORMS if stage == "f2c2v" else CLIP_TRANSFORMS),
             "init": f"runs/f2c_oops_oops_{before}/best.pt" if before else "none",
             "level": level, "loss": chosen.loss or usual_loss,
-            "spacing": 1.0 if level == "video" else GRID, "epochs": epochs, "batch_size": batch_size,
-            "lr": 1e-3 if tiny else 1e-4, **small}
+            "spacing": 1.0 if level == "video" else GRID,
+            "epochs": epochs, "batch_size": batch_size, "lr": 1e-3 if tiny else 1e-4, **small}
 
 
 def parse_args(argv=None):
