@@ -5,7 +5,8 @@
 
 Each paper is a list of command lines, run one after the other; papers and seeds run side by side,
 one per core. Both sides of a comparison have the same labelled videos, the same number of steps and
-the same learning rate. Lengths and rates were chosen on toys of other seeds. What a step prints is
+the same learning rate. Lengths and rates were chosen on toys of other seeds. CPCTrans and F2C2V are
+tested after the last epoch: so few validation videos choose an epoch by luck. What a step prints is
 in OUT/SEED/NAME.log. The same command continues where it was stopped; after a change of the code
 remove OUT.
 """
@@ -46,8 +47,8 @@ ssdet_test --stage evaluate {MAPS} --init OUT/ssdet_coarse/best.pt"""),
 cpc --data TOY/ucf101 --attn frame --epochs 60
 cpc_tuned --data TOY/ucf101 --limit 64 --epochs 100 --pretrain OUT/cpc/best.pt
 cpc_scratch --data TOY/ucf101 --limit 64 --epochs 100 --attn frame --pretrain random
-cpc_test --data TOY/ucf101 --test OUT/cpc_tuned/best.pt
-cpc_test_scratch --data TOY/ucf101 --test OUT/cpc_scratch/best.pt"""),
+cpc_test --data TOY/ucf101 --test OUT/cpc_tuned/last.pt
+cpc_test_scratch --data TOY/ucf101 --test OUT/cpc_scratch/last.pt"""),
     "f2c_oops": ("oops", f"""
 f2c_extract {OOPS} --stage features
 f2c {OOPS} --epochs 30
