@@ -364,24 +364,24 @@ def test_files_without_sound_are_counted_and_segments_without_a_moment_replaced(
 def test_random_moments_leave_room_for_both_clips_and_limit_counts_segments(painted, capsys):
     world.write_video(painted / "two.mp4", [world.paint(k) for k in range(50)], 25,
                       sound=clicks([], 2.0))
-    segments = replai.find_segments(arguments("--data", painted, "--moi", "random"))
+    flags = "--data", painted, "--moi", "random"
+    segments = replai.find_segments(arguments(*flags))
     assert "0 segments have no moment" in capsys.readouterr().out
     for s in segments:
         assert len(s.moments) > 20 and (s.start + 0.6 <= s.moments).all()
         assert (s.moments <= s.stop - 0.6).all()
-    assert len(replai.find_segments(arguments("--data", painted, "--limit", 1))) == 1
+    assert len(replai.find_segments(arguments(*flags, "--limit", 1))) == 1
 
 
 def test_epic_trains_on_the_videos_of_its_list_whole_or_in_pieces(painted, tmp_path, capsys):
     epic, pieces = tmp_path / "epic", ["P01_01_000000_000010", "P01_01_000010_000020"]
     world.text(epic / "annotations/EPIC_100_train.csv", "narration_id,video_id", "P01_01_0,P01_01",
                "P02_103_0,P02_103")
-    for name in ("P01/P01_01", "P02/P02_103", "P03/P03_01"):
-        world.link(tmp_path, "one", epic / f"videos/{name}.MP4")
+    world.link(epic, "one", "videos/P01/P01_01.MP4", "videos/P02/P02_103.MP4",
+               "videos/P03/P03_01.MP4")
     args = arguments("--dataset", "epic", "--data", epic)
     assert [f.name for f in replai.training_files(args)] == ["P01_01.MP4", "P02_103.MP4"]
-    for name in (*pieces, "P03_01_000000_000010"):
-        world.link(tmp_path, "one", epic / f"segments/{name}.MP4")
+    world.link(epic, "one", *(f"segments/{x}.MP4" for x in (*pieces, "P03_01_000000_000010")))
     assert [f.stem for f in replai.training_files(args)] == pieces
     assert "1 of 2 training videos found" in capsys.readouterr().out
 
@@ -413,8 +413,7 @@ def epic_args(root, *flags):
 @pytest.fixture
 def kitchen(painted, tmp_path):
     """Two whole videos of 10.4 s; another one that is missing."""
-    for name in ("P01_01", "P18_101"):
-        world.link(tmp_path, "one", tmp_path / f"epic/videos/{name[:3]}/{name}.MP4")
+    world.link(tmp_path / "epic", "one", "videos/P01/P01_01.MP4", "videos/P18/P18_101.MP4")
     return tmp_path / "epic"
 
 
@@ -439,8 +438,8 @@ def test_cut_files_are_used_first_and_test_rows_that_lie_only_there_are_submitte
     cut = kitchen / "action_segments"
     write_epic(kitchen, validation=[epic_row("P01_01", 0, 1, 3)],
                test_timestamps=[epic_row("P36_102", k, 674.86 + k, 680.24 + k) for k in range(2)])
-    for name in ("P01_01_00000100_00000300", "P36_102_00111486_00112024"):
-        world.link(tmp_path, "one", cut / f"{name}.MP4")
+    world.link(kitchen, "one", "action_segments/P01_01_00000100_00000300.MP4",
+               "action_segments/P36_102_00111486_00112024.MP4")
     args, task = epic_args(kitchen, "--out", tmp_path / "out"), replai.LinearProbe(2, 10)
     (val,), _ = replai.read_split(args, task, "validation")
     assert val.path.parent == cut and val.spans == [(0.0, 2.0)]
@@ -532,8 +531,7 @@ def write_ego4d(root, name, clips, bare=False):
 @pytest.fixture
 def ego(painted):
     """Ego4D's folders with one clip of 10.4 s at 24 fps and its video, a and b."""
-    for name in ("clips/a", "clips/b", "videos/a"):
-        world.link(painted.parent, "one", painted / f"{name}.mp4")
+    world.link(painted, "one", "clips/a.mp4", "clips/b.mp4", "videos/a.mp4")
     return painted
 
 

@@ -111,7 +111,7 @@ def link(folder, k, *names):
     """FOLDER/NAME of each name is the video k."""
     for path in (folder / name for name in names):
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.link(folder.parent / f"videos/{k}{path.suffix}", path)
+        os.link(folder.parent / f"videos/{k}{path.suffix.lower()}", path)
 
 
 def text(path, *lines):
