@@ -1,6 +1,6 @@
 """`make demo`: the four papers at toy size, from drawing the videos to a table and pictures.
 
-    python tests/demo.py                      once, ten minutes on two cores
+    python tests/demo.py                      once, six minutes on two cores
     python tests/demo.py --seeds 0 1 2        three times, other videos each time: mean ± error
 
 Each paper is a list of command lines, run one after the other; papers and seeds run side by side,
