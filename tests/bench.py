@@ -1,6 +1,6 @@
 """`make bench`: what a clip, a training sample and a training step cost on this machine.
 
-    python tests/bench.py [--only decode sample step]          (five minutes on one core)
+    python tests/bench.py [--only decode sample step]          (a minute on one core)
 
 decode  a clip of 16 frames at 128 pixels, from files like those of the datasets. Reference: PyAV
         alone, from the key frame before the clip to its last frame, nothing converted
