@@ -24,6 +24,7 @@ from running import SCRIPTS, quick
 from torch.utils._pytree import tree_flatten_with_path
 
 import common
+from common import UserError
 
 SHORT = "--tiny --workers 0 --log_every 1 --save_every 1"
 TRAINING = f"{SHORT} --epochs 2 --batch_size 6"               # two steps per epoch
@@ -267,6 +268,28 @@ def test_a_limit_takes_one_item_of_each_part():
     assert [k // 3 for k in chosen] == [*range(64)] and {k % 3 for k in chosen} == {0, 1, 2}
     assert chosen == common.spread(range(192), 64) and len({*common.spread(range(101), 70)}) == 70
     assert common.spread("abc", None) == common.spread("abc", 9) == ["a", "b", "c"]
+
+
+def results_of_one_item(rank):
+    with pytest.raises(RuntimeError, match="2 results for 2 items"):
+        common.gather({0: rank}, 2)
+
+
+def test_what_is_wrong_is_refused_not_guessed(tmp_path):
+    """An item that two processes have, another network's checkpoint, a place that is a file."""
+    running.processes(results_of_one_item, 2, tmp_path)
+    args, path = argparse.Namespace(lr=1.0), tmp_path / "last.pt"
+    common.save(path, 1, args, samples=3, model=torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="last.pt: is of another network or stage; choose"):
+        common.resume(path, args, 3, model=torch.nn.Linear(3, 2))
+    with pytest.raises(UserError, match=r"last.pt/x: cannot be written \(.*last.pt"):
+        common.write(path / "x", "")
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path):
+    (tmp_path / "a.csv").write_text('name,n\n"two\nlines",1\nlast,one\n')
+    with pytest.raises(UserError, match="a.csv:4: invalid literal"):
+        common.read_table(tmp_path / "a.csv", lambda row: int(row["n"]))
 
 
 # ---- broken videos and lists ---------------------------------------------------------------------
