@@ -833,18 +833,18 @@ def read_table(path: Path, parse: Callable[[dict], Any]) -> list:
 
 
 def read_json(path: Path, parse: Callable | None = None, key: str | None = None) -> Any:
-    """The value of a JSON file, or of its `key`. With parse: [parse(entry)] of a list there, or
-    [parse(name, entry)] of a dictionary.
+    """The value of a JSON file, or of its `key`. With parse: [parse(name, entry)] of the entries
+    there, whose names in a list are their numbers.
     """
     with reading(path):
         value = json.loads(path.read_bytes())
         value = value if key is None or isinstance(value, list) else value[key]
         if parse is None:
             return value
-        named, found = isinstance(value, dict), []
-        for name, entry in value.items() if named else enumerate(value):
+        found = []
+        for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
             with reading(path, name):
-                found.append(parse(name, entry) if named else parse(entry))
+                found.append(parse(name, entry))
         return found
 
 

@@ -1123,8 +1123,8 @@ def localize(args, videos, times):
             ("filename", "predicted_s", "error_s", "annotated_s", "length_s"),
             *((v.path.name, f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in a.t), a.length)
               for v, t, e, a in zip(videos, times, errors, annotations))])
-    path = common.find(args.data, "heldout_transition_times.json")
-    fourth = dict(common.read_json(path, lambda name, entry: (name, float(entry["t"][0]))))
+    fourth = dict(common.read_json(common.find(args.data, "heldout_transition_times.json"),
+                                   lambda name, x: (name.removesuffix(".mp4"), float(x["t"][0]))))
     human = [(fourth[v.path.stem], v.annotation.t) for v in videos if v.path.stem in fourth]
     metrics = localization_metrics(errors)
     for k in (0.25, 1.0):

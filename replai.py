@@ -834,7 +834,7 @@ def read_clips(args, path, testing):
     """[[Action, ...], ...]: the actions of each clip, ordered by action_idx."""
     videos, (verbs, nouns) = common.find_videos(args.data, "clips", ""), read_taxonomy(args.data)
 
-    def parse(entry):
+    def parse(_, entry):
         verb, noun = (0, 0) if testing else (entry["verb_label"], entry["noun_label"])
         if not (0 <= verb < verbs and 0 <= noun < nouns):
             raise ValueError(f"verb {verb} or noun {noun} is not in the taxonomy")
@@ -1113,7 +1113,7 @@ class StateChange(nn.Module):
         """[Change, ...]. NOTE: the release takes null for a change; --as_released."""
         videos = common.find_videos(args.data, "videos", "full_scale")
 
-        def parse(entry):
+        def parse(_, entry):
             changed = None if testing else entry["state_change"]
             state = int(changed is not False if args.as_released else bool(changed))
             start, stop = float(entry["parent_start_sec"]), float(entry["parent_end_sec"])

@@ -1243,8 +1243,9 @@ def read_actions(args, split, names):
         return row["id"], float(row["length"]), [(int(c[1:]), float(start), float(end))
                                                  for c, start, end in actions]
 
-    def from_json(name, value=None):                          # the entries of a list have no names
-        if not isinstance(value, dict) or value.get("subset") not in ("training", "testing"):
+    def from_json(name, value):
+        fits = isinstance(name, str) and isinstance(value, dict)          # a list has no names
+        if not (fits and value.get("subset") in ("training", "testing")):
             raise ValueError('expected is {"VIDEO": {"subset": "training" or "testing", "duration":'
                              ' SECONDS, "actions": [[CLASS, START, END], ...]}, ...}')
         return value["subset"], (name, float(value["duration"]), [
@@ -1337,9 +1338,8 @@ def read_kinetics_rows(path):
         start, end = value["annotations"]["segment"]
         return value["annotations"]["label"], name, int(start), int(end)
 
-    if path.suffix == ".csv":
-        return common.read_table(path, from_table)
-    return common.read_json(path, from_json)
+    return (common.read_table(path, from_table) if path.suffix == ".csv"
+            else common.read_json(path, from_json))
 
 
 # ---- 10. networks and weights (train_fine.py, train_coarse_fineFEAT.py) --------------------------

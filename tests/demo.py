@@ -5,10 +5,10 @@
 
 Each paper is a list of command lines, run one after the other; papers and seeds run side by side,
 one per core. Both sides of a comparison have the same labelled videos, the same number of steps and
-the same learning rate. Lengths and rates were chosen on toys of other seeds. CPCTrans and F2C2V are
-tested after the last epoch: so few validation videos choose an epoch by luck. What a step prints is
-in OUT/SEED/NAME.log. The same command continues where it was stopped; after a change of the code
-remove OUT.
+the same learning rate. Lengths and rates were chosen on toys of other seeds. All is measured after
+the last epoch, for so few validation videos choose an epoch by luck; but for Ego4D's best one, as
+in the paper. What a step prints is in OUT/SEED/NAME.log. The same command continues where it was
+stopped; after a change of the code remove OUT.
 """
 
 import argparse
@@ -40,9 +40,9 @@ replai_state_scratch {STATE} --init none"""),
 ssdet --data TOY/kinetics400 --iters 320
 ssdet_fine {FINE} --init OUT/ssdet/last.pt
 ssdet_fine_scratch {FINE} --init none
-ssdet_extract --stage extract {MAPS} --init OUT/ssdet_fine/best.pt
+ssdet_extract --stage extract {MAPS} --init OUT/ssdet_fine/last.pt
 ssdet_coarse --stage finetune {MAPS} --stream coarse --epochs 16 --init OUT/ssdet/last.pt
-ssdet_test --stage evaluate {MAPS} --init OUT/ssdet_coarse/best.pt"""),
+ssdet_test --stage evaluate {MAPS} --init OUT/ssdet_coarse/last.pt"""),
     "cpctrans": ("ucf101", """
 cpc --data TOY/ucf101 --attn frame --epochs 60
 cpc_tuned --data TOY/ucf101 --limit 64 --epochs 100 --pretrain OUT/cpc/best.pt
