@@ -1500,5 +1500,9 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     except Exception:
         time.sleep(5 * (world_size() > 1))                    # it may only have lost another rank
         raise
+    several = world_size() > 1
     if dist.is_initialized():
         dist.destroy_process_group()
+    if several:                           # without Python's clean-up, in which gloo may abort
+        sys.stdout.flush()
+        os._exit(0)
