@@ -5,7 +5,6 @@ the function behind `--init`.
 """
 
 import argparse
-import copy
 import functools
 import math
 import re
@@ -13,18 +12,12 @@ from unittest import mock
 
 import numpy as np
 import torch
-from parity_tools import NUMBER, Twice, gradients, only, watch
+from parity_tools import NUMBER, gradients, only, twice, watch
 from scipy.signal import peak_prominences
 from torch import nn
 
 import common
 import replai
-
-
-def twice(outputs, model):
-    """{name: Twice}: what `outputs` makes of the model, and of the model in float64."""
-    double = outputs(copy.deepcopy(model).double())
-    return {k: Twice(v, double[k]) for k, v in outputs(model).items()}
 
 
 def backbone(case, network):

@@ -4,6 +4,7 @@ A case is one entry of a fixture in `parity/`. It names its weights and inputs, 
 rebuilds them from these names. `PARITY_DIR=folder` takes the fixtures from another folder.
 """
 
+import copy
 import itertools
 import os
 import re
@@ -194,6 +195,12 @@ class Twice(NamedTuple):
     """One output as float32 and as float64 arithmetic gives it."""
     single: object
     double: object
+
+
+def twice(outputs, model):
+    """{name: Twice}: what `outputs` makes of the model, and of the model in float64."""
+    double = outputs(copy.deepcopy(model).double())
+    return {k: Twice(v, double[k]) for k, v in outputs(model).items()}
 
 
 class Tensorised(NamedTuple):
