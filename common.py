@@ -44,6 +44,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
 from torch import nn
+from torch.nn.grad import conv2d_weight
 from torch.utils.data import DataLoader, Dataset, Subset
 
 
@@ -232,15 +233,10 @@ class SplitBatchNorm(nn.Module):
         return y.view(x.shape)
 
 
-def split_norms(net: nn.Module) -> list[SplitBatchNorm]:
-    """The SplitBatchNorm layers of a network."""
-    return [m for m in net.modules() if isinstance(m, SplitBatchNorm)]
-
-
 def set_splits(net: nn.Module, splits: int) -> None:
     """Set the number of parts in every SplitBatchNorm that has another one."""
-    for m in split_norms(net):
-        if m.splits != splits:
+    for m in net.modules():
+        if isinstance(m, SplitBatchNorm) and m.splits != splits:
             m.set_splits(splits)
 
 
@@ -251,7 +247,7 @@ def merge_splits(net: nn.Module) -> None:
     mean = mean of the parts' means; var = mean of their variances + variance of their means.
     """
     share_buffers(net)
-    for m in split_norms(net):
+    for m in (m for m in net.modules() if isinstance(m, SplitBatchNorm)):
         mean, var = (x.view(m.splits, -1) for x in (m.split_bn.running_mean,
                                                     m.split_bn.running_var))
         m.bn.running_mean.copy_(mean.mean(0))
@@ -270,6 +266,44 @@ class PointwiseConv(nn.Conv3d):
         return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
 
 
+class Depthwise(torch.autograd.Function):
+    """3x3x3 convolution with one filter per channel. Its gradients are written as convolutions: on
+    a CPU they take a fifth of the time of PyTorch's own, and a step of X3D 0.8 of it.
+    """
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, x, weight, stride):                      # (B, C, T, H, W), (C, 1, 3, 3, 3)
+        ctx.save_for_backward(x, weight)
+        ctx.stride = stride
+        return F.conv3d(x, weight, None, (1, stride, stride), 1, groups=len(weight))
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        (x, weight), s, C = ctx.saved_tensors, ctx.stride, grad.shape[1]
+        full = grad
+        if s > 1:
+            full = torch.zeros_like(x)
+            full[..., ::s, ::s] = grad
+        of_x = F.conv3d(full, weight.flip(2, 3, 4), padding=1, groups=C)
+        # Of the weight, at each of its 3 times, as of a 2-D convolution of single frames. The empty
+        # frames around each clip separate it from the next one.
+        x, grad = (F.pad(y, (0, 0, 0, 0, 1, 1)).transpose(1, 2).flatten(0, 1) for y in (x, grad))
+        of_weight = [conv2d_weight(x[k:len(x) - 2 + k], (C, 1, 3, 3), grad[1:-1], s, 1, groups=C)
+                     for k in range(3)]
+        return of_x, torch.stack(of_weight, 2), None
+
+
+class DepthwiseConv(nn.Conv3d):
+    """Conv3d with kernel 3 and a filter per channel, on a CPU with the gradients of `Depthwise`."""
+
+    def forward(self, x):                                     # (B, C, T, H, W)
+        if x.device.type != "cpu" or x.is_contiguous():
+            return super().forward(x)
+        return Depthwise.apply(x, self.weight, self.stride[1])
+
+
 class X3DBlock(nn.Module):
     """Widen, 3x3x3 depthwise, (squeeze and excite,) swish, narrow; names as released."""
 
@@ -277,7 +311,8 @@ class X3DBlock(nn.Module):
         super().__init__()
         conv = partial(PointwiseConv, kernel_size=1, bias=False)
         self.conv1, self.bn1 = conv(cin, inner), norm(inner)
-        self.conv2 = nn.Conv3d(inner, inner, 3, (1, stride, stride), 1, groups=inner, bias=False)
+        self.conv2 = DepthwiseConv(inner, inner, 3, (1, stride, stride), 1, groups=inner,
+                                   bias=False)
         self.bn2 = norm(inner)
         self.conv3, self.bn3 = conv(inner, cout), norm(cout)
         if excite:                        # about a 16th of the width, a multiple of 8
@@ -348,10 +383,7 @@ class X3D(nn.Module):
         return linear_float32(self.fc2, self.drop(F.relu(self.fc1(x)).flatten(2)))
 
     def forward(self, x):
-        x = self.stem(x)
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-        return self.head(self.last(x))
+        return self.head(self.maps(x)["conv5"])
 
 
 def linear_float32(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -1156,19 +1188,18 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[Sequence[tuple
     return set(found)
 
 
-def saved_flags(path: Path) -> dict:
-    """The flags in a checkpoint of ours; {} for other files."""
+def adopt(args: argparse.Namespace, path: Path, names: Iterable[str]) -> dict:
+    """Set these flags to their values in a checkpoint of ours, and print each one that changes.
+    Returns all of its flags; {} for other people's files.
+    """
     content = load_checkpoint(path)
-    flags = content.get("args") if isinstance(content, dict) else None
-    return flags if isinstance(flags, dict) else {}
-
-
-def adopt(args: argparse.Namespace, saved: dict, names: Iterable[str]) -> None:
-    """Set these flags to the checkpoint's values, and print each one that changes."""
+    saved = content.get("args") if isinstance(content, dict) else None
+    saved = saved if isinstance(saved, dict) else {}
     for name in names:
         if name in saved and saved[name] != getattr(args, name):
             say(f"--{name} {saved[name]}, as the checkpoint was trained")
             setattr(args, name, saved[name])
+    return saved
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -1384,11 +1415,6 @@ def plot(draw, box: tuple[int, int, int, int], x: np.ndarray, curves: dict[str, 
         draw.text((left + 110 * n, top - 15), name, COLOURS[n % len(COLOURS)])
 
 
-def write_figure(path: Path, image) -> None:
-    """`write` a Pillow image as PNG."""
-    write(path, partial(image.save, format="PNG"))
-
-
 def draw_curve(args: argparse.Namespace, keys: Sequence[str | None]) -> None:
     """`curve.png` from log.jsonl, on rank 0: a panel per key over the steps."""
     if rank() > 0:
@@ -1402,7 +1428,7 @@ def draw_curve(args: argparse.Namespace, keys: Sequence[str | None]) -> None:
     for n, key in enumerate(keys):
         x, y = np.array([(row["step"] + 1, row[key]) for row in rows if key in row], float).T
         plot(draw, (70, 200 * n + 40, 740, 200 * n + 190), x, {key: y})
-    write_figure(args.out / "curve.png", image)
+    write(args.out / "curve.png", lambda f: image.save(f, "PNG"))
 
 
 # ---- command line --------------------------------------------------------------------------------

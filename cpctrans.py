@@ -828,7 +828,7 @@ def draw_retrieval(args, videos, gallery, nearest, classes, rows=6, side=72):
             image.paste(Image.fromarray(strip.numpy()).resize((3 * side, side)), (x, y))
             mark = "right: " if video.label == videos[i].label else "wrong: "
             draw.text((x, y + side + 4), mark * (column > 0) + classes[video.label], "black")
-    common.write_figure(args.out / "retrieval.png", image)
+    common.write(args.out / "retrieval.png", lambda f: image.save(f, "PNG"))
 
 
 # ---- 9. checkpoints ------------------------------------------------------------------------------

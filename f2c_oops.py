@@ -1208,7 +1208,7 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
         common.plot(draw, (left, top + 142, right, top + 240), middle, curves, marks[:-1], (0, 1))
         x = left + (right - left) * (marks[-1] - first) / max(last - first, 1e-9)
         draw.line([(x, top + 142), (x, top + 240)], "black", 3)
-    common.write_figure(args.out / "timeline.png", image)
+    common.write(args.out / "timeline.png", lambda f: image.save(f, "PNG"))
 
 
 # ---- 12. arguments ------------------------------------------------------------------------------
@@ -1293,7 +1293,7 @@ def main(args):
         names = ["tiny", "layers", "window", "as_released"]
         if args.stage in ("localize", "evaluate"):
             names += ["level", "loss", "spacing", "anticipate"]
-        common.adopt(args, common.saved_flags(Path(args.init)), names)
+        common.adopt(args, Path(args.init), names)
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 

@@ -1316,14 +1316,14 @@ def draw_moments(args, segments):
               f"before and four after {t:.2f} s", "black")
     box = (70, 45, 70 + strip.width, 200)
     common.plot(draw, box, times, {"c, over seconds": curve}, s.moments - s.start)
-    common.write_figure(args.out / "moments.png", image)
+    common.write(args.out / "moments.png", lambda f: image.save(f, "PNG"))
     common.say(f"{args.out}/moments.png: moments of {s.path.name}")
 
 
 def convert(args, device):
     """Write f_V of --init as checkpoint_latest-ego.pth, which the Ego4D tools read."""
     path = common.fetch(AVID, "--init FILE") if args.init == "avid" else Path(args.init)
-    common.adopt(args, common.saved_flags(path), ("width", "depth"))
+    common.adopt(args, path, ("width", "depth"))
     model = common.R2Plus1D(args.width, args.depth)
     common.load_weights(model, path, video_layouts(""))
     if common.rank() == 0:

@@ -850,7 +850,7 @@ def draw_timeline(args, videos, logits, found, names, most=6):
     for n, c in enumerate(shown[:most]):
         common.plot(draw, (60, 50 + 150 * n, 880, 140 + 150 * n), x, {
             "annotated": labels[c, :len(x)], names[c]: probability[c]}, marks, (0, 1))
-    common.write_figure(args.out / "timeline.png", image)
+    common.write(args.out / "timeline.png", lambda f: image.save(f, "PNG"))
 
 
 # ---- 6. features of the fine stream (official file: extract_fineFEAT.py) -------------------------
@@ -1409,12 +1409,12 @@ def load_init(args, model):
 
 def with_flags_of(args, path):
     """A copy of args with the network's flags from the checkpoint, if it is one of ours."""
-    own, saved = copy.copy(args), common.saved_flags(path)
+    own = copy.copy(args)
+    saved = common.adopt(own, path, NETWORK_FLAGS)
     if saved and saved.get("stage") != "finetune":
         raise UserError(f"{path}: was trained by --stage {saved.get('stage')} and is no detector")
     if saved and args.stream and saved["stream"] != args.stream:
         raise UserError(f"{path}: was trained with --stream {saved['stream']}, not {args.stream}")
-    common.adopt(own, saved, NETWORK_FLAGS)
     if own.stream is None:
         raise UserError(f"{path}: is no checkpoint of ours; --stream must name its network")
     return own

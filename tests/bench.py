@@ -174,7 +174,7 @@ def plain(script, model):
             (len(x),), x.shape[1], device=x.device))
     if script is ssdet:
         for module in model.modules():                        # no memory order of its own
-            if isinstance(module, common.PointwiseConv):
+            if isinstance(module, (common.PointwiseConv, common.DepthwiseConv)):
                 module.__class__ = nn.Conv3d
         stem, model.stem = model.stem, lambda x: stem(x).contiguous()
     return model.to(memory_format=torch.contiguous_format)

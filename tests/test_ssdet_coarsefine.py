@@ -183,6 +183,13 @@ def test_a_split_norm_is_a_norm_of_each_part(memory):
         close(norm.split_bn.running_var.view(3, 5)[k], plain.running_var, atol=1e-6)
 
 
+@pytest.mark.parametrize("stride, frames", [(1, 3), (2, 3), (2, 1)])
+def test_gradients_of_a_depthwise_convolution(stride, frames):
+    x = torch.randn(2, 3, frames, 5, 4, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(3, 1, 3, 3, 3, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(common.Depthwise.apply, (x, weight, stride))
+
+
 def test_a_split_norm_takes_the_number_of_parts_of_its_checkpoint():
     norm = SplitBatchNorm(5, 2)
     norm.load_state_dict(SplitBatchNorm(5, 3).state_dict())
