@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from parity_tools import NUMBER, gradients, only, twice, watch
+from parity_tools import NUMBER, gradients, only, watch
 from scipy.signal import peak_prominences
 from torch import nn
 
@@ -26,16 +26,12 @@ def backbone(case, network):
     for m in network.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = case.config.get("bn_momentum", m.momentum)
-
-    @torch.no_grad()
-    def outputs(network):
-        stages = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
-        seen = watch(dict(zip(stages, network.children(), strict=True)))
-        last = network(x.to(next(network.parameters()).dtype))
-        return {**{k: maps[0] for k, maps in seen.items()}, "forward": last,
-                "pool": last.amax(tuple(range(2, last.dim())), keepdim=True),
-                **network.state_dict()}
-    return twice(outputs, network) if network.training else outputs(network)
+    stages = ("conv1", "conv2x", "conv3x", "conv4x", "conv5x")
+    seen = watch(dict(zip(stages, network.children(), strict=True)))
+    with torch.no_grad():
+        last = network(x)
+    return {**{k: maps[0] for k, maps in seen.items()}, "forward": last,
+            "pool": last.amax(tuple(range(2, last.dim())), keepdim=True), **network.state_dict()}
 
 
 def backbone_video(case):
@@ -60,22 +56,20 @@ def objective(case, model):
     """(total, AVC, AStC) losses of the case's clips and sounds; tau: the case's, or our default."""
     c = case.config
     tau = c["temperature"] if "temperature" in c else replai.parse_args([]).tau
-    dtype = next(model.parameters()).dtype
-    out = model(*(x.to(dtype) for x in case.input("video_l", "video_r", "audio")))
+    out = model(*case.input("video_l", "video_r", "audio"))
     avc = replai.avc_loss(out["z"], out["y"], tau)
     astc = replai.astc_loss(out["g_fwd"], out["g_bwd"], out["q"], replai.KAPPA)
     return c["clr_coeff"] * avc + c["aot_coeff"] * astc, avc, astc
 
 
 def criterion(case):
-    def outputs(model):
-        maps = watch(model.backbone)
-        total, avc, astc = objective(case, model)
-        total.backward()
-        return {"total_loss": total, "clr_loss": avc, "aot_loss": astc,
-                "video_feature": maps["video"][0].amax((2, 3, 4), keepdim=True),
-                "audio_map": maps["audio"][0], **gradients(model), **model.state_dict()}
-    return twice(outputs, replai_model(case).train(case.training()))
+    model = replai_model(case).train(case.training())
+    maps = watch(model.backbone)
+    total, avc, astc = objective(case, model)
+    total.backward()
+    return {"total_loss": total, "clr_loss": avc, "aot_loss": astc,
+            "video_feature": maps["video"][0].amax((2, 3, 4), keepdim=True),
+            "audio_map": maps["audio"][0], **gradients(model), **model.state_dict()}
 
 
 def criterion_two_sgd_steps(case):
@@ -84,18 +78,16 @@ def criterion_two_sgd_steps(case):
     decay = (c["weight_decay"] if "weight_decay" in c else
              case.told(rf"weight decay {NUMBER}", float))
     steps = c.get("steps") or case.told(r"(\w+) optimi[sz]er steps?", words.index)
-
-    def outputs(model):
-        values, optimizer = [], torch.optim.SGD(model.parameters(), lr=c["lr_used"],
-                                                momentum=c["momentum_used"], weight_decay=decay)
-        for _ in range(steps):
-            total = objective(case, model)[0]
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-            values.append(total.item())
-        return {"losses": np.array(values), **model.state_dict()}
-    return twice(outputs, replai_model(case).train())
+    values, model = [], replai_model(case).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=c["lr_used"], momentum=c["momentum_used"],
+                                weight_decay=decay)
+    for _ in range(steps):
+        total = objective(case, model)[0]
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        values.append(total.item())
+    return {"losses": np.array(values), **model.state_dict()}
 
 
 def avc_gradients(inputs, tau):

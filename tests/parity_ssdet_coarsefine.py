@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
-from parity_tools import gradients, recipe, runs, twice, watch
+from parity_tools import gradients, recipe, runs, watch
 
 import common
 import ssdet_coarsefine as sc
@@ -118,23 +118,18 @@ def x3d_m_pooled_features(case):
 def x3d_m_train_step(case):
     model, (x, t) = x3d_network(case).train(), case.input("x", "t")
     (label,) = (above(case, v["built"], t) for v in case.case["inputs"].values() if "built" in v)
-
-    def outputs(model):
-        clip, y = (v.to(model.fc2.weight.dtype) for v in (x, label))
-        logits = model(clip)
-        loss = F.binary_cross_entropy_with_logits(logits, y)
-        loss.backward()
-        state = {k: v.clone() for k, v in model.state_dict().items()}
-        common.merge_splits(model)
-        with torch.no_grad():
-            after = model.eval()(clip)
-        return {"logits": logits, "loss": loss, **gradients(model), **state,
-                "aggregated_modules": sum(
-                    isinstance(m, common.SplitBatchNorm) for m in model.modules()),
-                **{f"aggregated:{k}": v for k, v in model.state_dict().items()},
-                "logits_eval_after_aggregate": after}
-
-    return twice(outputs, model)
+    logits = model(x)
+    loss = F.binary_cross_entropy_with_logits(logits, label)
+    loss.backward()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    common.merge_splits(model)
+    with torch.no_grad():
+        after = model.eval()(x)
+    norms = [m for m in model.modules() if isinstance(m, common.SplitBatchNorm)]
+    return {"logits": logits, "loss": loss, **gradients(model), **state,
+            "aggregated_modules": len(norms),
+            **{f"aggregated:{k}": v for k, v in model.state_dict().items()},
+            "logits_eval_after_aggregate": after}
 
 
 def sub_batch_norm(case):

@@ -4,7 +4,6 @@ A case is one entry of a fixture in `parity/`. It names its weights and inputs, 
 rebuilds them from these names. `PARITY_DIR=folder` takes the fixtures from another folder.
 """
 
-import copy
 import itertools
 import os
 import re
@@ -31,15 +30,18 @@ LABELS = r"integers: np\.floor\(np\.abs\(values\(.*\)\) \* float32\((\d+)\)\)\.a
 # ---- reading a case ------------------------------------------------------------------------------
 
 class Case:
-    """One case of a fixture, its state and inputs rebuilt when asked for."""
+    """One case of a fixture, its state and inputs rebuilt when asked for.
 
-    def __init__(self, file, case, folder=None):
-        self.file, self.case, self.folder = file, case, folder
+    shaken: a generator that moves each of their numbers by up to a millionth of it.
+    """
+
+    def __init__(self, file, case, folder=None, shaken=None):
+        self.file, self.case, self.folder, self.shaken = file, case, folder, shaken
         self.id, self.what, self.config = case["id"], case.get("what", ""), case["config"]
 
     def others(self):
         """All cases of the file."""
-        return [Case(self.file, case, self.folder) for case in self.file["cases"]]
+        return [Case(self.file, case, self.folder, self.shaken) for case in self.file["cases"]]
 
     def sibling(self, id):
         return next(c for c in self.others() if c.id == id)
@@ -80,7 +82,12 @@ class Case:
         override = self.case.get("state_override", {}).get(name)
         x = recipe.values(name, shape, **override) if override else recipe.parameter(name, shape)
         factor = self.case.get("state_overrides", {}).get(name)
-        return x if factor is None else x * np.float32(factor)
+        return self.shake(x if factor is None else x * np.float32(factor))
+
+    def shake(self, x):
+        if self.shaken is None or not isinstance(x, np.ndarray) or x.dtype.kind != "f":
+            return x
+        return x * (1 + self.shaken.uniform(-1e-6, 1e-6, x.shape)).astype(x.dtype)
 
     def checkpoint(self, state=None):
         """Path of the state, or another one, as a checkpoint of other people's code."""
@@ -98,7 +105,7 @@ class Case:
 
     def inputs(self):
         """{name: value}, made as each entry's `how` says; a tensor, if of numbers."""
-        made = {k: self.construct(k, v) for k, v in self.case["inputs"].items()}
+        made = {k: self.shake(self.construct(k, v)) for k, v in self.case["inputs"].items()}
         for k, v in self.case["inputs"].items():
             if isinstance(v, dict) and " added at " in v.get("how", ""):
                 add_at_labels(made, k, v["how"])
@@ -190,18 +197,6 @@ def add_at_labels(made, name, how):
 
 
 # ---- outputs that are compared in their own way --------------------------------------------------
-
-class Twice(NamedTuple):
-    """One output as float32 and as float64 arithmetic gives it."""
-    single: object
-    double: object
-
-
-def twice(outputs, model):
-    """{name: Twice}: what `outputs` makes of the model, and of the model in float64."""
-    double = outputs(copy.deepcopy(model).double())
-    return {k: Twice(v, double[k]) for k, v in outputs(model).items()}
-
 
 class Tensorised(NamedTuple):
     """What tensor operations make of an image; `unit` (broadcastable) is its range of values."""
