@@ -287,8 +287,8 @@ class Depthwise(torch.autograd.Function):
             full = torch.zeros_like(x)
             full[..., ::s, ::s] = grad
         of_x = F.conv3d(full, weight.flip(2, 3, 4), padding=1, groups=C)
-        # Of the weight, at each of its 3 times, as of a 2-D convolution of single frames. The empty
-        # frames around each clip separate it from the next one.
+        # At each of the weight's three times: the gradient of a 2-D convolution of single frames.
+        # Empty frames around each clip keep it apart from the next one.
         x, grad = (F.pad(y, (0, 0, 0, 0, 1, 1)).transpose(1, 2).flatten(0, 1) for y in (x, grad))
         of_weight = [conv2d_weight(x[k:len(x) - 2 + k], (C, 1, 3, 3), grad[1:-1], s, 1, groups=C)
                      for k in range(3)]
