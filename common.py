@@ -1,4 +1,4 @@
-"""What the four papers share. A reader of one paper can skip it.
+"""What the four scripts share. A reader of one paper can skip it.
 
     backbones     R2Plus1D, SpectrogramCNN, PredictiveResNet, X3D, SlowFast     plain nn.Modules
     video         read_clip, read_frames, stream_frames, clock, probe           exact to the frame
@@ -11,9 +11,9 @@
     figures       plot, draw_curve                            with Pillow
     command line  Parser, parse, launch                       an error of the user is one line
 
-Times are seconds from the first frame of a file. Frames as read are uint8 (T, H, W, 3); a network
-sees (B, C, T, H, W). To add a backbone, write a module like R2Plus1D. To add a codec, see
-`find_frames` and `decode`. To add a flag for all scripts, see `Parser` and `parse`.
+Times are seconds from the first frame of a file. Frames as read are uint8 (T, H, W, 3). To add a
+backbone, write a module here and let a script build it. FFmpeg decodes any codec; exceptions to its
+rules are in `find_frames`, `read_packets` and `decode`. To add a flag for all scripts, see `parse`.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.grad import conv2d_weight
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -68,7 +69,7 @@ class TemporalConv(nn.Conv3d):
 
 
 class R2Plus1DBlock(nn.Module):
-    """Two factored convolutions, a shortcut without norm, one norm on the sum."""
+    """Two (2+1)D convolutions. The shortcut has no norm of its own: one follows the sum."""
 
     def __init__(self, cin: int, cout: int, stride: tuple[int, int, int]):
         super().__init__()
@@ -94,8 +95,8 @@ class R2Plus1DBlock(nn.Module):
 class R2Plus1D(nn.Module):
     """R(2+1)D of depth 18 or 10 with a full 3-D stem (AVID, arXiv 2004.12943); names as released.
 
-    x: (B, 3, T, H, W) -> (B, 8·width, T/8, H/32, W/32); width 64 gives 512 channels. With a
-    temporal_stride of 1, which fits the same weights, T stays T.
+    x: (B, 3, T, H, W) -> (B, 8·width, T/8, H/32, W/32), sizes rounded up; width 64 gives 512
+    channels. With a temporal_stride of 1, which fits the same weights, T stays T.
     """
 
     def __init__(self, width: int = 64, depth: int = 18, temporal_stride: int = 2):
@@ -116,7 +117,7 @@ class R2Plus1D(nn.Module):
 class SpectrogramCNN(nn.Sequential):
     """Nine 2-D convolutions over (time, mel) (AVID, arXiv 2004.12943); names as released.
 
-    x: (B, 1, time, mel) -> (B, 8·width, time/16, mel/16); width 64 gives 512 channels.
+    x: (B, 1, time, mel) -> (B, 8·width, time/16, mel/16), rounded up; width 64: 512 channels.
     """
 
     def __init__(self, width: int = 64):
@@ -143,14 +144,13 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(cout)
-        self.downsample, self.last = None, last
+        self.downsample, self.last = nn.Identity(), last
         if stride != 1 or cin != cout:
             self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False),
                                             nn.BatchNorm2d(cout))
 
     def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        y = y + (x if self.downsample is None else self.downsample(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x)
         return y if self.last else F.relu(y)
 
 
@@ -267,8 +267,8 @@ class PointwiseConv(nn.Conv3d):
 
 
 class Depthwise(torch.autograd.Function):
-    """3x3x3 convolution with one filter per channel. Its gradients are written as convolutions: on
-    a CPU they take a fifth of the time of PyTorch's own, and a step of X3D 0.8 of it.
+    """3x3x3 convolution with one filter per channel, padding 1. Its gradients are convolutions,
+    too: on a CPU they take a fifth of PyTorch's time, and a step of X3D 0.65 to 0.85 of it.
     """
 
     @staticmethod
@@ -287,8 +287,8 @@ class Depthwise(torch.autograd.Function):
             full = torch.zeros_like(x)
             full[..., ::s, ::s] = grad
         of_x = F.conv3d(full, weight.flip(2, 3, 4), padding=1, groups=C)
-        # At each of the weight's three times: the gradient of a 2-D convolution of single frames.
-        # Empty frames around each clip keep it apart from the next one.
+        # Of the weight at each of its 3 times, as of a 2-D convolution on the frames of all clips.
+        # The empty frames around each clip keep it apart from the next one.
         x, grad = (F.pad(y, (0, 0, 0, 0, 1, 1)).transpose(1, 2).flatten(0, 1) for y in (x, grad))
         of_weight = [conv2d_weight(x[k:len(x) - 2 + k], (C, 1, 3, 3), grad[1:-1], s, 1, groups=C)
                      for k in range(3)]
@@ -297,6 +297,9 @@ class Depthwise(torch.autograd.Function):
 
 class DepthwiseConv(nn.Conv3d):
     """Conv3d with kernel 3 and a filter per channel, on a CPU with the gradients of `Depthwise`."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__(channels, channels, 3, (1, stride, stride), 1, groups=channels, bias=False)
 
     def forward(self, x):                                     # (B, C, T, H, W)
         if x.device.type != "cpu" or x.is_contiguous():
@@ -311,15 +314,13 @@ class X3DBlock(nn.Module):
         super().__init__()
         conv = partial(PointwiseConv, kernel_size=1, bias=False)
         self.conv1, self.bn1 = conv(cin, inner), norm(inner)
-        self.conv2 = DepthwiseConv(inner, inner, 3, (1, stride, stride), 1, groups=inner,
-                                   bias=False)
-        self.bn2 = norm(inner)
+        self.conv2, self.bn2 = DepthwiseConv(inner, stride), norm(inner)
         self.conv3, self.bn3 = conv(inner, cout), norm(cout)
         if excite:                        # about a 16th of the width, a multiple of 8
             hidden = max(8, int(inner / 16 + 4) // 8 * 8)
             hidden += 8 * (hidden < 0.9 * inner / 16)
             self.fc1, self.fc2 = PointwiseConv(inner, hidden, 1), PointwiseConv(hidden, inner, 1)
-        self.downsample = None
+        self.downsample = nn.Identity()
         if stride != 1 or cin != cout:
             self.downsample = nn.Sequential(conv(cin, cout, stride=(1, stride, stride)), norm(cout))
 
@@ -327,27 +328,26 @@ class X3DBlock(nn.Module):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if hasattr(self, "fc1"):
             y = y * self.fc2(F.relu(self.fc1(y.mean((2, 3, 4), keepdim=True)))).sigmoid()
-        y = self.bn3(self.conv3(F.silu(y)))
-        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(self.bn3(self.conv3(F.silu(y))) + self.downsample(x))
 
 
 class X3D(nn.Module):
-    """X3D (arXiv 2004.04730), without strides in time; names as released by its SSDet users.
+    """X3D (arXiv 2004.04730), without strides in time; names as in SSDet's release.
 
     x: (B, 3, T, H, W) -> logits (B, classes, T), or with per_frame=False (B, classes, 1).
     version: XS, S and M have the same widths and depth; `tiny` is for a CPU.
     """
-    BLOCKS = {"L": (5, 10, 25, 15), "XL": (5, 10, 25, 15), "tiny": (1, 2, 2, 1)}
-    WIDTHS = {"XL": (32, (72, 162, 306, 630), (32, 72, 136, 280), 2048),
-              "tiny": (12, (24, 36, 60, 96), (12, 16, 28, 48), 128)}
+    WIDTHS = 24, (54, 108, 216, 432), (24, 48, 96, 192), 2048
+    VERSIONS = {**dict.fromkeys(("XS", "S", "M"), ((3, 5, 11, 7), *WIDTHS)),
+                "L": ((5, 10, 25, 15), *WIDTHS),
+                "XL": ((5, 10, 25, 15), 32, (72, 162, 306, 630), (32, 72, 136, 280), 2048),
+                "tiny": ((1, 2, 2, 1), 12, (24, 36, 60, 96), (12, 16, 28, 48), 128)}
 
     def __init__(self, version: str = "M", classes: int = 400, per_frame: bool = True,
                  norm: Callable[[int], nn.Module] = SplitBatchNorm, dropout: float = 0.5):
         super().__init__()
-        blocks = self.BLOCKS.get(version, (3, 5, 11, 7))
-        stem, inner, outer, hidden = self.WIDTHS.get(
-            version, (24, (54, 108, 216, 432), (24, 48, 96, 192), 2048))
-        self.widths, self.per_frame = (*outer, inner[-1]), per_frame      # of the maps
+        blocks, stem, inner, outer, hidden = self.VERSIONS[version]
+        self.widths, self.per_frame = (*outer, inner[-1]), per_frame      # channels of `maps`
         self.conv1_s = nn.Conv3d(3, stem, (1, 3, 3), (1, 2, 2), (0, 1, 1), bias=False)
         self.conv1_t = TemporalConv(stem, stem, (5, 1, 1), 1, (2, 0, 0), groups=stem, bias=False)
         self.bn1 = norm(stem)
@@ -367,7 +367,7 @@ class X3D(nn.Module):
         return F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
 
     def maps(self, x):
-        """{name: map} of the four stages and of conv5, each (B, C, T, H/2^n, W/2^n)."""
+        """{name: map}: layer n (B, C, T, H/2^(n+1), W/2^(n+1)) for n = 1 to 4, conv5 as layer4."""
         found, x = {}, self.stem(x)
         for name in ("layer1", "layer2", "layer3", "layer4"):
             found[name] = x = getattr(self, name)(x)
@@ -405,7 +405,7 @@ class SlowFastBlock(nn.Module):
             "a": conv(cin, inner, (kernel, 1, 1), 1, (kernel // 2, 0, 0)), "a_bn": norm(inner),
             "b": conv(inner, inner, (1, 3, 3), (1, stride, stride), (0, 1, 1)),
             "b_bn": norm(inner), "c": conv(inner, cout, 1), "c_bn": norm(cout)})
-        nn.init.zeros_(self.branch2["c_bn"].weight)
+        nn.init.zeros_(self.branch2["c_bn"].weight)           # a block begins as its shortcut
 
     def forward(self, x):
         b = self.branch2
@@ -415,7 +415,8 @@ class SlowFastBlock(nn.Module):
 
 
 class SlowFast(nn.Module):
-    """SlowFast-R50 (arXiv 1812.03982): every `alpha`-th frame wide, all frames narrow.
+    """SlowFast-R50 (arXiv 1812.03982). The slow pathway sees every `alpha`-th frame, the fast one
+    all, with 1/`beta` of the channels. slow: frames of the former, if they are not those of x.
 
     x: (B, 3, T, H, W) -> logits (B, classes, T), the slow pathway stretched to the fast one's
     times, or with per_frame=False (B, classes, 1). Names of SlowFast's zoo.
@@ -464,7 +465,8 @@ class SlowFast(nn.Module):
         return linear_float32(self.head["projection"], self.drop(torch.cat([slow, fast], 1)))
 
 
-# X3D_NAMES: from the names of SlowFast's zoo to ours. SLOWFAST_NAMES: from pytorchvideo's.
+# X3D_NAMES: from SlowFast's zoo to ours. SLOWFAST_NAMES: from pytorchvideo to SlowFast's zoo, whose
+# numbers are one higher: "s2+1" is a step on the way to "s3".
 X3D_NAMES = [
     (r"^s1\.pathway0_stem\.conv_xy\.", "conv1_s."), (r"^s1\.pathway0_stem\.conv\.", "conv1_t."),
     (r"^s1\.pathway0_stem\.bn\.", "bn1."), (r"\.branch2\.se\.fc", ".fc"),
@@ -484,11 +486,12 @@ SLOWFAST_NAMES = [
     (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn.")]
 
 
-def zoo_tensors(names: Sequence[tuple], tensors: dict, own: dict) -> dict:
+def zoo_tensors(tensors: dict, own: dict) -> dict:
     """A published checkpoint's tensors under our names.
 
-    own: the network's entries. A file of plain norms fills every part of a SplitBatchNorm.
+    own: the network's state_dict. Of a plain norm each part of a SplitBatchNorm gets a copy.
     """
+    names = SLOWFAST_NAMES if any(".pathway1_" in name for name in own) else X3D_NAMES
     ours = {}
     for name, x in tensors.items():
         for pattern, replacement in names:
@@ -504,22 +507,19 @@ def zoo_tensors(names: Sequence[tuple], tensors: dict, own: dict) -> dict:
     return {k: v for k, v in ours.items() if k in own or not k.endswith(statistics)}
 
 
-x3d_tensors = partial(zoo_tensors, X3D_NAMES)                 # (tensors, own) -> tensors
-slowfast_tensors = partial(zoo_tensors, SLOWFAST_NAMES)
-
-
 # ---- video ---------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """An open file. Any fault of the file while it is open is a VideoError."""
-    try:                                  # `file:` takes colons literally, "replace" odd tags
+def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """(open file, its video). Any fault of the file while it is open is a VideoError."""
+    try:                                  # file: for colons in a path; replace: tags not in UTF-8
         with av.open(f"file:{path}", metadata_errors="replace") as c:
             if not c.streams.video or not {"mov", "matroska", "avi"} & {*c.format.name.split(",")}:
                 raise ValueError(f"{c.format.long_name}, no mp4, mkv, webm or avi with frames")
-            cc = c.streams.video[0].codec_context
-            cc.thread_type, cc.thread_count = "NONE", 1       # the loader has processes instead
-            yield c
+            v = c.streams.video[0]
+            v.codec_context.thread_type = "NONE"              # the loader has processes instead
+            v.codec_context.thread_count = 1
+            yield c, v
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, LookupError, TypeError,
             AttributeError, AssertionError, MemoryError) as e:            # of damaged headers
         raise VideoError(f"{path}: cannot be read ({str(e) or type(e).__name__})") from e
@@ -534,16 +534,14 @@ class Media(NamedTuple):
 
 def probe(path: Path) -> Media:
     """Duration, frames per second and presence of sound, from the header alone."""
-    with opened(path) as c:
-        v = c.streams.video[0]
+    with opened(path) as (c, v):
         seconds = float((v.duration or 0) * v.time_base) or (c.duration or 0) / av.time_base
         return Media(seconds, float(v.average_rate), bool(c.streams.audio))
 
 
 def clock(path: Path) -> tuple[np.ndarray, float]:
     """(seconds of every frame, frames per second). Nothing is decoded."""
-    with opened(path) as c:
-        v = c.streams.video[0]
+    with opened(path) as (c, v):
         _, ticks, _ = find_frames(c, v)
         return (ticks - (v.start_time or 0)) * float(v.time_base), float(v.average_rate)
 
@@ -567,20 +565,19 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
               short_side: int | None = None) -> list[np.ndarray]:
     """The frames that a player shows at the times of each clip: [(T, H, W, 3) uint8], upright.
 
-    clips: for each clip its times in seconds; or a function that gets the file's frames per second
-    and returns them. short_side: larger frames are scaled down to it. One pass decodes all clips,
-    from the key frame before the first one on: call again for a clip far away. Past the end the
-    last frame is shown. A damaged frame is a VideoError.
+    clips: for each clip its times in seconds, or a function from the file's frames per second to
+    them. short_side: larger frames are scaled down to it. One pass decodes all clips, from the key
+    frame before the first one on: call again for a clip far away. Past the end the last frame is
+    shown. A frame that does not decode is a VideoError.
     """
-    with opened(path) as c:
-        v = c.streams.video[0]
+    with opened(path) as (c, v):
         start, tick, fps = v.start_time or 0, float(v.time_base), float(v.average_rate)
-        clips = [np.maximum(x, 0) / tick + start + 1e-6       # in ticks; 1e-6 for rounding
+        clips = [np.maximum(x, 0) / tick + start + 1e-6       # in ticks; a frame's own time is it
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
-        packets, ticks, count = find_frames(c, v, low, high + 1.5 / fps / tick)
+        packets, ticks, counted = find_frames(c, v, low, high + 1.5 / fps / tick)
         picks = [ticks[np.searchsorted(ticks, x, "right").clip(1) - 1] for x in clips]
-        return decode_picks(path, v, packets, count, picks, short_side)
+        return decode_picks(v, packets, ticks if counted else None, picks, short_side)
 
 
 def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG,
@@ -592,20 +589,18 @@ def read_frames(path: Path, numbers: Sequence[int], pattern: str = JPG,
     """
     if path.is_dir():
         return read_images([path / pattern.format(k + 1) for k in numbers], short_side)
-    with opened(path) as c:
-        v = c.streams.video[0]
-        packets, ticks, count = find_frames(c, v)
+    with opened(path) as (c, v):
+        packets, ticks, counted = find_frames(c, v)
         if not 0 <= min(numbers) <= max(numbers) < len(ticks):
-            raise VideoError(f"{path}: has {len(ticks)} frames, not a frame {max(numbers)}")
+            raise ValueError(f"it has {len(ticks)} frames, not a frame {max(numbers)}")
         pick, first = ticks[list(numbers)], 0
-        if count is None:                                     # from the key frame before
+        if not counted:                                       # from the key frame before
             first = max(k for k, p in enumerate(packets) if p.is_keyframe and p.pts <= pick.min())
-        return decode_picks(path, v, packets[first:], count, [pick], short_side)[0]
+        return decode_picks(v, packets[first:], ticks if counted else None, [pick], short_side)[0]
 
 
 def read_images(paths: Sequence[Path], short_side: int | None = None) -> np.ndarray:
     """Image files of equal size as frames: (T, H, W, 3) uint8."""
-    from PIL import Image
     frames = []
     for path in paths:
         with reading(path, error=VideoError), Image.open(path, formats=("JPEG", "PNG")) as image:
@@ -621,24 +616,21 @@ def read_images(paths: Sequence[Path], short_side: int | None = None) -> np.ndar
 
 def stream_frames(path: Path, short_side: int | None = None) -> Iterator[tuple[float, np.ndarray]]:
     """(second, frame) of a whole file, one by one, in the order of display."""
-    with opened(path) as c:
-        v, second = c.streams.video[0], -1.0
-        start = v.start_time or 0
-        packets, _, count = find_frames(c, v, high=start + 1 / float(v.time_base))
+    with opened(path) as (c, v):
+        t = start = v.start_time or 0
+        packets, ticks, counted = find_frames(c, v, high=start + 1 / float(v.time_base))
         packets = itertools.chain(packets, (p for p in c.demux(v) if p.size))     # and the rest
-        for t, frame in decode(v, packets, count):
-            second = float((t - start) * v.time_base)
-            yield second, to_rgb(frame, short_side)
-        if second + 0.5 < (v.frames - 2) / v.average_rate:
-            raise VideoError(f"{path}: ends at {second:.2f} s, before its header says")
+        for t, frame in decode(v, packets, ticks if counted else None):
+            yield float((t - start) * v.time_base), to_rgb(frame, short_side)
+        check_end(c, v, t)
 
 
 def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
-    """(packets, ticks, count): what to decode for the frames on show from tick `low` to `high`.
+    """(packets, ticks, counted): what to decode for the frames on show from tick `low` to `high`.
 
-    packets: from the key frame at or before `low` until past `high`. ticks: when their frames are
-    shown, ascending. count: None; or ticks, if the file's time stamps are wrong. Then packets holds
-    the whole file, and frame k out of the decoder is shown at ticks[k].
+    packets: from a key frame at or before `low` until past `high`. ticks: when their frames are
+    shown, ascending. counted: are the file's time stamps wrong? Then packets holds the whole file,
+    and frame k out of the decoder is shown at ticks[k].
     """
     cc, avi, packets = v.codec_context, c.format.name == "avi", []
     # An avi numbers packets in decoding order: B-frames and one-byte packets shift the numbers.
@@ -655,8 +647,8 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     if not packets:
         packets, ordered = read_packets(c, v, math.inf if counted else high)
         counted = counted or not ordered
-        # No decoder returns frames from before the first key frame, but those of MPEG-4 and of old
-        # codecs in an avi (DivX 3, FLV) make grey ones up.
+        # Decoders skip frames before the first key frame, but those of MPEG-4 and of old codecs in
+        # an avi (DivX 3, FLV) return grey ones.
         if (avi or cc.name == "mpeg4") and not packets[0].is_keyframe:
             raise ValueError("it does not begin with a key frame")
         packets = packets[next((k for k, p in enumerate(packets) if p.is_keyframe), 0):]
@@ -664,16 +656,25 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
     if not (avi and counted):
         ticks = np.sort([p.pts for p in packets if not p.is_discard])      # hidden by an edit list
         ticks = ticks[ticks >= packets[0].pts]                # no B-frames before the key frame
-    start, second = v.start_time or 0, float(1 / v.time_base)
-    if ticks[-1] + second / 2 < min(high, start + float((v.frames - 2) / v.average_rate) * second):
-        raise ValueError(f"ends at {(ticks[-1] - start) / second:.2f} s, before its header says")
-    return packets, ticks, ticks if counted else None
+    if ticks[-1] < high:
+        check_end(c, v, ticks[-1])
+    return packets, ticks, counted
+
+
+def check_end(c, v, tick: int) -> None:
+    """ValueError if by the header the file goes on for half a second or more after this tick."""
+    second, start = float(1 / v.time_base), v.start_time or 0
+    end = start + float((v.frames - 2) / v.average_rate) * second
+    if "mov" in c.format.name and len(v.index_entries):       # `frames` counts hidden ones, too
+        end = v.index_entries[-1].timestamp
+    if tick + second / 2 < end:
+        raise ValueError(f"it ends at {(tick - start) / second:.2f} s, before its header says")
 
 
 def read_packets(c, v, high: float) -> tuple[list[av.Packet], bool]:
-    """(packets until past tick `high`, are their time stamps those of display?)
+    """(packets until past tick `high`, is their `pts` the time of display?)
 
-    With B-frames they are if some packet has an earlier stamp than the packet before it.
+    With B-frames it is if some packet has an earlier one than the packet before it.
     """
     cc, found, key, latest = v.codec_context, [], False, -math.inf
     # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
@@ -699,39 +700,39 @@ def decode(v, packets: Iterable[av.Packet], ticks: np.ndarray | None = None,
     ticks: those of all frames if frames are counted, else None. wanted: ticks; H.264's B-frames at
     other ticks are not decoded. (AV1's decoder reads `skip_frame` only once: frames would be lost.)
     """
-    cc, last, count = v.codec_context, -math.inf, None if ticks is None else iter(ticks.tolist())
+    cc, last, times = v.codec_context, -math.inf, None if ticks is None else iter(ticks.tolist())
     for p in itertools.chain(packets, [None]):
-        if cc.name == "h264" and wanted is not None and count is None:
+        if cc.name == "h264" and wanted is not None and times is None:
             cc.skip_frame = "DEFAULT" if p is None or p.pts in wanted else "NONREF"
         for frame in cc.decode(p):
-            t = next(count, last) if count else frame.pts
+            t = next(times, last) if times else frame.pts
             if t <= last:
                 raise ValueError("its time stamps do not ascend")
             last = t
             yield t, frame
 
 
-def decode_picks(path: Path, v, packets: list[av.Packet], count: np.ndarray | None,
+def decode_picks(v, packets: list[av.Packet], ticks: np.ndarray | None,
                  picks: Sequence[np.ndarray], short_side: int | None) -> list[np.ndarray]:
-    """The frames at the ticks of each pick: [(T, H, W, 3) uint8]."""
+    """The frames at the ticks of each pick: [(T, H, W, 3) uint8]. ticks: see `decode`."""
     wanted, images = frozenset(np.concatenate(picks).tolist()), {}
-    for t, frame in decode(v, packets, count, wanted):
-        if count is None and t == packets[0].pts and not frame.key_frame:
-            raise VideoError(f"{path}: its key frames are not marked")    # so frames would be grey
+    for t, frame in decode(v, packets, ticks, wanted):
+        if ticks is None and t == packets[0].pts and not frame.key_frame:
+            raise ValueError("its key frames are not marked")             # so frames would be grey
         if t in wanted:
             images[t] = to_rgb(frame, short_side)
         if len(images) == len(wanted):
             return [np.stack([images[t] for t in pick.tolist()]) for pick in picks]
-    raise VideoError(f"{path}: {len(wanted) - len(images)} of {len(wanted)} frames do not decode")
+    raise ValueError(f"{len(wanted) - len(images)} of {len(wanted)} frames do not decode")
 
 
-SCALE, COLOUR = VideoReformatter(), VideoReformatter()        # kept, with their tables
+SCALE, COLOUR = VideoReformatter(), VideoReformatter()        # each builds its tables once
 
 
 def to_rgb(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
     """(H, W, 3) uint8, upright, the short side scaled down to `short_side`.
 
-    Scaled in YUV, then converted: nearer to a float resize than both at once, and faster.
+    Scaled in YUV, then converted: closer to a float resize than both at once, and faster.
     """
     turns, w, h = frame.rotation // 90 % 4, frame.width, frame.height
     if short_side and min(w, h) > short_side:
@@ -752,9 +753,9 @@ def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
 # ---- samples of a training step ------------------------------------------------------------------
 
 class Samples(Dataset):
-    """Sample i is make(args, items, i, rng, *extra), a dictionary; rng is NumPy's generator.
+    """A sample is the dictionary make(args, items, i, rng, *extra); rng is NumPy's generator.
 
-    The key is i in evaluation and (epoch, *extra, i) in training. rng is fixed by --seed, the epoch
+    Its key is i in evaluation and (epoch, *extra, i) in training. rng is fixed by --seed, the epoch
     and i alone, so a sample is the same in any worker, on any rank and after a restart. In training
     a sample that cannot be read is replaced by a random one; its entry `broken` holds the errors.
     """
@@ -806,7 +807,7 @@ def batches(args: argparse.Namespace, dataset: Dataset, device: torch.device, st
             plan: Sequence[tuple] | None = None) -> DataLoader:
     """The training batches of the steps start .. steps-1.
 
-    Every epoch is a new permutation, without its last partial batch. With a plan, see
+    Every epoch is a new permutation, without its last partial batch. With a plan of all steps, see
     `step_keys`, batch sizes vary, and one epoch follows the other without a gap.
     """
     n, most = len(dataset), max((batch for batch, *_ in plan or ()), default=args.batch_size)
@@ -825,9 +826,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def spread(items: Sequence, n: int | None) -> list:
-    """One item from each of n equal parts of a list, all if it has no more or n is None: --limit.
+    """--limit: a random item from each of n equal parts of a list, always the same; None: all.
 
-    A fixed random one: every third item, say, could be of one kind.
+    Random, because every third item, say, could be of one kind.
     """
     if n is None or n >= len(items):
         return list(items)
@@ -866,7 +867,7 @@ def read_table(path: Path, parse: Callable[[dict], Any]) -> list:
 
 def read_json(path: Path, parse: Callable | None = None, key: str | None = None) -> Any:
     """The value of a JSON file, or of its `key`. With parse: [parse(name, entry)] of the entries
-    there, whose names in a list are their numbers.
+    there; in a list the name is the number, from 0, and `key` has no effect.
     """
     with reading(path):
         value = json.loads(path.read_bytes())
@@ -926,7 +927,7 @@ def init_distributed() -> torch.device:
 
     With a group in any case, DDP and `gather` need no branch for one process.
     """
-    # Of X3D in channels-last memory on a CPU, which is faster all the same.
+    # PyTorch's words on X3D in channels-last memory on a CPU, where it is faster all the same.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -965,7 +966,7 @@ def say(*words: Any) -> None:
 
 def sum_processes(x: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes, without gradient."""
-    x = x.detach().to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    x = x.detach().to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True).contiguous()
     dist.all_reduce(x)
     return x
 
@@ -980,26 +981,21 @@ def gather(rows: dict[int, Any], expect: int) -> dict[int, Any]:
     return dict(sorted(merged.items()))
 
 
-class GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):                                      # (B, ...) -> (processes·B, ...)
-        parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dist.all_reduce(grad := grad.contiguous().clone())
-        return grad.chunk(world_size())[rank()]
-
-
 def gather_rows(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
     """The rows of all processes along `dim`, in rank order, with their gradient."""
-    return GatherRows.apply(x.movedim(dim, 0)).movedim(0, dim) if world_size() > 1 else x
+    if world_size() == 1:
+        return x
+    parts = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x                                         # the others are constants
+    rows = torch.cat(parts, dim)
+    if rows.requires_grad:
+        rows.register_hook(sum_processes)                     # of the losses of all processes
+    return rows
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Copy batch norm's running statistics from rank 0 to all processes."""
+    """Copy the buffers, batch norm's running statistics, from rank 0 to all processes."""
     for buffer in model.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, 0)
 
@@ -1010,7 +1006,7 @@ def seed_step(seed: int, step: int) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context of a forward pass: bfloat16 on CUDA unless `precision` is fp32."""
+    """The context of a forward pass: bfloat16 on CUDA for bf16, and for auto if the GPU has it."""
     on = device.type == "cuda" and (precision == "bf16" or precision == "auto"
                                     and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
@@ -1021,22 +1017,21 @@ def no_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def progress(things: Iterable, total: int, what: str) -> Iterator:
-    """Pass things on; every ten seconds print how many, and the time left."""
+def read_items(args: argparse.Namespace, dataset: Dataset, what: str,
+               batch_size: int | None = None, collate: Callable | None = None) -> Iterator:
+    """The items of a dataset in order, one by one or in batches, read by --workers.
+
+    Every ten seconds it prints how many, and the time left.
+    """
+    loader = DataLoader(dataset, batch_size, num_workers=args.workers, collate_fn=collate,
+                        generator=torch.Generator())          # leaves the global one alone
     start = last = time.perf_counter()
-    for n, thing in enumerate(things, 1):
-        yield thing
+    for n, items in enumerate(loader, 1):
+        yield items
         now = time.perf_counter()
         if now > last + 10:
             last = now
-            say(f"{what} {n}/{total}, ETA {(now - start) / n * (total - n):.0f} s")
-
-
-def read_items(args: argparse.Namespace, dataset: Dataset, what: str) -> Iterator:
-    """The items of a dataset one by one, in order, read by --workers."""
-    loader = DataLoader(dataset, batch_size=None, num_workers=args.workers,
-                        generator=torch.Generator())
-    return progress(loader if len(dataset) else (), len(dataset), what)
+            say(f"{what} {n}/{len(loader)}, ETA {(now - start) / n * (len(loader) - n):.0f} s")
 
 
 def compute(args: argparse.Namespace, items: Sequence, make: Callable, what: str) -> list:
@@ -1055,23 +1050,18 @@ def predict(args: argparse.Namespace, device: torch.device, dataset: Dataset,
     """{name: results of all items, in the dataset's order}; each item is computed exactly once.
 
     network: a batch on the device -> {name: (B, ...)}. Rank r computes the items r, r + world_size
-    and so on. A result is a tensor (N, ...), or a list if the items' shapes differ. An item that
-    cannot be read raises: none is left out.
+    and so on. A result is a tensor (N, ...) in float32, or a list if the items' shapes differ. An
+    item that cannot be read raises: none is left out.
     """
-    mine = range(len(dataset))[rank()::world_size()]
-    groups = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
-    loader = DataLoader(dataset, batch_sampler=groups, num_workers=args.workers, collate_fn=collate,
-                        generator=torch.Generator())
-    rows = {}
-    for items, batch in progress(zip(groups, loader), len(groups), what):
+    mine, rows = range(len(dataset))[rank()::world_size()], []
+    for batch in read_items(args, Subset(dataset, mine), what, batch_size, collate):
         with autocast(device, args.precision):
             out = network(to_device(batch, device))
         out = {k: [y.float().cpu() for y in x] for k, x in out.items()}
-        for n, i in enumerate(items):
-            rows[i] = {k: x[n] for k, x in out.items()}
-            if not all(x.isfinite().all() for x in rows[i].values()):
-                raise UserError(f"{what}: the network's output is not finite; nothing was scored")
-    rows = [*gather(rows, len(dataset)).values()]
+        if not all(y.isfinite().all() for y in itertools.chain(*out.values())):
+            raise UserError(f"{what}: the network's output is not finite; nothing was scored")
+        rows += [dict(zip(out, item)) for item in zip(*out.values(), strict=True)]
+    rows = [*gather(dict(zip(mine, rows, strict=True)), len(dataset)).values()]
     columns = {k: [row[k] for row in rows] for k in (rows[0] if rows else ())}
     return {k: torch.stack(x) if len({y.shape for y in x}) == 1 else x for k, x in columns.items()}
 
@@ -1133,7 +1123,7 @@ def init_path(args: argparse.Namespace, init: str,
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of any checkpoint, bare or one dictionary deep, without the `module.` of DDP.
 
-    In a file with several networks each `..._state_dict` stands before its tensors' names.
+    In a file with several networks a key like `model_g_state_dict` stays before its names.
     """
     content, tensors = load_checkpoint(path), {}
     for key, value in content.items() if isinstance(content, dict) else ():
@@ -1182,9 +1172,9 @@ def load_weights(module: nn.Module, path: Path, layouts: Sequence[Sequence[tuple
         if names:
             raise UserError(f"{path}: {len(names)} tensors {what}, such as {names[0]}")
     module.load_state_dict({new: tensors[old] for new, old in found.items()}, strict=False)
-    heads = [sorted({".".join(k.split(".")[:2]) for k in names})[:6] for names in (unused, random)]
-    say(f"init {path}: {len(found)} tensors loaded, {len(unused)} of the file not used {heads[0]}, "
-        f"{len(random)} of the network left random {heads[1]}")
+    shown = [sorted({".".join(k.split(".")[:2]) for k in names})[:6] for names in (unused, random)]
+    say(f"init {path}: {len(found)} tensors loaded, {len(unused)} of the file not used {shown[0]}, "
+        f"{len(random)} of the network left random {shown[1]}")
     return set(found)
 
 
@@ -1243,7 +1233,8 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
         raise UserError("--precision bf16 needs a GPU: on a CPU it is slower than fp32")
     if device.type == "cpu" and args.tiny:
         torch.set_num_threads(1)                              # faster for networks this small
-    if rank() == 0 and not (args.out / "last.pt").exists():   # a run that continues keeps its own
+    kept = all((args.out / name).exists() for name in ("last.pt", "args.json"))
+    if rank() == 0 and not kept:                              # a run that continues keeps its own
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True, check=False)
         write_json(args.out / "args.json", {
@@ -1274,7 +1265,8 @@ def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[st
            **parts: Any) -> dict:
     """Load each part from a checkpoint; returns its other values, {"step": 0} if there is none.
 
-    Flags and number of samples must be those of the checkpoint; `free` names flags that may change.
+    The number of samples and the flags must be those of the checkpoint, but for paths, workers,
+    save_every, log_every and `free`.
     """
     if not path.exists():
         return {"step": 0}
@@ -1349,7 +1341,7 @@ class Log:
         return (step + 1) % self.args.log_every == 0 or step + 1 == self.range.stop
 
     def __call__(self, step: int, now: bool = False, **values: Any) -> None:
-        """Log means over the processes of this step's values, if it is due, or `now`."""
+        """Log this step's values, means over the processes, if it is due, or `now`."""
         if not (now or self.due(step)):
             return
         numbers = torch.stack([torch.as_tensor(v).detach().double().cpu()
@@ -1371,15 +1363,14 @@ class Log:
     def total(self, key: str) -> float:
         """Sum of a key over all rows of log.jsonl, those before a restart included."""
         barrier()                                             # rank 0 has written
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return sum(json.loads(line)[key] for line in lines)
+        return sum(json.loads(line)[key] for line in self.path.read_text().splitlines())
 
 
 def finish(args: argparse.Namespace, metrics: dict) -> None:
     """Write metrics.json, NaN as null, and print its numbers."""
     if rank() == 0:
         write_json(args.out / "metrics.json",
-                   {k: None if v != v else v for k, v in metrics.items()})
+                   json.loads(json.dumps(metrics), parse_constant=lambda _: None))
     say("  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, (int, float))))
 
 
@@ -1392,7 +1383,7 @@ def plot(draw, box: tuple[int, int, int, int], x: np.ndarray, curves: dict[str, 
          marks: Sequence[float] = (), span: tuple[float, float] | None = None) -> None:
     """Curves over x in a box (left, top, right, bottom) of a Pillow ImageDraw.
 
-    marks: places of upright lines. span: lowest and highest value shown, default: those there are.
+    marks: x of vertical lines. span: lowest and highest value shown, default: those there are.
     """
     left, top, right, bottom = box
     values = np.concatenate([*curves.values()])
@@ -1419,7 +1410,6 @@ def draw_curve(args: argparse.Namespace, keys: Sequence[str | None]) -> None:
     """`curve.png` from log.jsonl, on rank 0: a panel per key over the steps."""
     if rank() > 0:
         return
-    from PIL import Image, ImageDraw
     rows = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     keys = [k for k in keys if any(k in row for row in rows)]
     image = Image.new("RGB", (760, 20 + 200 * len(keys)), "white")
@@ -1442,7 +1432,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that all scripts share; the first stage and dataset are defaults."""
+    """argparse with the first of the shared flags; the first stage and dataset are defaults."""
 
     def __init__(self, doc: str, stages: Sequence[str], datasets: Sequence[str]):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -1475,13 +1465,13 @@ class Parser(argparse.ArgumentParser):
 
 def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
           argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse twice: --stage, --dataset and --tiny choose the defaults of all other flags.
+    """Parse twice: recipe(flags of the first pass) is the dictionary of defaults of the second.
 
-    recipe: from the namespace of the first pass to a dictionary of defaults; given flags win.
+    So --stage, --dataset and --tiny choose the defaults of all other flags; given flags win.
     """
     parser.group("run")
     parser.flag("out", Path, "run folder; a run that finds its checkpoint there continues it")
-    parser.flag("tiny", False, "a size for a CPU, minutes; not the paper's setting")
+    parser.flag("tiny", False, "a small, short run: minutes on a CPU, not the paper's setting")
     parser.flag("seed", 0, "seed of all randomness")
     parser.flag("workers", 8, "decoding workers per process")
     parser.flag("precision", "auto", "of the networks: auto is bf16 on CUDA and fp32 on CPU; "

@@ -1202,10 +1202,10 @@ def read_sounds(path, windows):
     Times count from the first frame. A window equals its part of the whole sound, decoded in one
     go; it is shorter at the end of the file, and silent in gaps.
     """
-    with common.opened(path) as c:
+    with common.opened(path) as (c, v):
         if not c.streams.audio:
             raise VideoError(f"{path}: has no sound")
-        a, v = c.streams.audio[0], c.streams.video[0]
+        a = c.streams.audio[0]
         windows = [audio_window(*window, a.rate) for window in windows]
         frames = decode_sound(c, a, (v.start_time or 0) * v.time_base, windows[0][0])
         kept, reached = [], 0                                 # [(first sample, (channels, n)), ...]

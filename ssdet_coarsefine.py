@@ -1370,8 +1370,7 @@ def make_model(args, classes):
 
 def convert_names(tensors, own):
     """A checkpoint's tensors under our names; classifiers of other classes are removed."""
-    slowfast = any(".pathway1_" in name for name in own)
-    ours = (common.slowfast_tensors if slowfast else common.x3d_tensors)(tensors, own)
+    ours = common.zoo_tensors(tensors, own)
     other = {name.split(".")[0] for name, x in ours.items()
              if name.startswith(HEADS) and name in own and own[name].shape != x.shape}
     return {name: x for name, x in ours.items() if name.split(".")[0] not in other}
