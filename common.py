@@ -664,9 +664,9 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
 def check_end(c, v, tick: int) -> None:
     """ValueError if by the header the file goes on for half a second or more after this tick."""
     second, start = float(1 / v.time_base), v.start_time or 0
-    end = start + float((v.frames - 2) / v.average_rate) * second
-    if "mov" in c.format.name and len(v.index_entries):       # `frames` counts hidden ones, too
-        end = v.index_entries[-1].timestamp
+    entries = v.index_entries if "mov" in c.format.name else ()           # `frames` has hidden ones
+    end = next((e.timestamp for e in reversed(entries) if not e.is_discard),
+               start + float((v.frames - 2) / v.average_rate) * second)
     if tick + second / 2 < end:
         raise ValueError(f"it ends at {(tick - start) / second:.2f} s, before its header says")
 

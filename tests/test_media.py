@@ -314,6 +314,16 @@ def test_clock_count_and_stream_are_the_sequential_decode(media, name):
     assert np.array_equal(np.stack(streamed), frames)
 
 
+def test_an_edit_list_may_hide_the_end(media, tmp_path):
+    data = bytearray(media("h264 b-frames").read_bytes())
+    struct.pack_into(">I", data, data.index(b"elst") + 12, 1000)          # milliseconds on show
+    (tmp_path / "short.mp4").write_bytes(data)
+    times, frames = sequential(tmp_path / "short.mp4")
+    assert len(frames) == 25
+    assert np.allclose(clock(tmp_path / "short.mp4")[0], times)
+    assert np.array_equal(read_frames(tmp_path / "short.mp4", range(25)), frames)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_containers_and_grey_beginnings_are_refused(media, name):
     for read in (clock, lambda path: read_clip(path, [[0.1]]), lambda path: [*stream_frames(path)]):
