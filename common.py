@@ -1431,6 +1431,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if plain else super()._get_help_string(action)
 
 
+def number(kind: type, least: float, text: str) -> float:
+    """The value of a flag, int or float. NaN, Inf and what is too small are errors."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        what = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} of at least {least}, not {text}")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the first of the shared flags; the first stage and dataset are defaults."""
 
@@ -1448,9 +1460,14 @@ class Parser(argparse.ArgumentParser):
         self.current = self.add_argument_group(title, about)
 
     def flag(self, name: str, default: Any, help: str, choices: Sequence[str] | None = None,
-             also: Sequence[str] = (), **more: Any) -> None:
-        """Add a flag to the last group. default: its value, or its type if it has none."""
+             also: Sequence[str] = (), least: float | None = None, **more: Any) -> None:
+        """Add a flag to the last group. default: its value, or its type if it has none.
+
+        least: the smallest number that is allowed; usually 1 for integers, 0 for others.
+        """
         kind = default if isinstance(default, type) else type(default)
+        if kind in (int, float):
+            more["type"] = partial(number, kind, int(kind is int) if least is None else least)
         more = {"action": "store_true"} if kind is bool else {
             "type": kind, "choices": choices, "default": None if kind is default else default,
             "metavar": None if choices else kind.__name__[:5].upper(), **more}
@@ -1472,8 +1489,8 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
     parser.group("run")
     parser.flag("out", Path, "run folder; a run that finds its checkpoint there continues it")
     parser.flag("tiny", False, "a small, short run: minutes on a CPU, not the paper's setting")
-    parser.flag("seed", 0, "seed of all randomness")
-    parser.flag("workers", 8, "decoding workers per process")
+    parser.flag("seed", 0, "seed of all randomness", least=0)
+    parser.flag("workers", 8, "decoding workers per process", least=0)
     parser.flag("precision", "auto", "of the networks: auto is bf16 on CUDA and fp32 on CPU; "
                 "losses are fp32", ["auto", "bf16", "fp32"])
     parser.flag("compile", False, "torch.compile the network")
@@ -1488,13 +1505,6 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
         "data": Path("data") / dataset,
         "out": Path("runs") / f"{Path(parser.prog).stem}_{dataset}_{stage}", **values})
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            parser.error(f"--{name} must be finite")
-    for name in ("batch_size", "epochs", "limit", "save_every", "log_every", "seed", "workers"):
-        least = 0 if name in ("seed", "workers") else 1
-        if getattr(args, name, None) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if (getattr(args, "batch_size", None) or 0) % processes:
         parser.error(f"--batch_size {args.batch_size} is of all {processes} processes together, "

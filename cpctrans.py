@@ -955,7 +955,7 @@ def parse_args(argv=None):
     p.flag("pred_step", 3, "number of predicted frames, P (README)")
     p.flag("dropout", 0.5, "dropout before the classifier (test.py)")
     p.flag("as_released", False, "with the faults of the authors' code: pre-train on train list 3, "
-           "choose the checkpoint on test videos, leave out short videos")
+           "train on whole lists, choose the checkpoint on test videos, leave out short videos")
     p.flag("gpu", str, argparse.SUPPRESS)                     # of the original commands, ignored
     p.group("optimization", "Adam")
     p.flag("train_what", "ft", "only fine-tuning. ft: backbone and transformer at a tenth of --lr; "
@@ -976,6 +976,8 @@ def parse_args(argv=None):
         p.error("--test is for --stage test, --pretrain for --stage finetune")
     if args.stage == "pretrain" and args.num_frames <= args.pred_step:
         p.error(f"--pred_step {args.pred_step}: must be less than --num_frames {args.num_frames}")
+    if args.stage == "pretrain" and args.train_what == "last":
+        p.error("--train_what is for --stage finetune")
     if 4 * args.width % args.heads:
         p.error(f"--heads {args.heads}: does not divide the {4 * args.width} channels")
     args.init = args.test or args.pretrain or args.init

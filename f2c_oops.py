@@ -1116,20 +1116,20 @@ def localize(args, videos, times):
     """Localization metrics of the predicted times; of chance, a random time near the middle
     annotation; and of a fourth annotator (human). Writes localization.csv.
     """
-    annotations = [v.annotation for v in videos]
-    errors = [time_error(t, a.t) for t, a in zip(times, annotations, strict=True)]
+    given = {v.path.stem: v.annotation for v in videos}
+    errors = [time_error(t, a.t) for t, a in zip(times, given.values(), strict=True)]
     if common.rank() == 0:
         common.write_csv(args.out / "localization.csv", [
             ("filename", "predicted_s", "error_s", "annotated_s", "length_s"),
             *((v.path.name, f"{t:.4f}", f"{e:.4f}", " ".join(f"{x:g}" for x in a.t), a.length)
-              for v, t, e, a in zip(videos, times, errors, annotations))])
-    fourth = dict(common.read_json(common.find(args.data, "heldout_transition_times.json"),
-                                   lambda name, x: (name.removesuffix(".mp4"), float(x["t"][0]))))
-    human = [(fourth[v.path.stem], v.annotation.t) for v in videos if v.path.stem in fourth]
+              for v, t, e, a in zip(videos, times, errors, given.values()))])
+    path = common.find(args.data, "heldout_transition_times.json", required=False)
+    rows = common.read_json(path, lambda name, x: (name, float(x["t"][0]))) if path else []
+    human = [(t, given[k].t) for name, t in rows if (k := name.removesuffix(".mp4")) in given]
     metrics = localization_metrics(errors)
     for k in (0.25, 1.0):
         shares = {"chance": [(min(a.length, a.t[1] + k) - max(0.0, a.t[1] - k)) / a.length
-                             for a in annotations],
+                             for a in given.values()],
                   "human": [t >= 0 and time_error(t, others) <= k for t, others in human]}
         metrics |= {f"{baseline}_within_{k:g}s": 100 * float(np.mean(x)) if x else math.nan
                     for baseline, x in shares.items()}
@@ -1179,9 +1179,9 @@ def evaluate(args, device):
     if not args.anticipate:
         times = predicted_times(args, videos, scores)
         metrics |= localize(args, videos, times)
-        if common.rank() == 0 and not regression:
-            draw_timeline(args, videos, scores, times)
     common.finish(args, {**metrics, "videos": len(videos), "checkpoint": str(args.init)})
+    if common.rank() == 0 and not regression and not args.anticipate:
+        draw_timeline(args, videos, scores, times)
 
 
 # ---- 11. figure ---------------------------------------------------------------------------------
@@ -1277,7 +1277,7 @@ def parse_args(argv=None):
         p.error(f"--transforms needs two or more different names out of {','.join(known)}")
     if published not in (None, (args.level, args.loss, args.freeze)):
         p.error("--level, --loss and --freeze are flags of --stage classify")
-    if args.level == "clip" and args.loss != "ce":
+    if args.level == "clip" and args.loss != "ce":            # NOTE: the release has a CRF there
         p.error(f"--loss {args.loss} needs --level video")
     if args.loss == "regression" and args.anticipate:
         p.error("--loss regression has no labels to anticipate")

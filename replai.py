@@ -443,8 +443,8 @@ def pretrain(args, device):
             common.save(args.out / "last.pt", step + 1, args, samples=len(dataset), model=model,
                         optimizer=optimizer)
     common.draw_curve(args, ["loss", "avc", "astc", "lr"])
-    draw_moments(args, segments)
     common.finish(args, {"broken_training_samples": log.total("broken")})
+    draw_moments(args, segments)
 
 
 # ---- 7. fine-tuning and evaluation: what the four tasks share ------------------------------------
@@ -525,7 +525,7 @@ def video_end(args, paths, i, rng):
 def read_split(args, task, split):
     """(samples, ids of those left out: no video here, or they begin after its end)."""
     path, testing = args.data / "annotations" / task.files.format(split), "test" in split
-    if testing and not path.exists():                         # nothing to submit
+    if testing and (args.stage == "recognition" or not path.exists()):    # nothing to submit
         return [], []
     samples = [*{s.id: s for s in task.read(args, path, testing)}.values()]
     missing, present = [s for s in samples if not s.path], [s for s in samples if s.path]
@@ -627,9 +627,9 @@ def finetune(args, device):
     if model.goal:
         model.load_state_dict(common.load_checkpoint(args.out / "best.pt")["model"])
     metrics = evaluate(args, model, device, *val, "val", submit=True)
-    evaluate(args, model, device, *test, "test", submit=True)
     common.draw_curve(args, ["loss", f"val_{model.goal}", "lr"])
     common.finish(args, {**metrics, "broken_training_samples": log.total("broken")})
+    evaluate(args, model, device, *test, "test", submit=True)
 
 
 @torch.no_grad()
@@ -1304,11 +1304,15 @@ def draw_moments(args, segments):
     if common.rank() > 0:
         return
     from PIL import Image, ImageDraw
-    s = min((s for s in segments if len(s.moments)), key=lambda s: abs(len(s.moments) - 4))
+    s = min((s for s in segments if len(s.moments)),          # a whole one with about 4 moments
+            key=lambda s: (s.start - s.stop, abs(len(s.moments) - 4)))
     times, curve, _ = find_moments(*read_audio(s.path, s.start, s.stop), args.prominence)
     t, d = s.moments[len(s.moments) // 2], args.delta_non_overlap
     clips = frame_times([t - d - CLIP_SECONDS, t + d], CLIP_SECONDS, 4)
-    strip = Image.fromarray(np.hstack(np.concatenate(common.read_clip(s.path, clips, 96))))
+    try:
+        strip = Image.fromarray(np.hstack(np.concatenate(common.read_clip(s.path, clips, 96))))
+    except VideoError as e:
+        return common.say(f"no moments.png: {e}")
     image = Image.new("RGB", (90 + strip.width, 250 + strip.height), "white")
     image.paste(strip, (70, 240))
     draw = ImageDraw.Draw(image)
@@ -1370,7 +1374,7 @@ def parse_args(argv=None):
     p.flag("delta_non_overlap", 0.1, "seconds from the moment to each clip, d (commands/*.sh)")
     p.flag("clr_coeff", 0.5, "weight of L_AVC; 0: the row w/o AVC (commands/*.sh)")
     p.flag("aot_coeff", 0.5, "weight of L_AStC; 0: the row w/o AStC (commands/*.sh)")
-    p.flag("tau", 0.07, "temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)")
+    p.flag("tau", 0.07, "temperature of L_AVC, τ (ssrl_audiopeak_aotv2.py)", least=1e-3)
     p.flag("as_released", False, "with the faults of the authors' code: width and height exchanged "
            "in training (pretrain, linear), frozen batch norm in training mode (linear, "
            "anticipation), one random clip per action in evaluation (all but statechange), pixels "
@@ -1391,9 +1395,6 @@ def parse_args(argv=None):
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:
         p.error(f"--stage {args.stage} needs --dataset {fitting[0]}")
-    for name in ("num_frames", "crop", "tau", "clips", "futures"):
-        if not getattr(args, name) > 0:
-            p.error(f"--{name} must be above 0")
     return args
 
 

@@ -1155,7 +1155,7 @@ def make_kinetics_clip(args, clips, i, rng, frames, crop):
 
 
 def make_kinetics_crops(args, clips, i, rng):
-    """Validation sample: three clips, (3 clips, 3, T, S, S)."""
+    """Validation sample: (3 clips, 3, T, S, S). NOTE: the release augments them, too."""
     path, label = clips[i]
     film = Film(path, FRAMES["kinetics400"])
     numbers = kinetics_crops(film.length, args.num_frames * args.stride, args.stride)
@@ -1278,13 +1278,13 @@ def read_class_files(folder, split, names):
 
 def read_videos(args, split, names, need_files=True):
     """[Video] of a split in the order of the annotations. In training, videos without a file are
-    left out; in evaluation one is an error.
+    left out; in evaluation one is an error. NOTE: the release leaves out those under 162 frames.
     """
     path, rows = read_actions(args, split, names)
     for name, _, actions in rows:
         if not all(0 <= c < len(names) for c, *_ in actions):
             raise UserError(f"{path}: {name}: a class is none of the {len(names)}")
-    paths = common.find_videos(args.data, "*rgb*", "*", "", frames=True)
+    paths = common.find_videos(args.data, "*v1_rgb*", "*", "", frames=True)
     videos = common.spread([Video(name, paths.get(name), seconds, actions)
                             for name, seconds, actions in rows], args.limit)
     missing = [video.name for video in videos if need_files and video.path is None]
@@ -1316,7 +1316,7 @@ def read_kinetics(args, split, names=None):
             raise UserError(f"{path}: {name}: {label!r} is none of the {len(names)} classes")
         if label not in files:                                # {name: path} of its folder
             folder = label.replace(" ", "_")
-            files[label] = common.find_videos(root, folder, frames=True)
+            files[label] = common.find_videos(root, folder, label, frames=True)
         file = files[label].get(f"{name}_{start:06d}_{end:06d}") or files[label].get(name)
         if file:
             clips.append((file, classes[label]))
@@ -1496,7 +1496,7 @@ def parse_args(argv=None):
     p.flag("batch_size", int, "samples per step over all processes; batch norm sees a process's "
            "samples, in --bn_splits parts")
     p.flag("bn_splits", int, "parts of a process's batch with statistics of their own; 0: plain "
-           "batch norm, on CUDA over all processes")
+           "batch norm, on CUDA over all processes", least=0)
     p.flag("lr", float, "peak learning rate; the schedule is the recipe's")
     p.flag("weight_decay", float, "weight decay, of all parameters")
     p.flag("multigrid", str, "pretrain: vary the shape of clips in cycles, as X3D-Multigrid or as "
@@ -1510,14 +1510,14 @@ def parse_args(argv=None):
 
 
 def check(p, args):
-    """Stop at values out of range and at flags that contradict each other."""
-    for name in ("num_frames", "stride", "crop", "iters", "bn_splits"):
-        value, least = getattr(args, name), int(name != "bn_splits")
-        if value is not None and value < least:
-            p.error(f"--{name} must be at least {least}")
+    """Stop at flags that contradict each other."""
     parts = int(os.environ.get("WORLD_SIZE", 1)) * max(1, args.bn_splits)
     if (args.stage == "pretrain") != (args.dataset == "kinetics400"):
         p.error("--stage pretrain goes with --dataset kinetics400, the other stages do not")
+    if args.stage == "pretrain" and (args.stream or args.task == "classify" and args.augment):
+        p.error("--stage pretrain takes no --stream, and --task classify no --augment")
+    if args.stage != "pretrain" and (args.task, args.multigrid) != ("detect", "off"):
+        p.error("--task and --multigrid are for --stage pretrain")
     if args.stream in ("fine", "x3d", "slowfast") and (args.pool, args.fusion) != ("grid", "mixed"):
         p.error("--pool and --fusion have an effect on --stream coarse and two alone")
     if args.stream == "two" and args.fusion == "none":

@@ -362,6 +362,13 @@ def slow_scores(chain, name, video):
     return p
 
 
+def test_without_the_fourth_annotator_the_rest_is_measured(tmp_path):
+    annotation = f.Annotation((1.0, 2.0, 3.0), 9.0, ())
+    video = SimpleNamespace(path=tmp_path / "a.mp4", annotation=annotation)
+    found = f.localize(SimpleNamespace(data=tmp_path, out=tmp_path), [video], [2.1])
+    assert found["within_0.25s"] == 100 and math.isnan(found["human_within_1s"])
+
+
 @pytest.mark.parametrize("name, n", [("clip", 1), ("crf", 2), ("ce", 1), ("regression", 2),
                                      ("ahead", 1)])
 def test_evaluation_scores_each_clip_as_the_definition_says(name, n, chain, feats, tmp_path):

@@ -580,6 +580,7 @@ def test_a_stray_file_hides_no_video_and_missing_ones_are_left_out_in_training(t
         for k in range(3):
             world.text(tmp_path / f"Charades_v1/{split}{k}.mp4", "")
     world.text(tmp_path / "test0.mp4", "")                    # the stray file
+    world.text(tmp_path / "Charades_v1_features_rgb/test0/test0-000001.txt", "")
     args, names = sc.parse_args(EVALUATE.format("charades", tmp_path).split()), ["Hold"]
     assert all(v.path.is_file() for v in sc.read_videos(args, "test", names))
     (tmp_path / "Charades_v1/train2.mp4").unlink()
@@ -590,9 +591,10 @@ def test_a_stray_file_hides_no_video_and_missing_ones_are_left_out_in_training(t
         sc.read_videos(args, "test", names)
 
 
-def test_clips_of_kinetics_are_found_by_a_json(tmp_path):
+@pytest.mark.parametrize("folder", ["climbing_a_rope", "climbing a rope"])
+def test_clips_of_kinetics_are_found_by_a_json(folder, tmp_path):
     files = [tmp_path / f"train/{name}.mp4" for name in (
-        "abseiling/--a_000000_000010", "climbing_a_rope/--b_000007_000017")]
+        "abseiling/--a_000000_000010", f"{folder}/--b_000007_000017")]
     for path in files:
         world.text(path, "")
     world.text(tmp_path / "kinetics_train.json", json.dumps({
@@ -661,8 +663,11 @@ def test_defaults_are_those_of_the_published_recipes(flags, want):
     (f"{FINETUNE} fine --fusion none", "--pool and --fusion"),
     (f"{FINETUNE} two --fusion none", "--stream two needs --fusion"),
     (f"{FINETUNE} fine --init a b", "--init has more files"), ("--bn_splits 3", "multiple of 3"),
-    *((f"--{name} 0", f"--{name} must be at least 1") for name in (
-        "num_frames", "stride", "crop", "iters")), ("--bn_splits -1", "must be at least 0"),
+    *((f"--{name} 0", f"--{name}: must be an integer of at least 1, not 0") for name in (
+        "num_frames", "stride", "crop", "iters")), ("--bn_splits -1", "of at least 0, not -1"),
+    ("--lr nan", "--lr: must be a number of at least 0"), ("--iters 1.5", "must be an integer"),
+    ("--stream fine", "takes no --stream"), ("--task classify --augment mixup", "no --augment"),
+    (f"{FINETUNE} fine --task classify", "are for --stage pretrain"),
     ("--stage evaluate --dataset multithumos --submission x", "--submission goes with")])
 def test_flags_that_contradict_each_other_are_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as e:
