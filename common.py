@@ -247,11 +247,12 @@ def merge_splits(net: nn.Module) -> None:
     mean = mean of the parts' means; var = mean of their variances + variance of their means.
     """
     share_buffers(net)
-    for m in (m for m in net.modules() if isinstance(m, SplitBatchNorm)):
-        mean, var = (x.view(m.splits, -1) for x in (m.split_bn.running_mean,
-                                                    m.split_bn.running_var))
-        m.bn.running_mean.copy_(mean.mean(0))
-        m.bn.running_var.copy_(var.mean(0) + mean.var(0, unbiased=False))
+    for m in net.modules():
+        if isinstance(m, SplitBatchNorm):
+            mean, var = (x.view(m.splits, -1) for x in (m.split_bn.running_mean,
+                                                        m.split_bn.running_var))
+            m.bn.running_mean.copy_(mean.mean(0))
+            m.bn.running_var.copy_(var.mean(0) + mean.var(0, unbiased=False))
 
 
 class PointwiseConv(nn.Conv3d):
@@ -267,8 +268,8 @@ class PointwiseConv(nn.Conv3d):
 
 
 class Depthwise(torch.autograd.Function):
-    """3x3x3 convolution with one filter per channel, padding 1. Its gradients are convolutions,
-    too: on a CPU they take a fifth of PyTorch's time, and a step of X3D 0.65 to 0.85 of it.
+    """3x3x3 convolution with one filter per channel, padding 1. Its gradients are written as
+    convolutions, too: with them a step of X3D on a CPU takes 0.65 to 0.85 of the time.
     """
 
     @staticmethod
@@ -287,8 +288,8 @@ class Depthwise(torch.autograd.Function):
             full = torch.zeros_like(x)
             full[..., ::s, ::s] = grad
         of_x = F.conv3d(full, weight.flip(2, 3, 4), padding=1, groups=C)
-        # Of the weight at each of its 3 times, as of a 2-D convolution on the frames of all clips.
-        # The empty frames around each clip keep it apart from the next one.
+        # For each of the weight's 3 time steps: the gradient of a 2-D convolution of all clips'
+        # frames. Zero frames around each clip keep it apart from the next one.
         x, grad = (F.pad(y, (0, 0, 0, 0, 1, 1)).transpose(1, 2).flatten(0, 1) for y in (x, grad))
         of_weight = [conv2d_weight(x[k:len(x) - 2 + k], (C, 1, 3, 3), grad[1:-1], s, 1, groups=C)
                      for k in range(3)]
@@ -572,7 +573,7 @@ def read_clip(path: Path, clips: Sequence[Sequence[float]] | Callable[[float], S
     """
     with opened(path) as (c, v):
         start, tick, fps = v.start_time or 0, float(v.time_base), float(v.average_rate)
-        clips = [np.maximum(x, 0) / tick + start + 1e-6       # in ticks; a frame's own time is it
+        clips = [np.maximum(x, 0) / tick + start + 1e-6       # in ticks; 1e-6 against rounding
                  for x in (clips(fps) if callable(clips) else clips)]
         low, high = min(x.min() for x in clips), max(x.max() for x in clips)
         packets, ticks, counted = find_frames(c, v, low, high + 1.5 / fps / tick)

@@ -47,6 +47,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.rnn import pad_sequence
@@ -1190,7 +1191,6 @@ def draw_timeline(args, videos, scores, times, count=4, height=270):
     """timeline.png: for some videos seven frames, and the probabilities of the labels over time;
     annotated transitions are red, the predicted one black.
     """
-    from PIL import Image, ImageDraw
     chosen = common.spread(range(len(videos)), count)
     image = Image.new("RGB", (980, height * len(chosen)), "white")
     draw = ImageDraw.Draw(image)

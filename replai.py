@@ -50,6 +50,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -1303,7 +1304,6 @@ def draw_moments(args, segments):
     """`moments.png`: the curve and the moments of a segment, frames around one of its moments."""
     if common.rank() > 0:
         return
-    from PIL import Image, ImageDraw
     s = min((s for s in segments if len(s.moments)),          # a whole one with about 4 moments
             key=lambda s: (s.start - s.stop, abs(len(s.moments) - 4)))
     times, curve, _ = find_moments(*read_audio(s.path, s.start, s.stop), args.prominence)

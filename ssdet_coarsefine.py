@@ -52,6 +52,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -837,7 +838,6 @@ def read_submission(path, videos, classes):
 
 def draw_timeline(args, videos, logits, found, names, most=6):
     """timeline.png: annotated classes of the video with most actions, and Grid Pool's times."""
-    from PIL import Image, ImageDraw
     k = max(range(len(videos)), key=lambda k: len(videos[k].actions))
     total, seconds = int(found["video_frames"][k]), float(found["seconds"][k])
     labels = frame_labels(videos[k].actions, total, seconds, len(names))
@@ -1311,12 +1311,13 @@ def read_kinetics(args, split, names=None):
     if names is None:
         names = common.read_lines(listing) if listing else sorted({label for label, *_ in rows})
     classes, files, clips = {name: c for c, name in enumerate(names)}, {}, []
+    folders = {path.name.replace("_", " "): path for path in sorted(root.iterdir())}
     for label, name, start, end in rows:
         if label not in classes:
             raise UserError(f"{path}: {name}: {label!r} is none of the {len(names)} classes")
         if label not in files:                                # {name: path} of its folder
-            folder = label.replace(" ", "_")
-            files[label] = common.find_videos(root, folder, label, frames=True)
+            folder = folders.get(label.replace("_", " "))
+            files[label] = common.find_videos(folder, "", frames=True) if folder else {}
         file = files[label].get(f"{name}_{start:06d}_{end:06d}") or files[label].get(name)
         if file:
             clips.append((file, classes[label]))
