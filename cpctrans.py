@@ -54,7 +54,7 @@ from common import UserError, VideoError
 PUBLISHED = {
     "pretrain": dict(num_frames=5, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-5),
     "finetune": dict(num_frames=7, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-3),
-    "test": dict(num_frames=7)}
+    "test": dict(num_frames=7)}           # NOTE: 8 in the original command, by test.py's default
 # If --init is a checkpoint, the values that it was trained with replace these defaults.
 NETWORK = {"net": "resnet18", "width": 64, "layers": 2, "heads": 4, "attn": "full", "pos": "none",
            "stride": 3, "crop": 224, "img_dim": 224, "split": 1}
@@ -338,8 +338,8 @@ def read_frames(video, numbers, crop):
     """Frames with a short side of 15/14·crop (240 for 224).    -> (T, 3, h, w) uint8
 
     A number past the end of the video gives its last frame.
-    NOTE: as in extract_frame.py, scaling does not antialias. OpenCV's result is 1/8 of a grey level
-    darker on average, whether it shrinks or enlarges, so 1/8 is subtracted.
+    NOTE: as in extract_frame.py, scaling does not antialias; the noise of its jpg files is missing.
+    OpenCV's result is 1/8 of a grey level darker on average, so 1/8 is subtracted.
     """
     frames = common.read_frames(video.path, np.minimum(numbers, video.length - 1))
     x, side = torch.from_numpy(frames).permute(0, 3, 1, 2), crop * 15 // 14
@@ -954,8 +954,8 @@ def parse_args(argv=None):
     p.flag("pos", str, "positional encoding (transformer_encoder.py)", ["none", "sin"])
     p.flag("pred_step", 3, "number of predicted frames, P (README)")
     p.flag("dropout", 0.5, "dropout before the classifier (test.py)")
-    p.flag("as_released", False, "with the faults of the authors' code: pre-train on train list 3, "
-           "train on whole lists, choose the checkpoint on test videos, leave out short videos")
+    p.flag("as_released", False, "with the authors' faults: pre-train on list 3, use whole train "
+           "lists, choose the checkpoint on test videos (first by five batches), no short videos")
     p.flag("gpu", str, argparse.SUPPRESS)                     # of the original commands, ignored
     p.group("optimization", "Adam")
     p.flag("train_what", "ft", "only fine-tuning. ft: backbone and transformer at a tenth of --lr; "

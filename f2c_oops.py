@@ -1245,8 +1245,8 @@ def parse_args(argv=None):
     p.flag("layers", 3, "layers of each transformer (configs/)")
     p.flag("window", 32, "tokens that an attention window covers, half on each side (configs/)")
     p.flag("finetune_frames", False, "f2c2v and video level: also train the frame encoder")
-    p.flag("as_released", False, "with the faults of the authors' code: shuffles and warps of 19 "
-           "frames, the random point labelled as a flip, the last token masked, labels all 0 "
+    p.flag("as_released", False, "with the authors' faults: shuffles and warps of 19 frames, few "
+           "fast videos, random points called flips, last token masked, clip j read as j - 1, 0 "
            "between clips, dropout in the frozen encoder, softmax instead of CRF marginals")
     p.group("features")
     p.flag("features", Path, "folder of stored features, with train/ and val/")

@@ -383,7 +383,7 @@ def astc_loss(g_fwd, g_bwd, q, kappa):
     return (F.softplus(-p_fwd).mean() + F.softplus(p_bwd).mean()) / 2                      # (6)
 
 
-# ---- 6. pre-training (official files: main-ssl.py, train_algo/ssrl.py) ---------------------------
+# ---- 6. pre-training (official files: main.py, train_algo/ssrl.py) -------------------------------
 
 def one_cycle(max_lr, epochs):
     """(learning rate, momentum) of each epoch: OneCycleLR takes one step before every epoch.
@@ -572,7 +572,7 @@ def learning_rate(args, step, per_epoch, milestones=(0.6, 0.8), warmup=1000, mos
 
 
 def finetune(args, device):
-    """Train a task's network from --init, then evaluate it. NOTE: as in the paper, the best epoch
+    """Train a task's network from --init, then evaluate it. NOTE: as released, the best epoch
     is chosen on the validation set that is also reported; linear uses its last one.
     """
     torch.manual_seed(args.seed)                              # the same weights on every rank

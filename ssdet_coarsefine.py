@@ -29,7 +29,7 @@ bias = fc2(fc1(A)), scale = fc4(fc3(A)); rw2..rw5 with mix2..mix5 act after Grid
 2 to 4, rw6 on the logits.
 
 Pre-train    torchrun --nproc_per_node 4 ssdet_coarsefine.py
-Fine         torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage finetune --stream fine
+Fine         python ssdet_coarsefine.py --stage finetune --stream fine
 Features     torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage extract
 Coarse-Fine  torchrun --nproc_per_node 2 ssdet_coarsefine.py --stage finetune --stream coarse
 End to end   torchrun --nproc_per_node 4 ssdet_coarsefine.py --stage finetune --stream two
@@ -69,7 +69,7 @@ PUBLISHED = {                        # milestones: shares of training at which l
     # X3D-Multigrid, train_x3d_kinetics_multigrid.py: 120 epochs
     "classify": {"num_frames": 8, "batch_size": 128, "bn_splits": 4, "lr": 0.2, "augment": [],
                  "weight_decay": 5e-5, "warmup": 8000, "iters": 206_160, "multigrid": "x3d",
-                 "milestones": [0.4, 0.65, 0.925]},
+                 "milestones": [0.4, 0.65, 0.925], "val_every": 23},
     # SSDet, train_x3d_charades_loc.py
     "x3d": {"num_frames": 16, "batch_size": 16, "bn_splits": 2, "lr": 0.02, "epochs": 100,
             "schedule": "plateau"},
@@ -239,7 +239,7 @@ def draw_augmentations(args, step, T, B, device):
 
 def pretraining_loss(logits, mix):
     """Loss (4) and the soft accuracy.      (B, C, T) -> two scalars. NOTE: Σ k_m is over the clips
-    of a process, as in the release over those of a GPU.
+    of a process, in the release over those of all GPUs.
     """
     ce = torch.stack([F.cross_entropy(logits, y, reduction="none") for y in mix.label])
     present = mix.present.sum((1, 2)).clamp(min=1)            # Σ_bt k_m, (M,)
@@ -576,7 +576,7 @@ class TwoStream(nn.Module):
         super().__init__()
         self.coarse, self.fine = coarse, fine
         for p in (*fine.fc1.parameters(), *fine.fc2.parameters()):
-            p.requires_grad_(False)                           # the fine classifier is not used
+            p.requires_grad_(False)       # NOTE: not used; the distributed script trains it, too
 
     def forward(self, x, fine_x, valid, start):
         return self.coarse(x, fine_features(self.fine, fine_x), valid, start)
@@ -930,8 +930,8 @@ def step_shapes(args, n):
         span, crop, factor = clip_shape(state, short_state(step, state),
                                         args.num_frames * args.stride, args.crop)
         scale = LONG_BATCH[state]
-        plan.append(StepShape(base.batch * scale * factor, span // args.stride, crop, scale,
-                              base.splits * scale))
+        plan.append(StepShape(base.batch * scale * factor, max(1, span // args.stride), crop,
+                              scale, base.splits * scale))
     return plan
 
 
@@ -1175,7 +1175,8 @@ def make_clip(args, videos, i, rng, classes, whole=False):
         numbers, end = video_frames(film.length, stride, args.stream in ("x3d", "two"))
         crop = ()                                             # the centre square
     else:
-        start = int(rng.integers(0, max_start(film.length, span, stride) + 1))
+        last = (span + 1, 1) if args.stream == "x3d" else (span, stride)             # as released
+        start = int(rng.integers(0, max_start(film.length, *last) + 1))
         fine_start = int(rng.integers(0, start + 1))
         numbers, end = clip_frames(film.length, start, span, stride), start + span
         crop = draw_crop(args, rng)                           # the same for both streams
@@ -1434,7 +1435,8 @@ TINY_PRETRAIN = {"num_frames": 16, "stride": 5, "batch_size": 16, "warmup": 20, 
 TINY_RUNS = {"detect": TINY_PRETRAIN, "classify": TINY_PRETRAIN, "x3d": {"num_frames": 16},
              "coarse": {"lr": 0.05}, "two": {"lr": 0.02, "epochs": 10},
              "slowfast": {"lr": 0.05, "epochs": 20}}
-CROPS = {"XS": 160, "S": 160, "L": 312, "XL": 312}            # of X3D's versions, else 224
+CROPS = {"XS": 160, "S": 160, "L": 312, "XL": 312}            # else 224. S was published with
+# --num_frames 13 --stride 6, XS with 4 and 12; FAIR has no weights for XL.
 
 
 def recipe(chosen):

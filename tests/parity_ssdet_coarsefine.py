@@ -524,7 +524,7 @@ def charades_sampling(case):
             "fine_test": ends(fine[0]), "fine_test_label_len": fine[1],
             "ssdet_train": ends(sc.clip_frames(n, start, short, stride)),
             "ssdet_train_label_len": min(n, start + short) - start,
-            "ssdet_draw": [[1, sc.max_start(n, short, 1)]],
+            "ssdet_draw": [starts_from_one(n, short + 1, 1)],
             "ssdet_test": ends(whole[0]), "ssdet_test_label_len": whole[1]}
 
 
