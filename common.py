@@ -30,7 +30,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from collections import OrderedDict
 from datetime import timedelta
 from functools import partial
@@ -747,7 +746,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # mean and standar
 
 def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 (..., 3, T, H, W) to float: (x / 255 - mean) / std, on the device of x."""
-    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1, 1) for c in (mean, std))
+    mean, std = torch.tensor((mean, std)).view(2, 3, 1, 1, 1).to(x.device, non_blocking=True)
     return (x / 255 - mean) / std
 
 
@@ -848,9 +847,9 @@ def reading(path: Path, row: Any = "", error: type = UserError) -> Iterator[None
         raise
     except FileNotFoundError as e:
         raise error(f"{path}: no such file") from e
-    except (LookupError, ValueError, TypeError, AttributeError, OSError, SyntaxError, csv.Error,
-            zipfile.BadZipFile) as e:                         # Pillow raises SyntaxError
-        why = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())[:200]
+    except Exception as e:                                    # zlib.error, SyntaxError of Pillow ...
+        why = f"{e} is missing" if isinstance(e, KeyError) else str(e) or type(e).__name__
+        why = " ".join(why.split())[:200]
         raise error(f"{path}{f':{row}' if row != '' else ''}: {why}") from e
 
 
@@ -1234,8 +1233,8 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
         raise UserError("--precision bf16 needs a GPU: on a CPU it is slower than fp32")
     if device.type == "cpu" and args.tiny:
         torch.set_num_threads(1)                              # faster for networks this small
-    kept = all((args.out / name).exists() for name in ("last.pt", "args.json"))
-    if rank() == 0 and not kept:                              # a run that continues keeps its own
+    kept = rank() > 0 or all((args.out / name).exists() for name in ("last.pt", "args.json"))
+    if not kept:                                              # a run that continues keeps its own
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True, check=False)
         write_json(args.out / "args.json", {

@@ -443,12 +443,12 @@ def jitter(x, factors, order):
     a GPU. Like Pillow's ImageEnhance, but batched, without rounding, and on any device.
     """
     for slot, operation in itertools.product(order.T, range(4)):              # first slot to last
-        rows = torch.from_numpy(np.flatnonzero(slot == operation)).to(x.device)
+        rows = torch.from_numpy(np.flatnonzero(slot == operation)).to(x.device, non_blocking=True)
         f, y = factors[rows, operation, None, None, None], x[rows]
         if operation == HUE:
             x[rows] = shift_hue(y, f[:, 0])
             continue
-        grey = (y * y.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+        grey = sum(k * c for k, c in zip((0.299, 0.587, 0.114), y.unbind(1)))[:, None]
         other = {BRIGHTNESS: 0, CONTRAST: grey.mean((1, 2, 3), keepdim=True), SATURATION: grey}
         x[rows] = (f * y + (1 - f) * other[operation]).clamp(0, 1)
     return x
@@ -475,7 +475,8 @@ def jitter_batch(batch, device):
     clip, factors = (batch[k].to(device, non_blocking=True) for k in ("clip", "factors"))
     order = batch["order"].numpy().reshape(-1, 4)
     x = jitter(clip.flatten(0, 1) / 255, factors.flatten(0, 1), order)
-    return TF.normalize(x, *common.IMAGENET).view(clip.shape)
+    norm = torch.tensor(common.IMAGENET).to(device, non_blocking=True)
+    return TF.normalize(x, *norm).view(clip.shape)
 
 
 # ---- 6. lists of videos (official files: dataset_3d.py, dataset_3d_lc.py, write_csv.py) ----------
@@ -684,7 +685,7 @@ def train(args, device):
         if pretraining:
             terms = info_nce(*out)
         else:
-            rows = loss_and_topk(out, batch["label"].to(device))
+            rows = loss_and_topk(out, batch["label"].to(device, non_blocking=True))
             terms = {k: x.mean() for k, x in rows.items()}
         optimizer.zero_grad(set_to_none=True)
         terms["loss"].backward()

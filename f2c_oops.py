@@ -294,7 +294,7 @@ class Encoder(nn.Module):
         B, n, _ = x.shape
         last = self.position.num_embeddings - 2               # position of the class token
         position = torch.arange(n, device=x.device) % last
-        position = torch.cat([position.new_tensor([last]), position])
+        position = F.pad(position, (1, 0), value=last)
         h = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)               # (B, 1 + n, E)
         h = h + self.position(position) + self.token_type((position == last).long())
         h = self.drop(self.norm(h))
@@ -644,20 +644,15 @@ def bottleneck_r2plus1d(layers):
     return net
 
 
-def headless(net):
-    """A torchvision network without its classifier."""
-    setattr(net, "heads" if hasattr(net, "heads") else "fc", nn.Identity())
-    return net.eval()
-
-
 def make_feature_network(name):
     """φ on random weights. Of frames (B, 3, H, W): vit_b16 (D = 768), resnet18 (512), resnet50
     (2048). Of clips (B, 3, 16, H, W): r2plus1d_18, r3d_18 (512), r2plus1d_152 (2048).
     """
     from torchvision.models import get_model
-    if name == "r2plus1d_152":
-        return headless(bottleneck_r2plus1d([3, 8, 36, 3]))
-    return headless(get_model(name.replace("vit_b16", "vit_b_16")))
+    net = (bottleneck_r2plus1d([3, 8, 36, 3]) if name == "r2plus1d_152" else
+           get_model(name.replace("vit_b16", "vit_b_16")))
+    setattr(net, "heads" if name == "vit_b16" else "fc", nn.Identity())   # no classifier
+    return net.eval()
 
 
 def load_feature_network(args):
@@ -905,15 +900,21 @@ def read_annotations(data):
 
 
 def map_features(path):
-    """arr_0 of an .npz file, (T, D), mapped into memory: a clip comes 20 times faster by this."""
+    """arr_0 of an .npz file, (T, D). Mapped into memory: so a clip comes 20 times faster. Files of
+    the release are compressed, and read as a whole.
+    """
     with common.reading(path, error=VideoError), open(path, "rb") as f:
-        sizes = f.read(30)[26:]                               # of the archive's first file's name
-        f.seek(int.from_bytes(sizes[:2], "little") + int.from_bytes(sizes[2:], "little"), 1)
-        np.lib.format.read_magic(f)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
-        if len(shape) != 2 or dtype.kind != "f":
-            raise ValueError(f"arr_0 is {dtype} {shape}, not (frames, width) numbers")
-        return np.memmap(f, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+        header = np.frombuffer(f.read(30), "<u2")             # of the archive's first file
+        if header[4]:                                         # compressed
+            x = np.load(path)["arr_0"]
+        else:
+            f.seek(int(header[13]) + int(header[14]), 1)      # past its name
+            np.lib.format.read_magic(f)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(f)
+            x = np.memmap(f, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+        if x.ndim != 2 or x.dtype.kind != "f":
+            raise ValueError(f"arr_0 is {x.dtype} {x.shape}, not (frames, width) numbers")
+        return x
 
 
 def read_features(path, rows):
@@ -1114,8 +1115,8 @@ def localization_metrics(errors, tolerances=(0.25, 1.0)):
 
 
 def localize(args, videos, times):
-    """Localization metrics of the predicted times; of chance, a random time near the middle
-    annotation; and of a fourth annotator (human). Writes localization.csv.
+    """Localization metrics of the predicted times, of chance (a random time near the middle
+    annotation), half the length (middle), a fourth annotator (human). Writes localization.csv.
     """
     given = {v.path.stem: v.annotation for v in videos}
     errors = [time_error(t, a.t) for t, a in zip(times, given.values(), strict=True)]
@@ -1127,10 +1128,12 @@ def localize(args, videos, times):
     path = common.find(args.data, "heldout_transition_times.json", required=False)
     rows = common.read_json(path, lambda name, x: (name, float(x["t"][0]))) if path else []
     human = [(t, given[k].t) for name, t in rows if (k := name.removesuffix(".mp4")) in given]
-    metrics = localization_metrics(errors)
+    relative = [e / a.length for e, a in zip(errors, given.values())]
+    metrics = localization_metrics(errors) | {"mean_relative_error": 100 * float(np.mean(relative))}
     for k in (0.25, 1.0):
         shares = {"chance": [(min(a.length, a.t[1] + k) - max(0.0, a.t[1] - k)) / a.length
                              for a in given.values()],
+                  "middle": [time_error(a.length / 2, a.t) <= k for a in given.values()],
                   "human": [t >= 0 and time_error(t, others) <= k for t, others in human]}
         metrics |= {f"{baseline}_within_{k:g}s": 100 * float(np.mean(x)) if x else math.nan
                     for baseline, x in shares.items()}

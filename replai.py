@@ -912,8 +912,8 @@ class Aggregator(nn.Module):
         if self.kind == "mean":
             return x.mean(1)
         x, d = x.transpose(0, 1), x.shape[2]                              # (inputs, B, D)
-        angle = torch.arange(len(x))[:, None] * torch.exp(                # t / 10000^(2i/D)
-            torch.arange(0, d, 2) * (-math.log(10000.0) / d))
+        angle = torch.arange(len(x), device=x.device)[:, None] * torch.exp(   # t / 10000^(2i/D)
+            torch.arange(0, d, 2, device=x.device) * (-math.log(10000.0) / d))
         position = torch.stack([angle.sin(), angle.cos()], 2).view(-1, 1, d).to(x)
         return self.encoder(F.dropout(x + position, 0.2, self.training))[-1]   # of the last clip
 

@@ -224,7 +224,7 @@ def draw_choices(rng, name, T, B, device=None):
         choices["length"] = rng.integers((T + 1) // 2, T + 1, (2, B))
     if "length" in choices:
         choices["start"] = rng.integers(0, T - choices["length"] + 1)
-    return {k: torch.from_numpy(v).to(device) for k, v in choices.items()}
+    return {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in choices.items()}
 
 
 def draw_augmentations(args, step, T, B, device):
@@ -1503,7 +1503,7 @@ def parse_args(argv=None):
     p.flag("lr", float, "peak learning rate; the schedule is the recipe's")
     p.flag("weight_decay", float, "weight decay, of all parameters")
     p.flag("multigrid", str, "pretrain: vary the shape of clips in cycles, as X3D-Multigrid or as "
-           "SlowFast's authors do", ["off", "x3d", "fair"])
+           "SlowFast's authors do; too many shapes for --compile", ["off", "x3d", "fair"])
     p.group("evaluation")
     p.flag("submission", Path, "score this file in Charades' official form instead of a network")
     p.flag("as_released", False, "with the fault of the release: Charades' 25 frames drift")

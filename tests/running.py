@@ -184,8 +184,8 @@ def fake_cuda(k, rank):
     """Networks and losses run forward on a GPU that does not exist, for k steps.
 
     Tensors have a shape, a type and a device there, no values. So an operation on tensors of two
-    devices is an error, and so is a training step that waits for a value. All begins with the first
-    move there. k = 0: a stage without training ends when its network has run.
+    devices is an error, and so is a training step that waits for a value or a copy. All begins with
+    the first move there. k = 0: a stage without training ends when its network has run.
     """
     start_run, item = common.start_run, torch.Tensor.item
     device, steps = torch.device("cuda"), []
@@ -195,6 +195,7 @@ def fake_cuda(k, rank):
         def to(x, *args, **kw):
             if device in args:
                 begin()
+                assert torch.Tensor.item is not item or "non_blocking" in kw, "a copy that waits"
             if "cpu" in args and getattr(x, "is_cuda", False) and k == 0:
                 leave(0)                                      # a result: the network has run
             return move(x, *args, **kw)

@@ -220,8 +220,8 @@ def test_names_and_annotations_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_rows_of_a_feature_file_are_read_without_the_others(dtype, tmp_path):
     x, rows = rng(0).normal(size=(300, 5)).astype(dtype), rng(1).integers(0, 300, 12)
-    for array in (x, np.asfortranarray(x)):
-        np.savez(tmp_path / "a.npz", arr_0=array, fps=30.0)
+    for array, save in itertools.product((x, np.asfortranarray(x)), (np.savez_compressed, np.savez)):
+        save(tmp_path / "a.npz", arr_0=array, fps=30.0)
         got = f.read_features(tmp_path / "a.npz", rows)
         assert got.dtype == torch.float32 and np.array_equal(got, x[rows].astype(np.float32))
     sequences = [np.arange(32).reshape(2, 16), np.arange(16, 48).reshape(2, 16)]
@@ -237,8 +237,10 @@ def test_a_broken_feature_file_is_one_line_with_its_name(fault, tmp_path):
     arrays = {"nan": x * np.nan, "objects": np.array([[{}]]), "flat": x[0]}
     (np.savez_compressed if fault == "packed" else np.savez)(
         path, arr_0=arrays.get(fault, x), times=np.arange(7 if fault == "clock" else 40), fps=30)
-    if fault in ("text", "cut"):
-        path.write_bytes(b"hello" if fault == "text" else path.read_bytes()[:200])
+    content = path.read_bytes()
+    if fault in ("text", "cut", "packed"):                    # compressed data damaged
+        path.write_bytes({"text": b"hello", "cut": content[:200]}.get(
+            fault, content[:60] + b"\xff" * 9 + content[69:]))
     with pytest.raises(VideoError) as e:
         f.read_video(tmp_path / "a.mp4", path, f.Annotation((1,) * 3, 4.0, (0.25,) * 3))
         f.read_features(path, np.arange(40))

@@ -103,7 +103,8 @@ def test_every_flag_that_the_readme_names_exists():
     known = {flag for script in SCRIPTS for flag in flags_of(script)}
     others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint",
               "--max_restarts", "--nodes", "--ntasks-per-node", "--gpus-per-node",
-              "--cpus-per-task", "--time", "--requeue", "--shm-size", "--seeds"}
+              "--cpus-per-task", "--time", "--requeue", "--shm-size", "--seeds",
+              "--kill-on-bad-exit"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT))
     assert len(named) > 40 and named <= known | others, named - known - others
 
