@@ -36,7 +36,7 @@ def commands(script):
     quoted = [x for pair in re.findall(r"^```\n(.*?)^```|`([^`\n]+)`", text, re.M | re.S)
               for x in pair]
     lines = [line for x in quoted for line in x.splitlines()]
-    form = rf"(python |(?:srun )?torchrun .*?)?{script}\.py((?: +[^\s#]+)*)"
+    form = rf"(python |(?:srun .*)?torchrun .*?)?{script}\.py((?: +[^\s#]+)*)"
     found = [re.fullmatch(form + r"(?:\s+#.*)?", line.strip()) for line in lines]
     return list(dict.fromkeys(" ".join(m[2].split()) for m in found if m and (m[1] or m[2])))
 
