@@ -12,8 +12,8 @@
     command line  Parser, parse, launch                       an error of the user is one line
 
 Times are seconds from the first frame of a file. Frames as read are uint8 (T, H, W, 3). To add a
-backbone, write a module here and let a script build it. FFmpeg decodes any codec; exceptions to its
-rules are in `find_frames`, `read_packets` and `decode`. To add a flag for all scripts, see `parse`.
+backbone, write a module here and let a script build it. FFmpeg decodes every codec; `find_frames`,
+`read_packets` and `decode` treat special cases. To add a flag for all scripts, see `parse`.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class TemporalConv(nn.Conv3d):
 
 
 class R2Plus1DBlock(nn.Module):
-    """Two (2+1)D convolutions. The shortcut has no norm of its own: one follows the sum."""
+    """Two (2+1)D convolutions and a shortcut; `out_bn` normalizes their sum."""
 
     def __init__(self, cin: int, cout: int, stride: tuple[int, int, int]):
         super().__init__()
@@ -169,7 +169,7 @@ class PredictiveResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         for n, count in enumerate(depth):
             setattr(self, f"layer{n + 1}", nn.Sequential(*(
-                ResidualBlock(w[n + (k > 0)], w[n + 1], 2 if n and k == 0 else 1,
+                ResidualBlock(w[n + 1 if k else n], w[n + 1], 2 if n and k == 0 else 1,
                               last=n == 3 and k == count - 1)
                 for k in range(count))))
         init_kaiming(self)
@@ -267,19 +267,17 @@ class PointwiseConv(nn.Conv3d):
 
 
 class Depthwise(torch.autograd.Function):
-    """3x3x3 convolution with one filter per channel, padding 1. Its gradients are written as
-    convolutions, too: with them a step of X3D on a CPU takes 0.65 to 0.85 of the time.
+    """3x3x3 convolution with one filter per channel, padding 1. Its backward pass is written here,
+    as convolutions: a step of X3D on a CPU then takes 0.65 to 0.85 of the time.
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx, x, weight, stride):                      # (B, C, T, H, W), (C, 1, 3, 3, 3)
         ctx.save_for_backward(x, weight)
         ctx.stride = stride
         return F.conv3d(x, weight, None, (1, stride, stride), 1, groups=len(weight))
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad):
         (x, weight), s, C = ctx.saved_tensors, ctx.stride, grad.shape[1]
         full = grad
@@ -358,11 +356,11 @@ class X3D(nn.Module):
                 for i in range(count))))
         self.conv5, self.bn5 = PointwiseConv(outer[-1], inner[-1], 1, bias=False), norm(inner[-1])
         self.fc1 = PointwiseConv(inner[-1], hidden, 1, bias=False)
-        self.drop, self.fc2 = nn.Dropout(dropout), nn.Linear(hidden, classes)
+        self.drop, self.fc2 = nn.Dropout(dropout), LinearFP32(hidden, classes)
         init_kaiming(self)
 
     def stem(self, x):
-        """(B, 3, T, H, W) -> (B, stem, T, H/2, W/2)"""
+        """(B, 3, T, H, W) -> (B, stem, T, H/2, W/2); on a CPU in channels-last memory: faster."""
         x = x if x.is_cuda else x.contiguous(memory_format=torch.channels_last_3d)
         return F.relu(self.bn1(self.conv1_t(self.conv1_s(x))))
 
@@ -380,16 +378,18 @@ class X3D(nn.Module):
     def head(self, x):
         """Logits from conv5's map: (B, C, T, h, w) -> (B, classes, T or 1)"""
         x = x.mean((3, 4) if self.per_frame else (2, 3, 4), keepdim=True)
-        return linear_float32(self.fc2, self.drop(F.relu(self.fc1(x)).flatten(2)))
+        return self.fc2(self.drop(F.relu(self.fc1(x)).flatten(2)).mT).mT
 
     def forward(self, x):
         return self.head(self.maps(x)["conv5"])
 
 
-def linear_float32(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """(B, C, T) -> (B, classes, T) in float32: scores that are ranked must not be rounded."""
-    with no_autocast(x):
-        return linear(x.to(linear.weight.dtype).mT).mT
+class LinearFP32(nn.Linear):
+    """A linear layer in float32 under autocast, too: scores that are ranked must not be rounded."""
+
+    def forward(self, x):                                     # (..., C) -> (..., classes)
+        with no_autocast(x):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class SlowFastBlock(nn.Module):
@@ -415,8 +415,8 @@ class SlowFastBlock(nn.Module):
 
 
 class SlowFast(nn.Module):
-    """SlowFast-R50 (arXiv 1812.03982). The slow pathway sees every `alpha`-th frame, the fast one
-    all, with 1/`beta` of the channels. slow: frames of the former, if they are not those of x.
+    """SlowFast-R50 (arXiv 1812.03982). The slow pathway sees every `alpha`-th frame of x, or the
+    frames `slow`. The fast one sees all frames of x, with 1/`beta` of the channels.
 
     x: (B, 3, T, H, W) -> logits (B, classes, T), the slow pathway stretched to the fast one's
     times, or with per_frame=False (B, classes, 1). Names of SlowFast's zoo.
@@ -431,7 +431,7 @@ class SlowFast(nn.Module):
         self.s1 = nn.ModuleDict({f"pathway{p}_stem": nn.ModuleDict({
             "conv": conv(3, w, (k, 7, 7), (1, 2, 2), (k // 2, 3, 3)), "bn": norm(w)})
             for p, (w, k) in enumerate(zip(widths, (1, 5)))})
-        slow = [width, *(4 * width << n for n in range(4))]   # channels before and after a stage
+        slow = [width, *(4 * width * 2 ** n for n in range(4))]     # channels before, after a stage
         for n, count in enumerate(depth):
             fast = slow[n] // beta
             setattr(self, f"s{n + 1}_fuse", nn.ModuleDict({
@@ -441,10 +441,10 @@ class SlowFast(nn.Module):
             for p, (w, cin) in enumerate(zip(widths, (slow[n] + 2 * fast, fast))):
                 for i in range(count):
                     stage[f"pathway{p}_res{i}"] = SlowFastBlock(
-                        cin if i == 0 else 4 * w << n, w << n, 4 * w << n,
+                        cin if i == 0 else 4 * w * 2 ** n, w * 2 ** n, 4 * w * 2 ** n,
                         2 if n and i == 0 else 1, 3 if p == 1 or n > 1 else 1, norm)
             setattr(self, f"s{n + 2}", nn.ModuleDict(stage))
-        self.head = nn.ModuleDict({"projection": nn.Linear(slow[-1] + slow[-1] // beta, classes)})
+        self.head = nn.ModuleDict({"projection": LinearFP32(slow[-1] + slow[-1] // beta, classes)})
         init_kaiming(self)
         nn.init.normal_(self.head["projection"].weight, std=0.01)
 
@@ -458,15 +458,15 @@ class SlowFast(nn.Module):
             side = F.relu(fuse["bn"](fuse["conv_f2s"](paths[1])))
             paths[0] = torch.cat([paths[0], side], 1)
             for name, block in getattr(self, f"s{n + 1}").items():
-                paths[int(name[7])] = block(paths[int(name[7])])          # pathway0_res2, say
+                paths[int(name[7])] = block(paths[int(name[7])])          # of pathway0_res2: 0
         axes = (3, 4) if self.per_frame else (2, 3, 4)
         slow, fast = (x.mean(axes, keepdim=True).flatten(2) for x in paths)      # (B, C, T or 1)
         slow = F.interpolate(slow, fast.shape[2], mode="linear", align_corners=False)
-        return linear_float32(self.head["projection"], self.drop(torch.cat([slow, fast], 1)))
+        return self.head["projection"](self.drop(torch.cat([slow, fast], 1)).mT).mT
 
 
 # X3D_NAMES: from SlowFast's zoo to ours. SLOWFAST_NAMES: from pytorchvideo to SlowFast's zoo, whose
-# numbers are one higher: "s2+1" is a step on the way to "s3".
+# stage numbers are one higher: "blocks.2" becomes "s2+1" first and then "s3".
 X3D_NAMES = [
     (r"^s1\.pathway0_stem\.conv_xy\.", "conv1_s."), (r"^s1\.pathway0_stem\.conv\.", "conv1_t."),
     (r"^s1\.pathway0_stem\.bn\.", "bn1."), (r"\.branch2\.se\.fc", ".fc"),
@@ -489,7 +489,7 @@ SLOWFAST_NAMES = [
 def zoo_tensors(tensors: dict, own: dict) -> dict:
     """A published checkpoint's tensors under our names.
 
-    own: the network's state_dict. Of a plain norm each part of a SplitBatchNorm gets a copy.
+    own: the network's state_dict. Each part of a SplitBatchNorm gets a plain norm's statistics.
     """
     names = SLOWFAST_NAMES if any(".pathway1_" in name for name in own) else X3D_NAMES
     ours = {}
@@ -521,7 +521,7 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
             v.codec_context.thread_count = 1
             yield c, v
     except (av.FFmpegError, OSError, ValueError, ArithmeticError, LookupError, TypeError,
-            AttributeError, AssertionError, MemoryError) as e:            # of damaged headers
+            AttributeError, AssertionError, MemoryError) as e:            # by damaged headers
         raise VideoError(f"{path}: cannot be read ({str(e) or type(e).__name__})") from e
 
 
@@ -553,7 +553,7 @@ def count_frames(path: Path, pattern: str = JPG) -> int:
     """Number of frames that `read_frames` can read from a file, or from a folder of images."""
     if not path.is_dir():
         return len(clock(path)[0])
-    form = re.compile(re.sub(r"\\\{:\d*d\\\}", r"\\d+", re.escape(pattern)))
+    form = re.compile(re.sub(r"\\\{:\d*d\\\}", r"\\d+", re.escape(pattern)))     # {:05d} -> \d+
     names = {f.name for f in os.scandir(path) if form.fullmatch(f.name)}
     missing = {pattern.format(k + 1) for k in range(len(names))} - names
     if missing or not names:
@@ -664,7 +664,7 @@ def find_frames(c, v, low: float = -math.inf, high: float = math.inf) -> tuple:
 def check_end(c, v, tick: int) -> None:
     """ValueError if by the header the file goes on for half a second or more after this tick."""
     second, start = float(1 / v.time_base), v.start_time or 0
-    entries = v.index_entries if "mov" in c.format.name else ()           # `frames` has hidden ones
+    entries = v.index_entries if "mov" in c.format.name else ()           # v.frames counts hidden
     end = next((e.timestamp for e in reversed(entries) if not e.is_discard),
                start + float((v.frames - 2) / v.average_rate) * second)
     if tick + second / 2 < end:
@@ -674,7 +674,7 @@ def check_end(c, v, tick: int) -> None:
 def read_packets(c, v, high: float) -> tuple[list[av.Packet], bool]:
     """(packets until past tick `high`, is their `pts` the time of display?)
 
-    With B-frames it is if some packet has an earlier one than the packet before it.
+    With B-frames it is, if the `pts` of some packet is less than that of the packet before.
     """
     cc, found, key, latest = v.codec_context, [], False, -math.inf
     # Packets up to this size hold no frame: DivX and x264 put one byte into an avi, and MPEG-4 has
@@ -700,7 +700,7 @@ def decode(v, packets: Iterable[av.Packet], ticks: np.ndarray | None = None,
     ticks: those of all frames if frames are counted, else None. wanted: ticks; H.264's B-frames at
     other ticks are not decoded. (AV1's decoder reads `skip_frame` only once: frames would be lost.)
     """
-    cc, last, times = v.codec_context, -math.inf, None if ticks is None else iter(ticks.tolist())
+    cc, last, times = v.codec_context, -math.inf, (None if ticks is None else iter(ticks.tolist()))
     for p in itertools.chain(packets, [None]):
         if cc.name == "h264" and wanted is not None and times is None:
             cc.skip_frame = "DEFAULT" if p is None or p.pts in wanted else "NONREF"
@@ -753,7 +753,7 @@ def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
 # ---- samples of a training step ------------------------------------------------------------------
 
 class Samples(Dataset):
-    """A sample is the dictionary make(args, items, i, rng, *extra); rng is NumPy's generator.
+    """Sample i is make(args, items, i, rng, *extra), in training a dictionary; rng: NumPy's.
 
     Its key is i in evaluation and (epoch, *extra, i) in training. rng is fixed by --seed, the epoch
     and i alone, so a sample is the same in any worker, on any rank and after a restart. In training
@@ -828,7 +828,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 def spread(items: Sequence, n: int | None) -> list:
     """--limit: a random item from each of n equal parts of a list, always the same; None: all.
 
-    Random, because every third item, say, could be of one kind.
+    Random, because items at equal distances could all be of one kind.
     """
     if n is None or n >= len(items):
         return list(items)
@@ -843,11 +843,11 @@ def reading(path: Path, row: Any = "", error: type = UserError) -> Iterator[None
     """Turn any error in this block into one line with the file and the row."""
     try:
         yield
-    except UserError:
+    except (UserError, NameError):                            # NameError: a fault of this code
         raise
     except FileNotFoundError as e:
         raise error(f"{path}: no such file") from e
-    except Exception as e:                                    # zlib.error, SyntaxError of Pillow ...
+    except Exception as e:                                    # also SyntaxError of Pillow, zlib's
         why = f"{e} is missing" if isinstance(e, KeyError) else str(e) or type(e).__name__
         why = " ".join(why.split())[:200]
         raise error(f"{path}{f':{row}' if row != '' else ''}: {why}") from e
@@ -866,8 +866,8 @@ def read_table(path: Path, parse: Callable[[dict], Any]) -> list:
 
 
 def read_json(path: Path, parse: Callable | None = None, key: str | None = None) -> Any:
-    """The value of a JSON file, or of its `key`. With parse: [parse(name, entry)] of the entries
-    there; in a list the name is the number, from 0, and `key` has no effect.
+    """The value of a JSON file, or of its `key`, unless the file is a list. With parse: the list
+    [parse(name, entry)] of the entries of that value; in a list the name is the index.
     """
     with reading(path):
         value = json.loads(path.read_bytes())
@@ -898,7 +898,7 @@ def find(root: Path, *names: str, required: bool = True) -> Path | None:
              for path in sorted(root.glob(depth + name)))
     path = next(paths, None)
     if path is None and required:
-        raise UserError(f"{root}: no {' or '.join(names)}; see the official annotations")
+        raise UserError(f"{root}: no {' or '.join(names)} in it; README shows the official files")
     return path
 
 
@@ -927,7 +927,7 @@ def init_distributed() -> torch.device:
 
     With a group in any case, DDP and `gather` need no branch for one process.
     """
-    # PyTorch's words on X3D in channels-last memory on a CPU, where it is faster all the same.
+    # A warning about the channels-last memory of X3D on a CPU, which is faster nevertheless.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -990,7 +990,7 @@ def gather_rows(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
     parts[rank()] = x                                         # the others are constants
     rows = torch.cat(parts, dim)
     if rows.requires_grad:
-        rows.register_hook(sum_processes)                     # of the losses of all processes
+        rows.register_hook(sum_processes)                     # gradients of all losses
     return rows
 
 
@@ -1021,7 +1021,7 @@ def read_items(args: argparse.Namespace, dataset: Dataset, what: str,
                batch_size: int | None = None, collate: Callable | None = None) -> Iterator:
     """The items of a dataset in order, one by one or in batches, read by --workers.
 
-    Every ten seconds it prints how many, and the time left.
+    Prints their number and the time left every ten seconds.
     """
     loader = DataLoader(dataset, batch_size, num_workers=args.workers, collate_fn=collate,
                         generator=torch.Generator())          # leaves the global one alone
@@ -1233,8 +1233,8 @@ def start_run(args: argparse.Namespace, needs_data: bool = True) -> torch.device
         raise UserError("--precision bf16 needs a GPU: on a CPU it is slower than fp32")
     if device.type == "cpu" and args.tiny:
         torch.set_num_threads(1)                              # faster for networks this small
-    kept = rank() > 0 or all((args.out / name).exists() for name in ("last.pt", "args.json"))
-    if not kept:                                              # a run that continues keeps its own
+    # A run that continues keeps its own.
+    if rank() == 0 and not all((args.out / name).exists() for name in ("last.pt", "args.json")):
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True, check=False)
         write_json(args.out / "args.json", {
@@ -1265,8 +1265,8 @@ def resume(path: Path, args: argparse.Namespace, samples: int, free: Sequence[st
            **parts: Any) -> dict:
     """Load each part from a checkpoint; returns its other values, {"step": 0} if there is none.
 
-    The number of samples and the flags must be those of the checkpoint, but for paths, workers,
-    save_every, log_every and `free`.
+    The number of samples and the flags must be those of the checkpoint, except out, data, workers,
+    save_every, log_every and the flags named in `free`.
     """
     if not path.exists():
         return {"step": 0}
@@ -1317,7 +1317,7 @@ class Log:
         self.args, self.range, self.path = args, range(start, steps), args.out / "log.jsonl"
         self.broken, self.samples, self.waited = 0, 0, 0.0
         self.since, self.last = time.perf_counter(), start - 1
-        if rank() == 0:                                       # without steps that are done again
+        if rank() == 0:                                       # drop steps that will be repeated
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             write(self.path, "".join(f"{line}\n" for line in lines
                                      if line[-1:] == "}" and json.loads(line)["step"] < start))
@@ -1341,24 +1341,23 @@ class Log:
         return (step + 1) % self.args.log_every == 0 or step + 1 == self.range.stop
 
     def __call__(self, step: int, now: bool = False, **values: Any) -> None:
-        """Log this step's values, means over the processes, if it is due, or `now`."""
+        """Log this step's values, means over the processes, if it is due or `now` is True."""
         if not (now or self.due(step)):
             return
         numbers = torch.stack([torch.as_tensor(v).detach().double().cpu()
                                for v in (*values.values(), self.broken * world_size())])
         means = dict(zip((*values, "broken"), (sum_processes(numbers) / world_size()).tolist()))
         seconds, steps = time.perf_counter() - self.since, step - self.last
-        row = {"step": step, **{k: float(f"{v:.6g}") for k, v in {
-            **means, "clips_per_s": self.samples / seconds,
-            "data_wait": self.waited / seconds}.items()}}
+        means |= {"clips_per_s": self.samples / seconds, "data_wait": self.waited / seconds}
+        row = {"step": step, **{k: float(f"{v:.6g}") for k, v in means.items()}}
         self.broken, self.samples, self.waited = 0, 0, 0.0
         self.since, self.last = time.perf_counter(), step
         if rank() == 0:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
-        left = timedelta(seconds=int(seconds / steps * (self.range.stop - step - 1)))
+        eta = timedelta(seconds=int(seconds / steps * (self.range.stop - step - 1)))
         say(f"{self.args.stage} {step + 1}/{self.range.stop}  "
-            + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step") + f"  ETA {left}")
+            + "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step") + f"  ETA {eta}")
 
     def total(self, key: str) -> float:
         """Sum of a key over all rows of log.jsonl, those before a restart included."""
@@ -1383,7 +1382,7 @@ def plot(draw, box: tuple[int, int, int, int], x: np.ndarray, curves: dict[str, 
          marks: Sequence[float] = (), span: tuple[float, float] | None = None) -> None:
     """Curves over x in a box (left, top, right, bottom) of a Pillow ImageDraw.
 
-    marks: x of vertical lines. span: lowest and highest value shown, default: those there are.
+    marks: x of vertical lines. span: lowest and highest value shown, default: the curves'.
     """
     left, top, right, bottom = box
     values = np.concatenate([*curves.values()])
@@ -1406,7 +1405,7 @@ def plot(draw, box: tuple[int, int, int, int], x: np.ndarray, curves: dict[str, 
         draw.text((left + 110 * n, top - 15), name, COLOURS[n % len(COLOURS)])
 
 
-def draw_curve(args: argparse.Namespace, keys: Sequence[str | None]) -> None:
+def draw_curve(args: argparse.Namespace, keys: Sequence[str]) -> None:
     """`curve.png` from log.jsonl, on rank 0: a panel per key over the steps."""
     if rank() > 0:
         return
@@ -1444,7 +1443,7 @@ def number(kind: type, least: float, text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the first of the shared flags; the first stage and dataset are defaults."""
+    """argparse with the group "data" of the shared flags; `parse` adds the group "run"."""
 
     def __init__(self, doc: str, stages: Sequence[str], datasets: Sequence[str]):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -1506,7 +1505,7 @@ def parse(parser: Parser, recipe: Callable[[argparse.Namespace], dict],
         "out": Path("runs") / f"{Path(parser.prog).stem}_{dataset}_{stage}", **values})
     args = parser.parse_args(argv)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if (getattr(args, "batch_size", None) or 0) % processes:
+    if (args.batch_size or 0) % processes:                    # None: nothing is trained
         parser.error(f"--batch_size {args.batch_size} is of all {processes} processes together, "
                      "which cannot share it evenly")
     return args
@@ -1524,7 +1523,7 @@ def launch(main: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         line = (str(e).strip() or type(e).__name__).splitlines()[-1]      # last of a traceback
         sys.exit("error: " + re.sub(r"^common\.\w+: ", "", line))
     except Exception:
-        time.sleep(5 * (world_size() > 1))                    # it may only have lost another rank
+        time.sleep(5 * (world_size() > 1))                    # perhaps another rank failed first
         raise
     several = world_size() > 1
     if dist.is_initialized():

@@ -25,8 +25,8 @@ Try it       python cpctrans.py --data data/toy/ucf101 --tiny      (CPU, minutes
 The authors pre-train on train list 3, which holds all test videos of split 1, and choose their
 checkpoints on test videos. Here all stages use the lists of one --split, and the validation set is
 part of the train list. A checkpoint carries the history of its training; metrics.json repeats it.
-Of the paper only the abstract was at hand: files named here are those of the official code. NOTE
-marks what differs from it, and what may surprise.
+We had only the abstract of the paper; files named here are those of the official code. NOTE marks
+what differs from it, and what may surprise.
 """
 
 import argparse
@@ -50,7 +50,7 @@ from torchvision.transforms.v2 import functional as TF
 import common
 from common import UserError, VideoError
 
-# Defaults of main.py and test.py, frames of the README. NOTE: main.py stops after 299 epochs.
+# Defaults of main.py and test.py; num_frames: the README's. NOTE: main.py stops after 299 epochs.
 PUBLISHED = {
     "pretrain": dict(num_frames=5, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-5),
     "finetune": dict(num_frames=7, epochs=300, batch_size=16, lr=1e-3, weight_decay=1e-3),
@@ -290,7 +290,7 @@ class Classifier(Pretrained):
         super().__init__(args)
         d = self.backbone.out_dim
         self.final_bn = nn.BatchNorm1d(d)
-        self.final_fc = nn.Sequential(nn.Dropout(args.dropout), nn.Linear(d, classes))
+        self.final_fc = nn.Sequential(nn.Dropout(args.dropout), common.LinearFP32(d, classes))
         init_orthogonal(self.final_fc)
         self.frozen = [self.backbone, self.encoder, self.agg] if args.train_what == "last" else []
         for part in self.frozen:
@@ -308,9 +308,7 @@ class Classifier(Pretrained):
         return self.agg.last_state(F.relu(self.encode(clip, relu=True))).mean((2, 3)).float()
 
     def forward(self, clip):
-        x = self.features(clip)
-        with common.no_autocast(x):
-            return self.final_fc(self.final_bn(x))            # (6)
+        return self.final_fc(self.final_bn(self.features(clip)))              # (6)
 
 
 # ---- 4. clips: which frames (official files: dataset_3d.py, dataset_3d_lc.py) --------------------
@@ -522,7 +520,7 @@ def read_hmdb51(folder, split, fold):
 
 
 def read_csv(folder, split, fold):
-    """([(class, video, frames), ...], [class, ...]) of the author's train_split0K.csv.
+    """([(class, video, frames), ...], [class, ...]) of the authors' train_split0K.csv.
 
     Folders before <Class>/<video> are ignored. The classes are those of both lists of the split.
     """
@@ -581,7 +579,7 @@ def count_frames(args, videos, i, rng):
     """(number of frames, "") of a video, or (0, error). Of a folder, the csv gives the number."""
     path, listed = videos[i].path, videos[i].length
     try:
-        return listed if listed and path.is_dir() else common.count_frames(path), ""
+        return (listed if listed and path.is_dir() else common.count_frames(path)), ""
     except VideoError as e:
         return 0, str(e)
 
@@ -828,7 +826,7 @@ def draw_retrieval(args, videos, gallery, nearest, classes, rows=6, side=72):
             strip = torch.cat([clip[0], clip[len(clip) // 2], clip[-1]], 2).permute(1, 2, 0)
             image.paste(Image.fromarray(strip.numpy()).resize((3 * side, side)), (x, y))
             mark = "right: " if video.label == videos[i].label else "wrong: "
-            draw.text((x, y + side + 4), mark * (column > 0) + classes[video.label], "black")
+            draw.text((x, y + side + 4), (mark if column else "") + classes[video.label], "black")
     common.write(args.out / "retrieval.png", lambda f: image.save(f, "PNG"))
 
 
@@ -849,8 +847,8 @@ def load_init(args, model):
 def read_settings(path):
     """{flag: value} that a checkpoint was made with, its "history" and its "classes".
 
-    Of other checkpoints the tensors show the network, but for the heads: the release has 4, CPCTR,
-    whose transformer has a single layer, has 2.
+    For other checkpoints the tensors show the network, except its heads: the release has 4. CPCTR
+    has 2, and a transformer of one layer.
     """
     tensors, saved = common.read_weights(path), common.load_checkpoint(path)
     if "history" in saved:
@@ -870,7 +868,7 @@ def read_history(args):
     It is an error if that was another split: its train list holds test videos of this one.
     """
     if args.init == "none":
-        return ["not pre-trained"] if args.stage == "finetune" else [], None
+        return (["not pre-trained"] if args.stage == "finetune" else []), None
     settings = read_settings(Path(args.init))
     for sentence in settings["history"]:
         other = re.search(rf"train list (?!{args.split} )(\d) of {args.dataset}", sentence)
@@ -919,7 +917,7 @@ def recipe(chosen):
     with contextlib.suppress(UserError):                      # `read_history` reports the error
         saved = {} if init == "none" else read_settings(Path(init))
         names = {*NETWORK} | ({"num_frames"} if stage == "test" else set())
-        if saved.get("dataset") != chosen.dataset or (         # there, split 3 tells nothing
+        if saved.get("dataset") != chosen.dataset or (         # or as released: it is always 3
                 chosen.as_released and saved["stage"] == "pretrain"):
             names.remove("split")
         values |= {name: saved[name] for name in names & saved.keys()}
@@ -935,14 +933,14 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, [*STAGES], ["ucf101", "hmdb51"])
     p.set_defaults(stage=None)                                # --pretrain and --test name one
     p.flag("split", int, "official split, the same in all stages (test.py)", [1, 2, 3])
-    p.group("clips", "defaults: those of a checkpoint of ours; of --num_frames only in the test")
+    p.group("clips", "defaults: from --init, if it is ours; --num_frames: only in test")
     p.flag("num_frames", int, "frames per clip, N, predicted ones included (README)",
            also=["num_seq"])
     p.flag("stride", int, "frames from one frame of a clip to the next (main.py)", also=["ds"])
-    p.flag("crop", int, "height and width of a training clip in pixels; frames are scaled to a "
+    p.flag("crop", int, "height and width of the crop in pixels; frames are first scaled to a "
            "short side of 15/14 of it (main.py)")
     p.flag("img_dim", int, "size the crop is scaled to; 128, 196 and 224 are published (README)")
-    p.group("method", "defaults from --net to --pos: those of the checkpoint")
+    p.group("method", "defaults of --net to --pos: from --init, if it is a checkpoint")
     p.flag("init", str, "weights to start from: a checkpoint of ours, the release's or CPCTR's, or "
            "none", type=weights, metavar="FILE")
     p.flag("pretrain", str, "the same as --stage finetune --init FILE; none or random: from "
@@ -950,8 +948,8 @@ def parse_args(argv=None):
     p.flag("net", str, "backbone (main.py)", ["resnet10", "resnet18", "resnet34"])
     p.flag("layers", int, "layers of the transformer; CPCTR has 1 (transformer_encoder.py)")
     p.flag("heads", int, "heads of its attention; CPCTR has 2 (transformer_encoder.py)")
-    p.flag("attn", str, "which frames a cell attends to: all, no later ones, its own "
-           "(transformer_encoder.py)", ["full", "causal", "frame"])
+    p.flag("attn", str, "a cell attends to: full: all frames; causal: its own and earlier ones; "
+           "frame: its own (transformer_encoder.py)", ["full", "causal", "frame"])
     p.flag("pos", str, "positional encoding (transformer_encoder.py)", ["none", "sin"])
     p.flag("pred_step", 3, "number of predicted frames, P (README)")
     p.flag("dropout", 0.5, "dropout before the classifier (test.py)")
@@ -969,8 +967,8 @@ def parse_args(argv=None):
     p.flag("weight_decay", float, "weight decay, added to the gradient (main.py, test.py)",
            also=["wd"])
     p.group("evaluation")
-    p.flag("test", str, "checkpoint to evaluate, the same as --stage test --init: accuracy and "
-           "retrieval, of a pre-trained one retrieval alone (test.py)", metavar="FILE")
+    p.flag("test", str, "the same as --stage test --init FILE: accuracy and retrieval; only "
+           "retrieval if FILE is from pre-training (test.py)", metavar="FILE")
     args = common.parse(p, recipe, argv)
 
     if args.test and args.stage != "test" or args.pretrain and args.stage != "finetune":

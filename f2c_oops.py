@@ -93,7 +93,7 @@ def shuffle(rng, T, size, as_released=False):
     """A crop in random order. NOTE: the release permutes only 19 of the 20 frames, so the length
     of the clip gives its label away.
     """
-    return crop_frames(rng, T, size)[rng.permutation(size - as_released)]
+    return crop_frames(rng, T, size)[rng.permutation(size - 1 if as_released else size)]
 
 
 def double_flip(rng, T, size):
@@ -288,8 +288,8 @@ class Encoder(nn.Module):
     def forward(self, x, lengths=None):
         """x: (B, n, E); lengths: (B,), the valid rows of each x, or None if all are.
 
-        Returns the class token's row (B, E), or with all_rows (B, 1 + n, E), of which the rows
-        past the length mean nothing.
+        Returns the class token's row (B, E), or with all_rows (B, 1 + n, E), where rows past the
+        length have no meaning.
         """
         B, n, _ = x.shape
         last = self.position.num_embeddings - 2               # position of the class token
@@ -508,7 +508,6 @@ def validate(args, device, model, val):
             errors = predicted_times(args, val, scores) - np.array([v.annotation.t[1] for v in val])
             return {"val_top1": 100 * float((np.abs(errors) <= 1.5).mean())}
         return classification_metrics([video.labels for video in val], scores, LABELS, "val_")
-    names = args.transforms.split(",")
 
     def network(batch):
         p, count = model(*inputs_of(batch)).float().softmax(1), batch["count"].tolist()
@@ -517,17 +516,16 @@ def validate(args, device, model, val):
 
     dataset = common.Samples(args, val, make_pretext)
     rows = common.predict(args, device, dataset, network, "validation", 16, collate)
-    return classification_metrics(rows["label"], rows["scores"], names, "val_")
+    return classification_metrics(rows["label"], rows["scores"], args.transforms, "val_")
 
 
 def make_pretext(args, videos, i, rng):
     """Sample of f2c: up to six transformed clips of a video. Of f2c2v: up to six versions of it,
     which share most clips, so each distinct clip is read and encoded once.
     """
-    names = args.transforms.split(",")
     transform = transform_video if args.stage == "f2c2v" else transform_clips
-    made = transform(rng, videos[i].length, names, as_released=args.as_released)
-    label = torch.tensor([names.index(name) for name, _ in made])
+    made = transform(rng, videos[i].length, args.transforms, as_released=args.as_released)
+    label = torch.tensor([args.transforms.index(name) for name, _ in made])
     frames = [frames for _, frames in made]
     if args.stage == "f2c2v":
         clips, clip_index = read_distinct_clips(videos[i].features, frames)
@@ -559,12 +557,11 @@ def collate(samples):
 
 def pretrain(args, device):
     """F2C or F2C2V: predict which transformation was applied, on all videos, without labels."""
-    names = args.transforms.split(",")
     transform = transform_video if args.stage == "f2c2v" else transform_clips
-    shortest = next(T for T in itertools.count(1)
-                    if transform(np.random.default_rng(0), T, names))
+    shortest = next(T for T in itertools.count(1)             # frames that give a sample
+                    if transform(np.random.default_rng(0), T, args.transforms))
     train_videos, val_videos = (read_videos(args, split, shortest) for split in ("train", "val"))
-    model = make_model(args, val_videos[0].dim, len(names)).to(device)
+    model = make_model(args, val_videos[0].dim, len(args.transforms)).to(device)
     load_init(args, model)
     train(args, device, model, common.Samples(args, train_videos, make_pretext), val_videos)
 
@@ -584,7 +581,7 @@ RELEASED = (                         # regular expressions: names of official ch
 
 
 def make_model(args, dim, classes):
-    """The network of a stage, on random weights."""
+    """The network of a stage, with random weights."""
     torch.manual_seed(args.seed)                              # the same on every process
     sizes = {**(TINY_SIZES if args.tiny else {}), "layers": args.layers, "window": args.window,
              "as_released": args.as_released}                 # and the defaults, as in configs/
@@ -626,7 +623,7 @@ TIMM_NAMES = (                       # regular expressions: timm's names -> torc
 
 def bottleneck_r2plus1d(layers):
     """R(2+1)D of bottleneck blocks (IG-65M, arXiv:1905.00561); [3, 8, 36, 3] has 152 layers. Unlike
-    torchvision's, the width inside a factored convolution follows from its own block.
+    in torchvision, a factored convolution computes its inner width from its own channels.
     """
     from torchvision.models.video import resnet
 
@@ -645,7 +642,7 @@ def bottleneck_r2plus1d(layers):
 
 
 def make_feature_network(name):
-    """φ on random weights. Of frames (B, 3, H, W): vit_b16 (D = 768), resnet18 (512), resnet50
+    """φ with random weights. Of frames (B, 3, H, W): vit_b16 (D = 768), resnet18 (512), resnet50
     (2048). Of clips (B, 3, 16, H, W): r2plus1d_18, r3d_18 (512), r2plus1d_152 (2048).
     """
     from torchvision.models import get_model
@@ -667,7 +664,7 @@ def load_feature_network(args):
                              nn.BatchNorm1d(128, eps=1e-12, momentum=1.0)), HALF
     net = make_feature_network(name)
     if weights == "none":
-        return net, KINETICS if clips else HALF
+        return net, (KINETICS if clips else HALF)
     if weights == "timm" and name == "vit_b16":
         weights = common.fetch(TIMM, "--weights torchvision, FILE or none")
     elif weights == "torchvision" and name != "r2plus1d_152":
@@ -678,7 +675,7 @@ def load_feature_network(args):
         raise UserError(f"--weights {weights} has none of {name}: give a FILE")
     timm = "pos_embed" in common.read_weights(Path(weights))
     common.load_weights(net, Path(weights), [TIMM_NAMES if timm else ()])
-    return net, KINETICS if clips else HALF if timm else common.IMAGENET
+    return net, (KINETICS if clips else HALF if timm else common.IMAGENET)
 
 
 def normalize(frames, mean, std):
@@ -712,7 +709,7 @@ def make_frames(args, paths, i, rng):
     """All frames of a video as `crop_square` or `resize_clip` return them, (T, ...), and their
     times; or what is wrong with the file.
     """
-    clips, side = args.backbone in CLIP_NETS, 32 if args.tiny else 224
+    clips, side = args.backbone in CLIP_NETS, (32 if args.tiny else 224)
     times, frames = [], []
     try:
         for second, frame in common.stream_frames(paths[i], None if clips else side):
@@ -742,7 +739,7 @@ def calibrate(args, device, net, norm, paths):
     videos = [make_frames(args, paths, i, None) for i in range(len(paths))]
     batches = [next(network_inputs(args, device, video, norm)[0]) for video in videos
                if "error" not in video]
-    nn.init.constant_(net[-1].weight, 0.1)                    # about the embeddings of positions
+    nn.init.constant_(net[-1].weight, 0.1)                    # the scale of position embeddings
     net[-1].train()
     net(torch.cat(batches))
     net[-1].eval()
@@ -777,8 +774,8 @@ def extract(args, device):
         batches, times = network_inputs(args, device, video, norm)
         with torch.inference_mode(), common.autocast(device, args.precision):
             z = [net(batch).float().cpu().numpy() for batch in batches]                   # (1)
-        common.write(files[path], lambda f, z=z, times=times, fps=video["fps"]: np.savez(
-            f, arr_0=np.concatenate(z), times=np.asarray(times), fps=fps))
+        arrays = {"arr_0": np.concatenate(z), "times": np.asarray(times), "fps": video["fps"]}
+        common.write(files[path], lambda f, arrays=arrays: np.savez(f, **arrays))
     common.barrier()
     common.finish(args, {"videos": len(videos), "made": sum(f.exists() for f in files.values())})
 
@@ -867,7 +864,7 @@ def balance_labels(labels, rng):
 
 
 class Video(NamedTuple):
-    """A video and its file of features. If it has labels: all from `annotation` on."""
+    """A video and its file of features. Fields from `annotation` on: labelled videos only."""
     path: Path
     features: Path
     length: int                                # rows of the file
@@ -900,8 +897,8 @@ def read_annotations(data):
 
 
 def map_features(path):
-    """arr_0 of an .npz file, (T, D). Mapped into memory: so a clip comes 20 times faster. Files of
-    the release are compressed, and read as a whole.
+    """arr_0 of an .npz file, (T, D), memory-mapped: a clip is read 20 times faster. The release's
+    files are compressed and are read as a whole.
     """
     with common.reading(path, error=VideoError), open(path, "rb") as f:
         header = np.frombuffer(f.read(30), "<u2")             # of the archive's first file
@@ -936,7 +933,7 @@ def read_distinct_clips(path, sequences):
 
 
 def read_video(path, features, annotation=None):
-    """The Video of a feature file. If it has no `times`, as the release's, they are the video's."""
+    """The Video of a feature file. Without `times`, as in the release, the video gives them."""
     length, dim = map_features(features).shape
     if annotation is None:
         return Video(path, features, length, dim)
@@ -973,8 +970,8 @@ def read_videos(args, split, shortest, annotations=None):
     common.say(f"{split}: {len(videos)} of {len(names)} videos, {len(names) - len(present)} "
                "are without features")
     if not videos:
-        raise UserError(f"{args.features / split}: has no features of these videos, or of less "
-                        f"than {shortest} frames; --stage features makes them")
+        raise UserError(f"{args.features / split}: no features of these videos with {shortest} "
+                        "frames or more; --stage features makes them")
     return videos
 
 
@@ -1063,8 +1060,8 @@ def predict_clips(args, device, model, videos):
             p = p if args.as_released else model.crf.marginals(q, valid.sum(1))
         rows = torch.cat([p, predicted[..., None]], 2)        # (sequences, N, 4)
         scores = rows.new_empty(int(valid.sum()), 4)
-        for first, (row, there) in enumerate(zip(rows, valid)):
-            scores[first::len(rows)] = row[there]             # interleaved: first, first + S, ...
+        for first, (row, mask) in enumerate(zip(rows, valid)):
+            scores[first::len(rows)] = row[mask]              # interleaved: first, first + S, ...
         return {"scores": [scores]}
 
     dataset = common.Samples(args, videos, make_labelled_video)
@@ -1115,8 +1112,8 @@ def localization_metrics(errors, tolerances=(0.25, 1.0)):
 
 
 def localize(args, videos, times):
-    """Localization metrics of the predicted times, of chance (a random time near the middle
-    annotation), half the length (middle), a fourth annotator (human). Writes localization.csv.
+    """Localization metrics of the predicted times, of chance (a uniformly random time), of half the
+    length (middle) and of a fourth annotator (human). Writes localization.csv.
     """
     given = {v.path.stem: v.annotation for v in videos}
     errors = [time_error(t, a.t) for t, a in zip(times, given.values(), strict=True)]
@@ -1160,12 +1157,12 @@ def classification(args, videos, scores):
 
 
 def evaluate(args, device):
-    """Stages localize and evaluate: a classifier on all validation videos. Metrics of clips and of
-    localization, of anticipation those of clips alone. Writes predictions.csv, clips 0.25 s apart.
+    """Stages localize and evaluate, which are the same: metrics of clips and of localization on the
+    validation videos (anticipation: only of clips). Writes predictions.csv, clips 0.25 s apart.
     """
     annotations = read_annotations(args.data)
     regression = args.loss == "regression"
-    # A model of videos sees clips as far apart as in training, e.g. each fourth of 0.25 s apart.
+    # At video level, clips 0.25 s apart are split into sequences --spacing apart, as in training.
     spacing = args.spacing if regression else GRID
     sequences = round(args.spacing / spacing) if args.level == "video" else 1
     videos = label_videos(args, read_videos(args, "val", 1, annotations), spacing, sequences)
@@ -1243,7 +1240,7 @@ def recipe(chosen):
 
 def parse_args(argv=None):
     p = common.Parser(__doc__, list(STAGES), ["oops"])
-    p.group("method", "--layers, --window and --as_released are stored with the weights of --init")
+    p.group("method", "--layers, --window and --as_released are taken from --init, if it is ours")
     p.flag("transforms", str, "transformations to tell apart; fewer for the ablations (configs/)")
     p.flag("layers", 3, "layers of each transformer (configs/)")
     p.flag("window", 32, "tokens that an attention window covers, half on each side (configs/)")
@@ -1257,7 +1254,7 @@ def parse_args(argv=None):
            "of clips (models/vit.py)", ["vit_b16", "resnet50", "resnet18", *CLIP_NETS])
     p.flag("weights", str, "weights of φ: FILE, none, torchvision or timm (vit_b16: ImageNet-21k, "
            "then 1k, as models/vit.py; the official README says 21k)")
-    p.group("classification", "localize and evaluate take these flags from the checkpoint")
+    p.group("classification", "localize and evaluate take these flags from --init if it is ours")
     p.flag("level", str, "clip: each clip alone; video: all of a video (ours)", ["clip", "video"])
     p.flag("loss", str, "ce: cross entropy; video level also crf (transformer2x/main.py) and "
            "regression of the transition time", ["ce", "crf", "regression"])
@@ -1274,7 +1271,7 @@ def parse_args(argv=None):
 
     known = VIDEO_TRANSFORMS if args.stage == "f2c2v" else CLIP_TRANSFORMS
     names = args.transforms.split(",")
-    args.transforms = ",".join(name for name in known if name in names)
+    args.transforms = [name for name in known if name in names]
     published = {"f2c": ("clip", "ce", False), "f2c2v": ("video", "ce", False)}.get(args.stage)
     if len({*names}) < max(2, len(names)) or not {*names} <= {*known}:
         p.error(f"--transforms needs two or more different names out of {','.join(known)}")

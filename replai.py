@@ -29,9 +29,9 @@ Moments      python replai.py --stage moments --dataset ego4d      only find the
 Convert      python replai.py --stage convert --init FILE          f_V for the Ego4D tools
 Try it       python replai.py --data data/toy/ego4d --tiny         (CPU, minutes; `make toy` first)
 
-The method comes first, up to its training loop; then each evaluation in a section of its own. Only
-the paper's abstract was at hand: files named here are the official code's, "ours" is in neither.
-NOTE marks what differs from them.
+The method comes first, up to its training loop; then each evaluation has its own section. We had
+only the abstract of the paper. Files named here belong to the official code. NOTE marks where we
+differ from them; "ours" is a choice that is in neither.
 """
 
 import collections
@@ -63,7 +63,7 @@ SOUND_RATE = 16000              # samples per second that f_A's input is made fr
 SEGMENT_SECONDS = 10.0          # videos are cut into segments; a sample is a moment of a segment
 KAPPA = 0.2                     # temperature of L_AStC, fixed in the official criterion
 SHORT_SIDES = 128 / 112, 180 / 112      # short side / crop: the range in training
-DECODED = 256 / 112             # short side / crop of what is decoded of larger files
+DECODED = 256 / 112             # short side / crop: larger files are scaled down to it when read
 AVID = ("https://dl.fbaipublicfiles.com/avid-cma/checkpoints/"
         "AVID_Audioset_Cross-N1024_checkpoint.pth.tar")
 
@@ -141,16 +141,16 @@ def read_moments(args, files):
     def cached():
         return common.read_json(cache) if cache.exists() else {}
 
-    known = common.gather({0: cached()} if common.rank() == 0 else {}, 1)[0]   # the same on all
-    new, step = [f for f in files if keys[f] not in known], 256 * common.world_size()
+    moments = common.gather({0: cached()} if common.rank() == 0 else {}, 1)[0]   # the same on all
+    new, step = [f for f in files if keys[f] not in moments], 256 * common.world_size()
     for k in range(0, len(new), step):
         part = new[k:k + step]
         results = common.compute(args, part, detect_moments, f"moments, {len(new) - k} files left:")
         found = {keys[f]: x for f, x in zip(part, results) if x is not None}
-        known |= found
+        moments |= found
         if common.rank() == 0:
             common.write_json(cache, cached() | found)        # another run may have written, too
-    return {f: known.get(keys[f]) for f in files}
+    return {f: moments.get(keys[f]) for f in files}
 
 
 class Segment(NamedTuple):
@@ -180,7 +180,7 @@ def training_files(args):
 
 def find_segments(args):
     """The segments to train on."""
-    files = common.spread(training_files(args), args.limit)   # of N files N segments suffice
+    files = common.spread(training_files(args), args.limit)   # N segments need at most N files
     moments, segments = read_moments(args, files), []
     rng = np.random.default_rng(args.seed)
     for path in files:
@@ -205,8 +205,8 @@ def find_segments(args):
 def log_mel(x, sample_rate, num_frames=125, mean=-7.03, std=4.66, floor=1e-10):
     """The input of f_A from a waveform: (channels, n) float32 -> (1, num_frames, 80).
 
-    NOTE: the configuration says 128 frames, but the training script 1000 · 2 s / 16 ms = 125. Two
-    seconds have 124, a sound cut by the segment's border fewer: as released, some are repeated.
+    NOTE: the configuration says 128 frames, the training script 2 s / 16 ms = 125. Two seconds give
+    124, a sound cut at the segment's border fewer; as released, frames are repeated to make 125.
     """
     x = resample(torch.as_tensor(x).mean(0), sample_rate, SOUND_RATE)     # (n,)
     level = mel_power(x).clamp(min=floor).log()                           # (80, frames)
@@ -354,7 +354,7 @@ def load_init(args, model, layouts, required):
 def gather_constant(x):
     """x of all processes, without gradient: (..., B, D) -> (..., N, D), N = B · processes.
 
-    NOTE: as released, not even this process's own x has one; with a single process it does.
+    NOTE: as released, this process's own x gets no gradient either, unless it is the only process.
     """
     return common.gather_rows(x.detach(), -2) if common.world_size() > 1 else x
 
@@ -362,8 +362,8 @@ def gather_constant(x):
 def avc_loss(z, y, tau):
     """Audio-visual correspondence.      z: (2, B, D) clips before and after, y: (B, D) sounds
 
-    A clip is compared with the sounds of all processes, a sound with all clips before its moment
-    and then with all clips after it. Means over both clips and B. In float32.
+    A clip is compared with all sounds. A sound is compared with the `before` clips of all samples,
+    then with the `after` clips of all samples. "All": of all processes. In float32.
     """
     z, y = F.normalize(z.float(), dim=-1), F.normalize(y.float(), dim=-1)
     clip_logits = (z @ gather_constant(y).T / tau).flatten(0, 1)                      # (2B, N)
@@ -389,7 +389,7 @@ def one_cycle(max_lr, epochs):
     """(learning rate, momentum) of each epoch: OneCycleLR takes one step before every epoch.
 
     NOTE: as released, momentum cycles between 0.95 and 0.85, 0.9 is not used, and the last epoch is
-    one step past the cycle's end. With few epochs the rate is never high.
+    one step past the cycle's end. With one epoch the rate is almost 0; ten epochs reach max_lr.
     """
     sgd = torch.optim.SGD([torch.zeros(1)], lr=max_lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, max_lr, total_steps=max(2, epochs))
@@ -412,7 +412,7 @@ def pretrain(args, device):
         model.compile()
     ddp = DDP(model)                                          # NOTE: batch norm is per process
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay)               # on norms, too
+                                weight_decay=args.weight_decay)               # also of norms
     saved = common.resume(args.out / "last.pt", args, len(dataset), model=model,
                           optimizer=optimizer)
     start = saved["step"]
@@ -454,7 +454,7 @@ def pretrain(args, device):
 #     files, splits      names of the annotation files, and of the three splits in them
 #     prefix, pixels     beginning of the names of f_V's weights; mean and deviation of frames
 #     make, make_test    one sample for training, one for evaluation
-#     goal, sign         metric that chooses the epoch (None: the last), +1 or -1: more is better
+#     goal, sign         metric that chooses the epoch (None: the last), -1 if less is better
 #     read, losses       samples of an annotation file; {part: loss}, to be added
 #     predict            {name: (B, ...)}, which `metrics` and `submission` take
 
@@ -559,8 +559,8 @@ def make_optimizer(args, model):
 
 
 def learning_rate(args, step, per_epoch, milestones=(0.6, 0.8), warmup=1000, most=0.1):
-    """linear: x0.1 at these shares of the epochs. Ego4D's tasks: from 0 up over the warm-up, at
-    most that share of the run and none in statechange, then half a cosine down.
+    """linear: x0.1 at `milestones`, shares of the epochs. Ego4D's tasks: half a cosine after a
+    linear warm-up of `warmup` steps, but at most the share `most` of the run; none in statechange.
     """
     epoch, steps = step // per_epoch, args.epochs * per_epoch
     if args.stage == "linear":
@@ -635,7 +635,7 @@ def finetune(args, device):
 
 @torch.no_grad()
 def average_norms(args, model, device, dataset, step, batches=200):
-    """As released, batch-norm statistics become means over 200 batches (the share of rank 0)."""
+    """As released, set batch norm to its means over 200 batches; evaluation uses rank 0's."""
     loader = common.batches(args, dataset, device, step, step + (4 if args.tiny else batches))
     clips = (common.normalize(batch["clip"].to(device), *model.pixels) for batch in loader)
     with common.autocast(device, args.precision):
@@ -678,17 +678,12 @@ class VerbNounTask:
         return {}                                             # there may be no official form
 
 
-class Classifier(nn.Linear):
-    """Linear layer, weights N(0, 0.01), zero bias; in float32, because its scores are ranked."""
-
-    def __init__(self, d_in, d_out):
-        super().__init__(d_in, d_out)
-        nn.init.normal_(self.weight, 0, 0.01)
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x):
-        with common.no_autocast(x):
-            return super().forward(x.to(self.weight.dtype))
+def classifier(d_in, d_out):
+    """A linear layer in float32, weights N(0, 0.01), zero bias."""
+    layer = common.LinearFP32(d_in, d_out)
+    nn.init.normal_(layer.weight, 0, 0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def hits(scores, labels, k):
@@ -698,8 +693,8 @@ def hits(scores, labels, k):
 
 
 def action_hits(verb, noun, verb_class, noun_class, k):
-    """The same for pairs (verb, noun), ranked by softmax(verb)·softmax(noun): the k best pairs
-    consist of the k best verbs and the k best nouns.
+    """True where the pair (verb, noun) is among the k best by softmax(verb)·softmax(noun), (R,)
+    bool. The k best pairs consist of the k best verbs and the k best nouns.
     """
     v, v_class = torch.as_tensor(verb).double().log_softmax(1).topk(min(k, verb.shape[1]), 1)
     n, n_class = torch.as_tensor(noun).double().log_softmax(1).topk(min(k, noun.shape[1]), 1)
@@ -728,7 +723,7 @@ def epic_videos(root):
 class LinearProbe(VerbNounTask, nn.Module):
     """Verb and noun classifiers on the frozen f_V; names as in the released checkpoints.
 
-    NOTE: the release leaves the frozen batch norm in training mode; we, with --as_released.
+    NOTE: the release leaves the frozen batch norm in training mode; we do so with --as_released.
     """
     files, splits = "EPIC_100_{}.csv", ("train", "validation", "test_timestamps")
     prefix, pixels, goal, sign, weight = "backbone.", common.IMAGENET, None, 1, 0.5
@@ -737,8 +732,8 @@ class LinearProbe(VerbNounTask, nn.Module):
         super().__init__()
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
         self.as_released, d = as_released, self.backbone.out_dim
-        self.fc = nn.ModuleDict({"verb_class": Classifier(d, verbs),
-                                 "noun_class": Classifier(d, nouns)})
+        self.fc = nn.ModuleDict({"verb_class": classifier(d, verbs),
+                                 "noun_class": classifier(d, nouns)})
 
     def train(self, mode=True):
         nn.Module.train(self, mode)
@@ -783,7 +778,7 @@ class LinearProbe(VerbNounTask, nn.Module):
             column("unseen_participant_ids_validation", "participant_id", str))
 
     def submission(self, actions, missing, verb, noun):
-        """The challenge's zip; the levels of supervision are ours."""
+        """The challenge's zip; sls_*, the levels of supervision, are our choice."""
         results = {a.id: {kind: {str(c): round(x, 4) for c, x in enumerate(scores.tolist())}
                           for kind, scores in (("verb", v), ("noun", n))}
                    for a, v, n in zip(actions, verb, noun)}
@@ -860,7 +855,7 @@ class Recognition(VerbNounTask, common.R2Plus1D):
     def __init__(self, width=64, depth=18, num_classes=(115, 478)):
         super().__init__(width, depth)
         self.head = nn.Module()
-        self.head.projections = nn.ModuleList(Classifier(self.out_dim, n) for n in num_classes)
+        self.head.projections = nn.ModuleList(classifier(self.out_dim, n) for n in num_classes)
 
     def forward(self, clip):
         """(B, 3, T, H, W) -> logits (B, verbs), (B, nouns)"""
@@ -932,11 +927,11 @@ class Anticipation(VerbNounTask, nn.Module):
         self.weight = future                                  # as released, a sum over the Z steps
         self.backbone = common.R2Plus1D(width, depth).requires_grad_(False)
         self.backbone.head, self.decoder = nn.Module(), nn.Module()
-        self.backbone.head.projection = Classifier(self.backbone.out_dim, features)
+        self.backbone.head.projection = classifier(self.backbone.out_dim, features)
         self.clip_aggregator = Aggregator(aggregator, features, inputs, layers, heads)
         self.decoder.head = nn.Module()
         self.decoder.head.projections = nn.ModuleList(
-            Classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
+            classifier(self.clip_aggregator.out_dim, sum(num_classes)) for _ in range(future))
 
     train = LinearProbe.train                                 # f_V is frozen here, too
 
@@ -1054,7 +1049,7 @@ def random_part(change, rng, min_frames):
     start, stop = math.floor(FPS * begin), min(math.floor(FPS * (begin + length)), last)
     if stop - start < min_frames:                             # in a clip much shorter than 8 s
         return first, last
-    return first if 0 <= pnr < start else start, last if pnr > stop else stop
+    return (first if 0 <= pnr < start else start), (last if pnr > stop else stop)
 
 
 def read_state(args, change, frames):
@@ -1081,9 +1076,9 @@ def make_test_state(args, changes, i, rng):
 
 
 class StateChange(nn.Module):
-    """f_V without strides in time, so 16 frames stay 16, a key-frame head and a state head. These
-    see means over windows that make 2 x 2 places of the last map. NOTE: names and heads are the
-    benchmark's, whose network is an I3D-ResNet-50; how RepLAI's R(2+1)D kept time is not known.
+    """f_V without strides in time, so 16 frames stay 16, a key-frame head and a state head. Both
+    see the last map average-pooled to 2 x 2 places. NOTE: names and heads are the benchmark's,
+    whose network is an I3D-ResNet-50; how RepLAI's R(2+1)D kept 16 time steps is not known.
     """
     files, splits = "fho_oscc-pnr_{}.json", EGO4D_SPLITS
     prefix, goal, sign = "backbone.", "StCC acc", 1
@@ -1096,18 +1091,18 @@ class StateChange(nn.Module):
         self.pool = max(1, side - 1)
         d = 8 * width * (side - self.pool + 1) ** 2
         self.Keyframe_localisation_head, self.State_detection_head = nn.Module(), nn.Module()
-        self.Keyframe_localisation_head.projection = Classifier(d, 1)
-        self.State_detection_head.projection = Classifier(d, 2)
+        self.Keyframe_localisation_head.projection = classifier(d, 1)
+        self.State_detection_head.projection = classifier(d, 2)
         self.pixels = ((0.0,) * 3, (1 / 255,) * 3) if as_released else common.IMAGENET   # 0 .. 255
 
     def forward(self, clip):
         """(B, 3, T, H, W) -> logits (B, T) of the key frame, (B, 2) of no change, change"""
         x = F.avg_pool3d(self.backbone(clip), (1, self.pool, self.pool), 1)   # (B, C, T, 2, 2)
 
-        def flatten_places(x):                                            # (B, T, 2·2·C)
+        def drop_and_flatten(x):                                          # (B, T, 2·2·C)
             return F.dropout(x, 0.5, self.training).permute(0, 2, 3, 4, 1).flatten(2)
-        keyframe = self.Keyframe_localisation_head.projection(flatten_places(x))      # (B, T, 1)
-        state = self.State_detection_head.projection(flatten_places(x.mean(2, keepdim=True)))
+        keyframe = self.Keyframe_localisation_head.projection(drop_and_flatten(x))    # (B, T, 1)
+        state = self.State_detection_head.projection(drop_and_flatten(x.mean(2, keepdim=True)))
         return keyframe.squeeze(2), state.squeeze(1)
 
     def read(self, args, path, testing):
@@ -1161,7 +1156,7 @@ class StateChange(nn.Module):
 
     @staticmethod
     def frame(changes, keyframe):
-        """The likeliest key frame. NOTE: as in the benchmark frame k of T is k/T of the clip."""
+        """The most likely key frame. NOTE: as in the benchmark, frame k of T is at k/T of it."""
         start, stop = np.array([c.frames for c in changes]).T
         return start + keyframe.argmax(1).numpy() * (stop - start) / keyframe.shape[1]
 
@@ -1181,8 +1176,8 @@ def make_task(args):
 
 # ---- 12. sound: reading, resampling, mel bands ---------------------------------------------------
 
-# A second after a seek these decoders return the same samples as without one (AAC apart from its
-# artificial noise, which is random by design). For others the file is decoded from its start.
+# These decoders return the same samples with and without a seek to RUN_UP seconds earlier (except
+# AAC's artificial noise, which is random by design). Other files are decoded from their start.
 SEEKABLE, RUN_UP = ("aac", "mp3", "opus", "flac", "alac", "pcm"), 1
 
 
@@ -1228,13 +1223,13 @@ def read_sounds(path, windows):
 def decode_sound(c, a, origin, first):
     """(place, (channels, n) float32) of the frames of sound from before sample `first` on.
 
-    Frames stand where their time stamps say if these are exact to a sample. If not, as in mkv and
-    webm, all are decoded, and one follows the other unless its stamp is more than 30 ms away.
+    If time stamps are exact to a sample, they give each frame's place. If not, as in mkv and webm,
+    the file is decoded from its start, and frames follow each other without gaps below 30 ms.
     """
     exact = a.time_base * a.rate <= 1
     if exact and a.codec_context.name.startswith(SEEKABLE) and first > 2 * RUN_UP * a.rate:
         c.seek(int((origin + Fraction(first, a.rate) - RUN_UP) / a.time_base), stream=a)
-    floats, at, slack = av.AudioResampler("fltp"), None, 1 if exact else 0.03 * a.rate
+    floats, at, slack = av.AudioResampler("fltp"), None, (1 if exact else 0.03 * a.rate)
     for packet in c.demux(a):
         try:
             decoded = packet.decode()
@@ -1361,11 +1356,11 @@ def recipe(chosen):
 def parse_args(argv=None):
     p = common.Parser(__doc__, [*STAGES], ["ego4d", "epic"])
     p.group("clips")
-    p.flag("num_frames", 8, "frames per clip, T: half a second at 16 fps (configs/data_augm)")
-    p.flag("crop", 112, "height and width of a clip in pixels (configs/data_augm)")
+    p.flag("num_frames", 8, "frames per clip, T (configs/data_augm; Ego4D's tasks: benchmark)")
+    p.flag("crop", 112, "height and width of a clip in pixels (the same files)")
     p.group("method")
     p.flag("init", "avid", "weights to start from: avid (AudioSet, fetched once; the paper's), "
-           "none (its row `scratch`; default of --tiny), or a file: ours, RepLAI's, AVID's, a "
+           "none (row `scratch`; default of --tiny), or a file: ours, RepLAI's, AVID's, a "
            "linear probe's, or bare weights of f_V")
     p.flag("moi", "peaks", "moments of interaction: peaks in the sound, or random times, the row "
            "w/o MoI (inferred)", ["peaks", "random"])
@@ -1385,12 +1380,12 @@ def parse_args(argv=None):
            "(commands/*.sh)")
     p.flag("lr", float, "learning rate: peak of OneCycle (pretrain); x0.1 at 3/5 and 4/5 of the "
            "epochs (linear); half a cosine after a warm-up (Ego4D's tasks) (commands/*.sh)")
-    p.flag("weight_decay", float, "weight decay; in the tasks not of bn (configs/optim)")
+    p.flag("weight_decay", float, "weight decay; in fine-tuning not of `bn` layers (configs/optim)")
     p.group("evaluation")
-    p.flag("clips", 1, "evenly spaced clips per action in linear and recognition; 1: centre (ours)")
+    p.flag("clips", 1, "test clips per action in linear and recognition; 1: the centre (ours)")
     p.flag("aggregator", "transformer", "how anticipation joins its 4 clips (lta_models.py)",
            ["transformer", "concat", "mean"])
-    p.flag("futures", 5, "predicted futures, K; the best counts; 1: the likeliest (benchmark)")
+    p.flag("futures", 5, "futures drawn by anticipation, K; the best counts; 1: argmax (benchmark)")
     args = common.parse(p, recipe, argv)
     fitting = [dataset for stage, dataset in PUBLISHED if stage == args.stage]
     if fitting and args.dataset not in fitting:

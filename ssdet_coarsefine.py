@@ -60,8 +60,8 @@ import common
 from common import UserError
 
 BACKGROUND = 0                       # label of frozen frames; Kinetics' classes become 1..400
-LEVELS = ("layer1", "layer2", "layer3", "layer4", "conv5")    # maps of the fine stream,
-GRID = 7                                                      # pooled to GRID x GRID
+LEVELS = ("layer1", "layer2", "layer3", "layer4", "conv5")    # feature maps of the fine stream
+GRID = 7                             # height and width to which these maps are pooled
 PUBLISHED = {                        # milestones: shares of training at which lr falls to a tenth
     # SSDet, train_x3d_kinetics_multigrid.py; iters guessed from its files' names, unverified
     "detect": {"num_frames": 16, "stride": 5, "batch_size": 64, "lr": 0.05, "backbone_lr": 0.1,
@@ -165,8 +165,8 @@ def volume_mixup(mix, start, length, partner, extend=True):
 
 
 def volume_cutmix_growing(mix, start, length, partner, extend=True):
-    """In shared frames the later clip's window grows from one side over the other's. NOTE: as code
-    that is commented out in the release, where frames of neither clip are black (extend=False).
+    """In shared frames the later clip's window grows from one side over the other's. NOTE: in the
+    release this code is commented out; there, frames of neither clip are black (extend=False).
     """
     T, W = mix.x.shape[2], mix.x.shape[4]
     start, end = clip_intervals(T, start, length, extend)
@@ -230,7 +230,7 @@ def draw_choices(rng, name, T, B, device=None):
 def draw_augmentations(args, step, T, B, device):
     """{name: choices} of a step, on or off for the whole batch of all processes, as released."""
     on = np.random.default_rng((args.seed, step)).random(len(AUGMENTATIONS)) < args.aug_prob
-    rng = np.random.default_rng((args.seed, step, 1 + common.rank()))     # 0 would repeat `on`
+    rng = np.random.default_rng((args.seed, step, 1 + common.rank()))     # NumPy drops a last 0
     return {name: draw_choices(rng, name, T, B, device) for name, draw in zip(AUGMENTATIONS, on)
             if draw and name in args.augment}
 
@@ -248,13 +248,13 @@ def pretraining_loss(logits, mix):
 
 
 def pretrain(args, device):
-    """SSDet. --task classify is the same with one label per clip, and its recipe augments none."""
+    """SSDet. --task classify is the same with one label per clip and without augmentations."""
     clips, names = read_kinetics(args, "train")
     val_clips, _ = read_kinetics(args, "val", names)
-    detect = args.task == "detect"       # NOTE: in the release frozen frames have Kinetics' class 0
+    background = int(args.task == "detect")   # class 0, of frozen frames. NOTE: not in the release
     dataset = common.Samples(args, clips, make_kinetics_clip)
     torch.manual_seed(args.seed)                              # the same weights on every process
-    model = make_model(args, len(names) + detect).to(device)
+    model = make_model(args, len(names) + background).to(device)
     load_init(args, model)
     if args.compile:
         model.compile()
@@ -276,16 +276,16 @@ def pretrain(args, device):
             group["lr"] = lr * group["scale"]
         common.seed_step(args.seed, step)                     # dropout repeats after a restart
         batch = common.to_device(batch, device)
-        x, label = normalize_clips(args, batch["clip"]), batch["label"][:, None] + detect
+        x, label = normalize_clips(args, batch["clip"]), batch["label"][:, None] + background
         B, _, T = x.shape[:3]
-        mix = augment(unmixed(x, label.expand(-1, T if detect else 1)),
+        mix = augment(unmixed(x, label.expand(-1, T if background else 1)),
                       draw_augmentations(args, step, T, B, device))       # (1) (2) (3)
         with common.autocast(device, args.precision):
             z = ddp(mix.x)                                    # (B, K+1, T), or (B, K, 1)
         loss, accuracy = pretraining_loss(z.float(), mix)     # (4)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        ended = step + 1 == steps or rounds[step + 1] > rounds[step]
+        ended = step + 1 == steps or rounds[step + 1] > rounds[step]      # every val_every epochs
         saving = ended or (step + 1) % args.save_every == 0
         if saving or log.due(step):
             common.check_finite(step, model, loss)            # NaN stops the run before the update
@@ -301,7 +301,6 @@ def pretrain(args, device):
         if saving:
             common.save(args.out / "last.pt", step + 1, args, samples=len(dataset), model=model,
                         optimizer=optimizer)
-    common.barrier()
     metrics = metrics or evaluate_kinetics(args, device, model.eval(), val_clips)
     common.draw_curve(args, ["loss", "accuracy", "val_top1", "lr"])
     common.finish(args, {**metrics, "broken_training_samples": log.total("broken")})
@@ -330,8 +329,8 @@ def warmup_and_steps(step, lr, milestones, warmup):
 
 
 def learning_rate(args, step, steps, val_losses=()):
-    """Base learning rate of a step; multigrid and the groups have factors of their own. NOTE:
-    SSDet's is constant, as the release resumes at step 500,000, after all its milestones.
+    """Base learning rate of a step; multigrid and the groups have factors of their own. NOTE: after
+    its warm-up SSDet's is constant: the release resumes at step 500,000, after all milestones.
     """
     milestones = [] if args.multigrid == "fair" else [m * steps for m in args.milestones]
     lr = warmup_and_steps(step, args.lr, milestones, args.warmup)
@@ -369,7 +368,7 @@ def make_optimizer(args, model):
 class GridPool(nn.Module):
     """Grid Pool (5): keep a quarter of the time steps, more where the confidence p is high.
 
-    (B, C, T, H, W) -> (B, C, L, H, W), times c (B, L) in 0..1. NOTE: the paper says L = T/4.
+    (B, C, T, H, W) -> (B, C, L, H, W), times c (B, L) in 0..1. NOTE: L = T/4 + 1; paper: T/4.
     """
 
     def __init__(self, channels, norm):
@@ -467,7 +466,7 @@ class FusionFilter(nn.Module):
             return second(y).unflatten(2, (-1, h, w))
 
         bias, scale = head(self.fc1, self.fc2), head(self.fc3, self.fc4)
-        return bias, scale.sigmoid() if self.sigmoid_scale else scale
+        return bias, (scale.sigmoid() if self.sigmoid_scale else scale)
 
 
 def resize_maps(x, size):
@@ -590,7 +589,7 @@ def resize_logits(logits, length, align_corners):
 
 
 def detection_loss(logits, label, mask):
-    """Loss (10) of a process, cls, loc.      logits, label: (B, K, N); mask: (B, N), 0 for padding
+    """(loss (10), cls, loc) of a process.    logits, label: (B, K, N); mask: (B, N), 0 for padding
 
     NOTE: SSDet's repository has no mask: padded frames count as negative there.
     """
@@ -601,7 +600,7 @@ def detection_loss(logits, label, mask):
 
 
 def finetune(args, device):
-    """Train the detector of --stream on untrimmed videos."""
+    """Train the detector of --stream on untrimmed videos; reports its last epoch, not best.pt."""
     names = read_class_names(args)
     videos, tests = (read_videos(args, split, names) for split in ("train", "test"))
     check_features(args)
@@ -655,7 +654,6 @@ def finetune(args, device):
         if saving:
             common.save(args.out / "last.pt", step + 1, args, samples=len(dataset), model=model,
                         optimizer=optimizer, best=best, val_losses=val_losses)
-    common.barrier()
     metrics = metrics or validate(args, device, model.eval(), tests, names)
     common.draw_curve(args, ["loss", "val_loss", "val_mAP", "lr"])
     common.finish(args, {**metrics, "best_val_mAP": best,
@@ -715,7 +713,7 @@ def charades_localize(labels, scores):
     ap = np.array([average_precision(s, y) if n else math.nan
                    for s, y, n in zip(scores.T, labels.T, positives)])
     weighted = np.nansum(ap * positives) / max(1, positives.sum())
-    return ap, float(np.nanmean(ap)) if positives.any() else math.nan, float(weighted)
+    return ap, (float(np.nanmean(ap)) if positives.any() else math.nan), float(weighted)
 
 
 def charades_frames(length, seconds, fps, as_released=False):
@@ -735,8 +733,8 @@ def chunks(T, limit=1000):
 
 
 def detect(args, device, models, videos, names, what):
-    """{name: of every video}: logits (K, T), the mean of an ensemble; loss; grid_times, in sampled
-    frames; video_frames and label_frames, how many; seconds.
+    """{name: one entry per video}: logits (K, T), the mean of an ensemble; loss; grid_times, in
+    sampled frames; numbers of video_frames and label_frames; seconds.
     """
     def network(batch):
         T, logits, times = batch["clip"].shape[2], [], []
@@ -898,7 +896,7 @@ def read_features(args, name):
 
 
 def check_features(args):
-    """Stop at features of another stride. Their crop may differ, as maps are pooled to 7x7."""
+    """UserError if features have another stride. Their crop may differ: maps are pooled to 7x7."""
     path = args.features / "about.json"
     if args.stream == "coarse" and args.fusion != "none" and path.exists() and (
             common.read_json(path).get("stride") != args.stride):
@@ -1006,8 +1004,8 @@ def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.
 
 
 def fair_rates(schedule, gamma=0.1):
-    """(epochs at which the rate changes, its factors) of a `fair_schedule`, whose last phase starts
-    with the rate before its drop and drops in its middle.
+    """(epochs at which the rate changes, its factors) of a `fair_schedule`. The last phase
+    keeps the rate of the phase before it for its first half.
     """
     changes = [0, *(end for *_, end in schedule)]
     changes[-1] = (changes[-2] + changes[-1]) // 2
@@ -1030,8 +1028,8 @@ CHARADES_NORM = ((0.413, 0.368, 0.338), (0.131, 0.125, 0.132))
 
 
 class Film:
-    """A video file, or a folder of frames, that is read by frame numbers. fps: a file is read as if
-    it had so many frames per second; None: its own rate.
+    """A video file or a folder of frames, read by frame numbers. fps: the rate at which numbers
+    count in a file, whatever its own rate is; None: its own.
     """
 
     def __init__(self, path, pattern, fps=None):
@@ -1253,7 +1251,7 @@ def read_actions(args, split, names):
             (int(c) - first, float(start), float(end)) for c, start, end in value["actions"]])
 
     forms = {"charades": (f"Charades_v1_{split}.csv", "charades.json"),
-             "multithumos": ("multithumos.json", f"{names[0]}.txt")}
+             "multithumos": ("multithumos.json", f"{names[0]}.txt")}     # any of the class files
     path = common.find(args.data, *forms[args.dataset])
     if path.suffix == ".csv":
         return path, common.read_table(path, from_table)
@@ -1263,8 +1261,8 @@ def read_actions(args, split, names):
 
 
 def read_class_files(folder, split, names):
-    """The same from MultiTHUMOS' CLASS.txt with lines "VIDEO START END"; seconds are 0: unknown."""
-    prefix, videos = "video_validation" if split == "train" else "video_test", {}
+    """[(video, 0.0, actions)] from MultiTHUMOS' CLASS.txt, lines "VIDEO START END"; 0: unknown."""
+    prefix, videos = ("video_validation" if split == "train" else "video_test"), {}
 
     def from_line(line):
         video, start, end = line.split()
@@ -1294,7 +1292,7 @@ def read_videos(args, split, names, need_files=True):
         raise UserError(f"{args.data}: {len(videos)} videos of the {split} split, {note}: neither "
                         "a file nor a folder of frames")
     common.say(f"{split}: {len(rows)} videos, {sum(len(actions) for *_, actions in rows)} actions "
-               f"of {len(names)} classes in {path}" + f"; {note}" * bool(note))
+               f"of {len(names)} classes in {path}" + (f"; {note}" if note else ""))
     return [video for video in videos if video.path or not need_files]
 
 
@@ -1522,7 +1520,7 @@ def check(p, args):
     if args.stage != "pretrain" and (args.task, args.multigrid) != ("detect", "off"):
         p.error("--task and --multigrid are for --stage pretrain")
     if args.stream in ("fine", "x3d", "slowfast") and (args.pool, args.fusion) != ("grid", "mixed"):
-        p.error("--pool and --fusion have an effect on --stream coarse and two alone")
+        p.error("--pool and --fusion only have an effect on --stream coarse and two")
     if args.stream == "two" and args.fusion == "none":
         p.error("--stream two needs --fusion: else the fine stream is not trained")
     if args.submission and (args.stage, args.dataset) != ("evaluate", "charades"):

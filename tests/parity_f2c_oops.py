@@ -451,6 +451,7 @@ def frame_normalise(case):
 
 
 def features(case, model, rules=()):
+    setattr(model, "heads" if hasattr(model, "heads") else "fc", torch.nn.Identity())
     case.load(model, [rules])
     check_size(case, model, rules)
     with torch.no_grad():
@@ -467,15 +468,15 @@ def vit(case):
     c = case.config
     if "embed_dim" in c:
         ff, dim = case.entries()["blocks.0.mlp.fc1.weight"]
-        model = f2c_oops.headless(VisionTransformer(c["img_size"], c["patch_size"], c["depth"],
-                                                  c["num_heads"], dim, ff))
+        sizes = c["img_size"], c["patch_size"], c["depth"], c["num_heads"]
+        model = VisionTransformer(*sizes, dim, ff)
     else:
         model = f2c_oops.make_feature_network("vit_b16")
     return features(case, model, f2c_oops.TIMM_NAMES)
 
 
 def r2plus1d_bottleneck(case):
-    return features(case, f2c_oops.headless(f2c_oops.bottleneck_r2plus1d(case.config["layers"])))
+    return features(case, f2c_oops.bottleneck_r2plus1d(case.config["layers"]))
 
 
 ADAPTERS = {f.__name__: f for f in (

@@ -220,7 +220,8 @@ def test_names_and_annotations_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_rows_of_a_feature_file_are_read_without_the_others(dtype, tmp_path):
     x, rows = rng(0).normal(size=(300, 5)).astype(dtype), rng(1).integers(0, 300, 12)
-    for array, save in itertools.product((x, np.asfortranarray(x)), (np.savez_compressed, np.savez)):
+    for array, save in itertools.product((x, np.asfortranarray(x)),
+                                         (np.savez_compressed, np.savez)):
         save(tmp_path / "a.npz", arr_0=array, fps=30.0)
         got = f.read_features(tmp_path / "a.npz", rows)
         assert got.dtype == torch.float32 and np.array_equal(got, x[rows].astype(np.float32))
@@ -440,7 +441,7 @@ def test_defaults_are_the_published_recipe(flags, epochs, batch, level, loss, sp
     assert (args.level, args.loss, args.spacing) == (level, loss, spacing)
     assert args.init == (f"runs/f2c_oops_oops_{init}/best.pt" if init else "none")
     assert str(args.out) == f"runs/f2c_oops_oops_{args.stage}"
-    assert args.transforms == ",".join(VIDEO if "f2c2v" in flags else CLIP)
+    assert args.transforms == [*(VIDEO if "f2c2v" in flags else CLIP)]
     assert (args.layers, args.window, args.weights) == (
         3, 32, "timm" if args.backbone == "vit_b16" else "torchvision")
 
