@@ -526,17 +526,20 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
 
 
 class Media(NamedTuple):
-    """What the header of a media file says. seconds: duration; sound: has it a sound track?"""
+    """What `probe` finds. seconds: duration; sound: has the file a sound track?"""
     seconds: float
     fps: float
     sound: bool
 
 
 def probe(path: Path) -> Media:
-    """Duration, frames per second and presence of sound, from the header alone."""
+    """Duration, frames per second and presence of sound. mkv and webm tell no duration: it is that
+    of their frames.
+    """
     with opened(path) as (c, v):
-        seconds = float((v.duration or 0) * v.time_base) or (c.duration or 0) / av.time_base
-        return Media(seconds, float(v.average_rate), bool(c.streams.audio))
+        fps = float(v.average_rate)
+        seconds = float((v.duration or 0) * v.time_base) or clock(path)[0][-1] + 1 / fps
+        return Media(seconds, fps, bool(c.streams.audio))
 
 
 def clock(path: Path) -> tuple[np.ndarray, float]:
@@ -1208,6 +1211,7 @@ def write(path: Path, content: str | bytes | Callable) -> None:
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                      # torch.save hides the OSError
+        part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({e.__context__ or e})") from e
 
 
@@ -1353,7 +1357,7 @@ class Log:
         self.broken, self.samples, self.waited = 0, 0, 0.0
         self.since, self.last = time.perf_counter(), step
         if rank() == 0:
-            with open(self.path, "a") as f:
+            with reading(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
         eta = timedelta(seconds=int(seconds / steps * (self.range.stop - step - 1)))
         say(f"{self.args.stage} {step + 1}/{self.range.stop}  "

@@ -545,7 +545,7 @@ def read_list(args, split, fold):
         raise UserError(f"{path}: " + (f"class {min(unknown)} is not in classInd.txt" if unknown
                                        else f"lists no {split} videos"))
     return [Video(f"{c}/{video}", label[c.lower()], int(length[0]) if length else 0)
-            for c, video, *length in rows], classes
+            for c, video, *length in dict.fromkeys(rows)], classes
 
 
 def is_validation(dataset, names):
@@ -594,6 +594,8 @@ def read_videos(args, split):
     paths = common.find_videos(args.data, "*", "*/*", frames=True)
     videos = [v._replace(path=paths[name]) for v in listed
               if (name := v.name.split("/")[1]) in paths]
+    if len({v.path for v in videos}) < len(videos):
+        raise UserError(f"{args.data}: videos of different classes have the same file name")
     missing, videos = len(listed) - len(videos), common.spread(videos, args.limit)
     counts = common.compute(args, videos, count_frames, f"counting frames, {split}")
     broken = [error for _, error in counts if error]
@@ -851,7 +853,7 @@ def read_settings(path):
     has 2, and a transformer of one layer.
     """
     tensors, saved = common.read_weights(path), common.load_checkpoint(path)
-    if "history" in saved:
+    if {"args", "history", "classes"} <= saved.keys():
         return {**saved["args"], "history": saved["history"], "classes": saved["classes"]}
     layers = {m[1] for name in tensors if (m := re.search(r"ncoder\.layers\.(\d+)\.", name))}
     blocks = sum(f"backbone.layer1.{n}.conv1.weight" in tensors for n in range(3))

@@ -103,9 +103,7 @@ def double_flip(rng, T, size):
 
 
 def random_speed_point(rng, normal, fast):
-    """The last frames of `normal`, then the first of `fast`, which is another place of the video.
-    NOTE: as released, `fast` may have normal speed, too.
-    """
+    """The end of `normal`, then the start of `fast`, whose speed may be normal, too, as released."""
     offset = rng.integers(5, len(normal) - 4)
     return np.concatenate([normal, fast])[offset:offset + len(normal)]
 
@@ -114,9 +112,9 @@ def warp(rng, T, size, as_released=False):
     """`size` frames in order. M >= 2: from one to the next a random step of 1 to 2^M. M <= 1: a
     random subset of up to 40 consecutive frames.
 
-    NOTE: the release crops 19·2^M frames. (a) The steps can leave this crop, and the release
-    crashes; with `as_released` we clamp. (b) For M = 0 the crop has 19 frames and all of them are
-    used: no warp, and the length gives the label away.
+    NOTE: the release crops 19·2^M frames. (a) The steps can leave this crop: the release crashes,
+    we clamp with `as_released`. (b) For M = 0 all 19 frames of the crop are used: no warp, and the
+    length gives the label away.
     """
     M = max_speed(T, size)
     extent = (size - as_released) * 2 ** M if as_released or M > 1 else min(T, 2 * size)
@@ -201,9 +199,8 @@ def local_attention(q, k, v, valid, half_window, dropout=0.0, chunk=256):
 
 
 class Layer(nn.Module):
-    """One layer of the Longformer (arXiv:2004.05150), with norms after the sums. Frames attend to
-    their neighbours and to the class token. The class token attends to all tokens, with its own
-    projections.
+    """One layer of the Longformer (arXiv:2004.05150), norms after the sums. Frames attend to their
+    neighbours and the class token, which attends to all tokens, with projections of its own.
     """
 
     def __init__(self, dim, heads, window, ff, dropout):
@@ -397,9 +394,7 @@ class CRF(nn.Module):
             return torch.autograd.grad(self.log_partition(q, n, reduce).sum(), q)[0]
 
     def viterbi(self, q, n):
-        """The most probable labels, (B, N). With max instead of logsumexp, `log_partition` is the
-        score of the best path, and its gradient is 1 on the path and 0 elsewhere.
-        """
+        """The most probable labels, (B, N): with max, `marginals` are 1 on the best path, else 0."""
         return self.marginals(q, n, lambda x, dim: x.max(dim).values).argmax(2)
 
 
@@ -756,7 +751,6 @@ def extract(args, device):
         raise UserError(f"{args.data / 'oops_video'}: holds no .mp4 videos in train/ and val/")
     files = {path: args.features / path.parent.name / f"{path.stem}.npz" for path in videos}
     todo = [path for path in videos if not files[path].exists()]
-    common.say(f"{len(videos)} videos, {len(todo)} without features")
     common.barrier()                                          # before a process writes a file
     net, norm = load_feature_network(args)
     net = net.to(device).eval()
@@ -939,8 +933,8 @@ def read_video(path, features, annotation=None):
         return Video(path, features, length, dim)
     with common.reading(features, error=VideoError), np.load(features) as z:
         times, fps = (z["times"], float(z["fps"])) if "times" in z else common.clock(path)
-        if abs(len(times) - length) > 2:
-            raise ValueError(f"has {length} rows, but the video {len(times)} frames")
+        if abs(len(times) - length) > 2 or not 0 < fps < math.inf:
+            raise ValueError(f"has {length} rows, but the video {len(times)} frames, {fps:g} fps")
     length = min(length, len(times))
     return Video(path, features, length, dim, annotation, times[:length], fps)
 
@@ -966,6 +960,8 @@ def read_videos(args, split, shortest, annotations=None):
             if split == "val":
                 raise
             common.say(f"warning: {e}; left out")
+    if odd := [video.features for video in videos if video.dim != videos[0].dim]:
+        raise UserError(f"{odd[0]}: its features are not {videos[0].dim} wide, as those of others")
     videos = [video for video in videos if video.length >= shortest]
     common.say(f"{split}: {len(videos)} of {len(names)} videos, {len(names) - len(present)} "
                "are without features")
@@ -988,6 +984,8 @@ def label_videos(args, videos, spacing, sequences=1):
             _, labels = labels_of(args, spans, video.annotation.t[1], spacing)
             labelled.append(video._replace(rows=rows, spans=spans, labels=labels,
                                            sequences=min(sequences, len(rows))))
+        else:
+            common.say(f"warning: {video.path}: is shorter than a clip; left out")
     return labelled
 
 
@@ -1293,7 +1291,9 @@ def main(args):
         names = ["tiny", "layers", "window", "as_released"]
         if args.stage in ("localize", "evaluate"):
             names += ["level", "loss", "spacing", "anticipate"]
-        common.adopt(args, Path(args.init), names)
+        saved = common.adopt(args, Path(args.init), names)
+        if "level" in names and saved.get("stage", "classify") != "classify":
+            raise UserError(f"{args.init}: was trained by --stage {saved['stage']}, not classify")
     device = common.start_run(args)
     STAGES[args.stage](args, device)
 

@@ -533,7 +533,7 @@ def read_split(args, task, split):
     paths = sorted({s.path for s in present if s.spans[-1][0] > 0})       # cut files begin at 0
     ends = common.compute(args, paths, video_end, "videos")
     end = collections.defaultdict(lambda: math.inf, zip(paths, ends))
-    late = [s for s in present if s.spans[-1][0] >= end[s.path]]
+    late = [s for s in present if not s.spans[-1][0] < end[s.path]]       # or NaN
     used = [s._replace(spans=[(start, min(stop, end[s.path])) for start, stop in s.spans])
             for s in present if s.spans[-1][0] < end[s.path]]
     common.say(f"{path.name}: {len(used)} of {len(samples)} samples")

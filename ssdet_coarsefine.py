@@ -532,9 +532,8 @@ class Coarse(common.X3D):
             filtered = [getattr(self, f"rw{n}")(features[level].to(x.dtype), G, valid)
                         for n, level in enumerate(LEVELS[:4], 2)]         # [(bias, scale)]
         x = self.fuse(2, x, filtered)
-        x = self.fuse(3, self.layer2(x), filtered)
-        x = self.fuse(4, self.layer3(x), filtered)
-        x = self.fuse(5, self.layer4(x), filtered)
+        for n, layer in enumerate((self.layer2, self.layer3, self.layer4), 3):
+            x = self.fuse(n, layer(x), filtered)
         z = self.head(self.last(x))                           # (B, K, L)
         if self.fusion != "none":
             bias, scale = self.rw6(features["conv5"].to(x.dtype), G, valid)
@@ -717,9 +716,7 @@ def charades_localize(labels, scores):
 
 
 def charades_frames(length, seconds, fps, as_released=False):
-    """Label frames nearest to the 25 times. NOTE: the release has 1 + i·⌊length/25⌋, which drifts
-    to earlier frames (--as_released).
-    """
+    """Label frames nearest to the 25 times. NOTE: the release's, 1 + i·⌊length/25⌋, drift."""
     if as_released:
         return np.minimum(1 + np.arange(25) * (length // 25), length - 1)
     return np.round(localization_times(seconds) * fps).astype(int).clip(0, length - 1)
@@ -865,7 +862,7 @@ def extract(args, device):
     model = make_model(args, len(names)).to(device).eval()
     load_network(model, path, strict=True)
     weights = sum(p.detach().double().abs().sum().item() for p in model.parameters())
-    common.claim(args.features, {"stride": args.stride, "crop": args.crop,
+    common.claim(args.features, {"stride": args.stride, "version": args.version, "crop": args.crop,
                                  "sum_of_weights": f"{weights:.8g}"})
     videos = [v for split in ("train", "test") for v in read_videos(args, split, names)]
     todo = [v for v in videos if not all(
@@ -891,16 +888,21 @@ def extract(args, device):
 
 def read_features(args, name):
     """{level: (C, T', 7, 7)} of a video: its first `feature_cap` steps."""
-    return {level: common.load_checkpoint(
-        args.features / level / name)[0, :, :args.feature_cap].float() for level in LEVELS}
+    maps = {}
+    for level in LEVELS:
+        with common.reading(args.features / level / name):
+            x, = common.load_checkpoint(args.features / level / name)     # ValueError if not one
+            maps[level] = x[:, :args.feature_cap, :GRID, :GRID].float()
+    return maps
 
 
 def check_features(args):
-    """UserError if features have another stride. Their crop may differ: maps are pooled to 7x7."""
-    path = args.features / "about.json"
-    if args.stream == "coarse" and args.fusion != "none" and path.exists() and (
-            common.read_json(path).get("stride") != args.stride):
-        raise UserError(f"{path}: these features have another --stride than {args.stride}")
+    """UserError if features are of another network. Their crop may differ: maps are pooled."""
+    path, fused = args.features / "about.json", args.stream == "coarse" and args.fusion != "none"
+    saved = common.read_json(path) if fused and path.exists() else {}
+    for flag in ("stride", "version"):
+        if saved.get(flag, getattr(args, flag)) != getattr(args, flag):
+            raise UserError(f"{path}: these features are of --{flag} {saved[flag]}")
 
 
 # ---- 7. multigrid (arXiv 1912.00998; cycle_batch_sampler.py, SlowFast's utils/multigrid.py) ------
@@ -981,8 +983,7 @@ def fair_schedule(steps, epochs, frames, crop, short_cycle=True, epoch_factor=1.
 
     steps: epochs at which lr drops, starting with 0. Between two drops the clips go through four
     shapes, each for epochs in proportion to its average batch; after the last they are full.
-    [0, 4, 8] of 10 epochs, 8 frames, 224 pixels: (0, 8, 2, 158, 3), (0, 4, 4, 158, 5),
-    (0, 2, 4, 224, 6), (0, 1, 8, 224, 7), (1, 8, 2, 158, 10), ... (2, 1, 8, 224, 15).
+    [0, 4, 8] of 10 epochs, 8 frames, 224 pixels: (0, 8, 2, 158, 3), ... (2, 1, 8, 224, 15).
     """
     shapes, average = [], []
     for t, s in ((0.25, 0.5 ** 0.5), (0.5, 0.5 ** 0.5), (0.5, 1), (1, 1)):    # the long cycle
@@ -1033,8 +1034,7 @@ class Film:
     """
 
     def __init__(self, path, pattern, fps=None):
-        self.path, self.fps = path, fps
-        self.pattern = pattern.replace("{id}", path.name)
+        self.path, self.fps, self.pattern = path, fps, pattern.replace("{id}", path.name)
         if path.is_dir():
             self.length = common.count_frames(path, self.pattern)
         else:
@@ -1089,8 +1089,7 @@ def draw_crop(args, rng):
 
 def normalize_clips(args, x, mask=None):
     """uint8 (B, 3, T, S, S) to float, 0 where mask (B, T), 1 for frames, is 0 for padding."""
-    norm = KINETICS_NORM if args.dataset == "kinetics400" else CHARADES_NORM
-    x = common.normalize(x, *norm)
+    x = common.normalize(x, *(KINETICS_NORM if args.dataset == "kinetics400" else CHARADES_NORM))
     return x if mask is None else x * mask[:, None, :, None, None]
 
 
@@ -1280,12 +1279,12 @@ def read_videos(args, split, names, need_files=True):
     left out; in evaluation one is an error. NOTE: the release leaves out those under 162 frames.
     """
     path, rows = read_actions(args, split, names)
-    for name, _, actions in rows:
-        if not all(0 <= c < len(names) for c, *_ in actions):
-            raise UserError(f"{path}: {name}: a class is none of the {len(names)}")
+    for name, seconds, actions in rows:
+        if not (0 <= seconds < math.inf and all(0 <= c < len(names) for c, *_ in actions)):
+            raise UserError(f"{path}: {name}: no duration, or a class is none of the {len(names)}")
     paths = common.find_videos(args.data, "*v1_rgb*", "*", "", frames=True)
-    videos = common.spread([Video(name, paths.get(name), seconds, actions)
-                            for name, seconds, actions in rows], args.limit)
+    videos = common.spread([*{name: Video(name, paths.get(name), seconds, actions)
+                              for name, seconds, actions in rows}.values()], args.limit)
     missing = [video.name for video in videos if need_files and video.path is None]
     note = f"{len(missing)} of them are missing, such as {missing[0]}" if missing else ""
     if missing and (split == "test" or len(missing) == len(videos)):

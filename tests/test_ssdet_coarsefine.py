@@ -615,7 +615,8 @@ ENTRY = {"subset": "testing", "duration": 9.0, "actions": [[1, 0.5, 2.0]]}
 @pytest.mark.parametrize("content, words", [
     ({"version": "x", "database": {}}, ":version: expected is "), ([ENTRY], ":0: expected is "),
     ({"A": ENTRY, "B": {**ENTRY, "subset": "val"}}, ":B: expected is "),
-    ({"A": {**ENTRY, "actions": [[157, 1, 2]]}}, ": A: a class is none of the 157")])
+    *(({"A": {**ENTRY, **bad}}, ": A: no duration, or a class is none of the 157")
+      for bad in ({"duration": math.nan}, {"duration": -1}, {"actions": [[157, 1, 2]]}))])
 def test_a_json_of_another_form_is_one_line_with_its_place(content, words, tmp_path):
     world.text(tmp_path / "charades.json", json.dumps(content))
     args = sc.parse_args(EVALUATE.format("charades", tmp_path).split())
