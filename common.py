@@ -1211,7 +1211,8 @@ def write(path: Path, content: str | bytes | Callable) -> None:
             os.fsync(f.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as e:                      # torch.save hides the OSError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"{path}: cannot be written ({e.__context__ or e})") from e
 
 

@@ -103,7 +103,7 @@ def double_flip(rng, T, size):
 
 
 def random_speed_point(rng, normal, fast):
-    """The end of `normal`, then the start of `fast`, whose speed may be normal, too, as released."""
+    """The end of `normal`, then the start of `fast`, which as released may be normal, too."""
     offset = rng.integers(5, len(normal) - 4)
     return np.concatenate([normal, fast])[offset:offset + len(normal)]
 
@@ -394,7 +394,7 @@ class CRF(nn.Module):
             return torch.autograd.grad(self.log_partition(q, n, reduce).sum(), q)[0]
 
     def viterbi(self, q, n):
-        """The most probable labels, (B, N): with max, `marginals` are 1 on the best path, else 0."""
+        """The most probable labels, (B, N): with max, `marginals` are 1 on the best path."""
         return self.marginals(q, n, lambda x, dim: x.max(dim).values).argmax(2)
 
 
@@ -961,7 +961,7 @@ def read_videos(args, split, shortest, annotations=None):
                 raise
             common.say(f"warning: {e}; left out")
     if odd := [video.features for video in videos if video.dim != videos[0].dim]:
-        raise UserError(f"{odd[0]}: its features are not {videos[0].dim} wide, as those of others")
+        raise UserError(f"{odd[0]}: not {videos[0].dim} wide, as is {videos[0].features.name}")
     videos = [video for video in videos if video.length >= shortest]
     common.say(f"{split}: {len(videos)} of {len(names)} videos, {len(names) - len(present)} "
                "are without features")

@@ -1,4 +1,4 @@
-"""`make bench`: what a clip, a training sample and a training step cost on this machine.
+"""`make bench`: medians of CPU seconds, on CUDA of seconds; ours and the reference take turns.
 
     python tests/bench.py [--only decode sample step]          (a minute on one core)
 
@@ -6,10 +6,8 @@ decode  a clip of 16 frames at 128 pixels, from files like those of the datasets
         alone, from the key frame before the clip to its last frame, nothing converted
 sample  what a worker makes ready for a batch. Reference: PyAV from the start of the file to the end
         of the sample, every frame converted to RGB
-step    forward, loss, backward and optimizer of each script's default stage; on CUDA in bf16, with
-        the memory it takes. Reference: the same step in plain PyTorch, see `plain`
-
-One thread; CPU seconds, on CUDA seconds of the clock; medians. Ours and the reference take turns.
+step    a training step of each script's default stage; on CUDA in bf16, with the memory it takes.
+        Reference: the same step in plain PyTorch, see `plain`
 """
 
 import argparse

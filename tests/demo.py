@@ -4,11 +4,10 @@
     python tests/demo.py --seeds 0 1 2        three times, other videos each time: mean ± error
 
 Each paper is a list of command lines, run one after the other; papers and seeds run side by side,
-one per core. Both sides of a comparison have the same labelled videos, the same number of steps and
-the same learning rate. Lengths and rates were chosen on toys of other seeds. All is measured after
-the last epoch, for so few validation videos choose an epoch by luck; but for Ego4D's best one, as
-in the paper. What a step prints is in OUT/SEED/NAME.log. The same command continues where it was
-stopped; after a change of the code remove OUT.
+one per core. Both sides of a comparison have the same labelled videos, number of steps and learning
+rate; these were chosen on toys of other seeds. Measured is the last epoch, as so few validation
+videos choose one by luck, but for Ego4D the best, as in the paper. What a step prints is in
+OUT/SEED/NAME.log. The same command continues; after a change of the code remove OUT.
 """
 
 import argparse

@@ -1,9 +1,8 @@
 """Adapters of the parity tests for CPCTrans: {family: function of a Case to its outputs}.
 
-Weights are written as a checkpoint of the release and loaded by the functions behind --init.
-Frames go through the functions that make samples, with the case's draws as random numbers. The
-release registers parts that it never calls, and ours has no such parts. Where an output counts
-them, the tensors of the case that our network has no place for are added to ours.
+Weights are written as a checkpoint of the release and loaded by the functions behind --init. Frames
+go through the functions that make samples, with the case's draws as random numbers. The release has
+parts that it never calls: where an output counts them, the case's tensors are added to ours.
 """
 
 import itertools

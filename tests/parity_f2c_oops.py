@@ -1,8 +1,8 @@
 """Adapters of the parity tests for F2C and F2C2V: {family: function of a Case to its outputs}.
 
 Weights are written as a released checkpoint and read by the function behind `--init`. Random
-choices are dealt out to the functions that draw them, in the order in which the release drew
-them. Constants that a case tells in words alone are read from its words.
+choices are dealt out to the functions that draw them, in the order in which the release drew them.
+Constants that a case tells in words alone are read from its words.
 """
 
 import functools

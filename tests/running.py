@@ -7,6 +7,7 @@
 import contextlib
 import importlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -86,7 +87,17 @@ def quick(script, *flags, n=1, before=None, cwd=None):
     return Result(next((c for c in codes if c), 0), text["out"], text["err"])
 
 
+def right_mode(module, inputs):
+    """Training is in training mode and evaluation, which is in inference mode, is not."""
+    if torch.is_inference_mode_enabled():
+        assert not module.training, type(module)
+    elif isinstance(module, nn.parallel.DistributedDataParallel):
+        assert module.module.training
+
+
 def run_script(rank, n, script, flags, port, before, cwd):
+    nn.modules.module.register_module_forward_pre_hook(right_mode)
+    MODULES[3].TINY["val_every"] = 1                          # SSDet validates between, too
     os.setsid()
     os.chdir(cwd)
     os.environ |= NO_GPU
@@ -118,6 +129,18 @@ def run_function(rank, n, function, folder):
 
 
 # ---- what `before` can do ------------------------------------------------------------------------
+
+def told(rank):
+    """Optimizers print their groups at each step. Rates that fall late fall after each epoch."""
+    MODULES[1].SCHEDULE |= {"pretrain": (1, 0.5), "finetune": (1, 0.1)}
+    MODULES[3].TINY["backbone_lr"] = 0.1
+    for kind in (torch.optim.SGD, torch.optim.Adam):          # AdamW is an Adam
+        def step(self, *args, step=kind.step):
+            print("groups", json.dumps([[g["lr"], g["weight_decay"], g.get("momentum", 0)]
+                                        for g in self.param_groups]))
+            return step(self, *args)
+        kind.step = step
+
 
 def counted(k, function):
     """A function that calls `function` at its k-th call, counted from 1."""

@@ -8,7 +8,6 @@ VideoError.
 import contextlib
 import functools
 import itertools
-import os
 import shutil
 import struct
 import wave
@@ -469,18 +468,3 @@ def test_names_of_any_kind_are_read(tmp_path, media, monkeypatch):
         shutil.copy(media("h264"), name)
         for path in (tmp_path / name, Path(name)):
             assert number_of(read_clip(path, [[1.0]])[0][0]) == 25, name
-
-
-def test_many_opens_leave_nothing_behind(tmp_path, media):
-    whole = media("h264 faststart").read_bytes()
-    (tmp_path / "bad.mp4").write_bytes(whole[:3000])
-    paths = [media("h264 faststart"), tmp_path / "bad.mp4", tmp_path / "nowhere.mp4",
-             media("mpeg4"), media("sound .mkv")]
-
-    def held():
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-    for k in range(60):
-        attempt(("clip", "sound", "stream")[k % 3], paths[k % 5])
-        if k == 15:                                           # all are warm by then
-            before = held()
-    assert held() == before

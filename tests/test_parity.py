@@ -42,17 +42,12 @@ NOT_REPRODUCED = {
 # ---- tolerances ----------------------------------------------------------------------------------
 
 class Bound(NamedTuple):
-    """How far one output may be off.
-
-    norm_rtol: of a digest's norm, None: what rtol and atol of the values imply. atol_std, where
-    not None: the fixture spells out each statistic's bound (its "conventions"). tensor: the bound
-    on an image transform made of tensor operations, in words.
-    """
+    """How far one output may be off."""
     rtol: float = 0.0
     atol: float = 0.0
-    norm_rtol: float | None = None
-    atol_std: float | None = None
-    tensor: str = ""
+    norm_rtol: float | None = None   # of a digest's norm; None: what rtol and atol imply
+    atol_std: float | None = None    # if given, the fixture spells out the bound of each statistic
+    tensor: str = ""                 # the bound on an image transform of tensors, in words
 
 
 def parse_tolerance(text):
@@ -89,11 +84,8 @@ def names(subject, output, state):
 
 
 def bounds(tolerance, output, state=()):
-    """The Bound of an output, from words or from a table.
-
-    In words, an output that no clause names takes the first. A table may have an output's own
-    atol, `atol_<output>`; where it tells nothing of statistics, rtol and atol hold for each of
-    them as for a value.
+    """The Bound of an output, from words, where an output that no clause names takes the first, or
+    from a table. It may have `atol_<output>`; rtol and atol hold for statistics that it leaves out.
     """
     gradient = output.startswith("grad:")
     if isinstance(tolerance, str):
@@ -138,10 +130,9 @@ def off(got, want, slack, at):
 def compare(got, want, bound, name, others=()):
     """`faults`. others: the output for inputs and weights moved by up to a millionth.
 
-    Batch norm over two values is almost a sign, and the gradient of ReLU and max-pooling jumps:
-    there rounding moves the original's float32 as far as ours. So a value in a digest may be off
-    by three times the furthest that one of the array moves, too, and a statistic by three times
-    what these moves can do to it. A warning names the output.
+    Batch norm over two values is almost a sign, gradients of ReLU and max-pooling jump: rounding
+    moves the original as far as ours. So a value may be off by three times the furthest that one of
+    the array moves, a statistic by three times what these moves do to it. A warning names it.
     """
     if isinstance(got, Tensorised):
         return tensor_faults(got, want, bound, name)
@@ -156,10 +147,8 @@ def compare(got, want, bound, name, others=()):
 
 
 def tensor_faults(got, want, bound, name):
-    """As `faults`, for the fixture's bound on tensor implementations of Pillow's transforms.
-
-    It is on the mean absolute difference, a share of the range of grey levels: here of the values
-    that the digest keeps, and of its statistics.
+    """As `faults`, for the bound on tensor implementations of Pillow's transforms: on the mean
+    absolute difference of the digest's values and statistics, a share of the range of grey levels.
     """
     if not bound.tensor:
         return faults(got.value, want, bound, name)
@@ -177,10 +166,9 @@ def tensor_faults(got, want, bound, name):
 
 
 def slack_of(want, bound):
-    """{statistic: how far that of a digest may be off}, and the bound on single values.
-
-    What the fixture spells out, else what the bound on each value implies: errors of at most
-    atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x), the norm by √n times it.
+    """{statistic: how far that of a digest may be off}, and the bound on single values: as spelled
+    out, else errors of at most atol + rtol·|x_i| move mean and std by at most atol + rtol·rms(x),
+    the norm by √n times it.
     """
     rtol, atol, norm_rtol, atol_std, _ = bound
     typical = atol + rtol * rms(want)
@@ -194,10 +182,9 @@ def slack_of(want, bound):
 
 
 def digest_faults(got, want, bound, at, moved=0.0):
-    """As `faults`, of an array and a digest. moved: what the values may be off beside the bound.
-
-    The probe, a sum of the values times fixed random numbers, sees what the statistics do not, as
-    values in another order. Off as the values may be, it is off by about as much as the norm.
+    """As `faults`, of an array and a digest. moved: what values may be off beside the bound. The
+    probe, a sum of the values times fixed random numbers, sees values in another order. Off as they
+    may be, it is off by about as much as the norm.
     """
     ours, (slack, each), moved = digest(got), slack_of(want, bound), torch.as_tensor(moved)
     each = each._replace(atol=each.atol + float(moved.max()))

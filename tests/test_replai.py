@@ -481,6 +481,16 @@ def test_training_clips_lie_anywhere_in_their_action_and_test_clips_evenly(kitch
         assert numbers(clip) == [first + j for j in replai.subsample(12, 8)]
 
 
+def test_clips_of_an_action_are_averaged_after_the_softmax_and_training_flips_half():
+    task, verb, noun = replai.LinearProbe(2, 10), random(6, 97), random(6, 300)
+    task.forward = lambda _: (verb, noun)
+    got = task.predict(None, {"clip": torch.zeros(2, 3, 3, 1, 1, 1)})
+    torch.testing.assert_close(got["verb"], verb.view(2, 3, 97).softmax(2).mean(1).log())
+    ramp = np.arange(48, dtype=np.uint8)[None, None, :, None].repeat(40, 1).repeat(3, 3)
+    clips = (replai.augment(ramp, np.random.default_rng(k), 32, 40)[0, 0, 0] for k in range(20))
+    assert {bool(row[0] < row[-1]) for row in clips} == {True, False}
+
+
 def slow_hits(p, labels, k, rows):
     """Percent of these rows whose label is among the k likeliest.    p: [{label: probability}]"""
     right = [label in sorted(x, key=x.get, reverse=True)[:k]

@@ -1,8 +1,6 @@
-"""What holds for every stage of every script: it ends well, continues after SIGKILL with the same
-weights, draws the same samples and scores each item once on any number of processes, stops at NaN,
-and ends with one line if the user made a mistake.
-
-All stages run on the small world of world.py, each from the files that earlier stages have left.
+"""What holds for every stage: it continues after SIGKILL to the same weights, has the rates of its
+schedule, scores each item once on any number of processes, stops at NaN, and ends with one line if
+the user made a mistake. Stages run on the small world of world.py, from files that others left.
 """
 
 import argparse
@@ -36,7 +34,7 @@ KINETICS = "ssdet_coarsefine {} --data DATA/kinetics400 --crop 32 --num_frames 8
 CHARADES = "ssdet_coarsefine {} --dataset charades --data DATA/charades --crop 32 --num_frames 8"
 TRAIN = {          # name: script and flags; DATA, RUNS and OUT are folders
     "pretrain": EGO4D,
-    "pretrain_epic": EPIC,
+    "pretrain_epic": f"{EPIC} --clr_coeff 0.25",
     "linear": f"{EPIC} --stage linear --init RUNS/pretrain/last.pt",
     "recognition": f"{EGO4D} --stage recognition --init none --limit 13",
     "anticipation": f"{EGO4D} --stage anticipation --init none --limit 13",
@@ -145,7 +143,7 @@ def one_error(r, code=1):
     return errors[0][7:]
 
 
-# ---- killed and started again --------------------------------------------------------------------
+# ---- killed and started again, and on any number of processes ------------------------------------
 
 @pytest.mark.parametrize("name, n", [*((x, 1) for x in TRAIN), *((x, 2) for x in PRETRAINING)])
 def test_a_killed_training_ends_in_the_same_weights(name, n, data, runs, tmp_path):
@@ -174,16 +172,6 @@ def test_a_killed_preparation_goes_on_where_it_was(name, data, runs, tmp_path):
     assert r.code == 0 and done.items() <= {p: p.stat().st_mtime_ns for p in out.rglob("*")}.items()
     assert_same(contents(runs / name, "metrics.json"), contents(out, "metrics.json"), 1e-5)
 
-
-def test_a_finished_run_trains_nothing_and_scores_anew(data, runs, tmp_path):
-    for name in ("linear", "f2c", "fine"):
-        shutil.copytree(runs / name, tmp_path / name)
-        (tmp_path / name / "metrics.json").unlink()
-        assert run(name, tmp_path / name, data, runs).code == 0
-        assert_same(contents(runs / name), contents(tmp_path / name))
-
-
-# ---- any number of processes ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, n", [
     *((name, 3) for name in [*SCORE, *TRAIN] if not name.startswith("pretrain")),
@@ -226,6 +214,45 @@ def test_nan_between_two_checks_never_reaches_a_checkpoint(name, n, before, word
     r = run(name, tmp_path / "out", data, runs, "--log_every", 3, "--save_every", 100, n=n,
             before=before)
     assert word in one_error(r) and not [*(tmp_path / "out").glob("*.pt")]
+
+
+# ---- what the loops do ---------------------------------------------------------------------------
+
+COSINE = [[(1 + math.cos(math.pi * k / 4)) / 2] for k in range(4)]
+CYCLE = np.array(running.MODULES[0].one_cycle(0.01, 2)).repeat(2, 0)      # (rate, momentum)
+GROUPS = {         # name: rates (steps, groups), weight decay and momentum of each group
+    "pretrain": (CYCLE[:, :1], [1e-4], CYCLE[:, 1:]),
+    "linear": (0.05 * np.array([[1, 1], [1, 1], [0.01, 0.01], [0.01, 0.01]]), [0, 0], 0.9),
+    "statechange": (0.01 * np.repeat(COSINE, 2, 1), [1e-4, 0], 0.9),
+    "cpc": (1e-3 * np.array([[1], [1], [0.5], [0.5]]), [1e-5], 0),
+    "cpc_finetune": (np.array([[1], [1], [0.1], [0.1]]) * [5e-3, 5e-4], [1e-5] * 2, 0),
+    "cpc_probe": ([[5e-3]], [1e-5], 0),
+    "f2c": ([[1e-3], [1e-3], [5.005e-4], [5.005e-4]], [1e-4], 0),         # down to 1e-6
+    "ssdet": (np.array(COSINE) * [[1], [2], [3], [4]] / 20 * [0.01, 0.1], [5e-5] * 2, 0.9),
+    "fine": (np.array(COSINE) * [0.01, 0.1], [1e-5] * 2, 0.9),
+    "coarse": (np.array(COSINE) * [0.005, 0.5], [1e-5] * 2, 0.9)}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_each_step_has_the_rates_of_its_schedule(name, data, runs, tmp_path):
+    r = run(name, tmp_path / "out", data, runs, before=running.told)
+    groups = [json.loads(line[7:]) for line in r.out.splitlines() if line.startswith("groups ")]
+    want = np.broadcast_arrays(*GROUPS[name], np.zeros((4, len(groups[-1]))))[:3]
+    assert np.allclose(groups[-4:], np.stack(want, 2), rtol=1e-6, atol=0), groups
+
+
+@pytest.mark.parametrize("name, key, sign", [
+    ("cpc", "top1", 1), ("f2c", "top1", 1), ("f2c2v", "top1", 1), ("recognition", "noun@1", 1),
+    ("statechange", "StCC acc", 1), ("anticipation", "verb ED@20", -1), ("fine", "mAP", 1)])
+def test_the_best_epoch_of_the_validation_set_is_kept(name, key, sign, runs):
+    rows = map(json.loads, (runs / name / "log.jsonl").read_text().splitlines())
+    rows = [row for row in rows if f"val_{key}" in row]
+    best = max(rows, key=lambda row: sign * row[f"val_{key}"])
+    saved = torch.load(runs / name / "best.pt", weights_only=True)
+    assert len(rows) == 2 and saved["step"] == best["step"] + 1
+    metrics = json.loads((runs / name / "metrics.json").read_text())
+    found = {metrics.get(k) for k in (key, f"val_{key}", f"best_val_{key}")} - {None}
+    assert min(abs(x - best[f"val_{key}"]) for x in found) < 1e-3, (metrics, rows)
 
 
 # ---- the order of samples ------------------------------------------------------------------------
@@ -284,12 +311,9 @@ def test_what_is_wrong_is_refused_not_guessed(tmp_path):
         common.resume(path, args, 3, model=torch.nn.Linear(3, 2))
     with pytest.raises(UserError, match=r"last.pt/x: cannot be written \(.*last.pt"):
         common.write(path / "x", "")
-
-
-def test_lines_are_counted_as_an_editor_does(tmp_path):
-    (tmp_path / "a.csv").write_text('name,n\n"two\nlines",1\nlast,one\n')
-    with pytest.raises(UserError, match="a.csv:4: invalid literal"):
-        common.read_table(tmp_path / "a.csv", lambda row: int(row["n"]))
+    with pytest.raises(UserError, match="x: cannot be written"):
+        common.write(tmp_path / "x", lambda f: f.write(b"half") and torch.save({}, "/dev/full"))
+    assert [p.name for p in tmp_path.glob("x*")] == []        # not even a part of it
 
 
 # ---- broken videos and lists ---------------------------------------------------------------------

@@ -277,7 +277,7 @@ def test_evaluation_takes_the_flags_of_a_checkpoint_unless_they_contradict(tmp_p
             sc.with_flags_of(args, path)
 
 
-# ---- Coarse-Fine ---------------------------------------------------------------------------------
+# ---- Coarse-Fine and schedules -------------------------------------------------------------------
 
 def test_fine_features_are_4_steps_apart_and_mixed_as_if_maps_were_resized_first():
     G = sc.gaussian(torch.tensor([0, 2]), torch.tensor([9, 6]), 9, L=2)
@@ -296,8 +296,6 @@ def test_the_coarse_stream_also_pools_by_the_maximum_and_goes_without_fusion():
         z = sc.Coarse("tiny", 4, "max", "none").eval()(torch.randn(1, 3, 8, 64, 64))
     assert z.shape == (1, 4, 2)
 
-
-# ---- schedules -----------------------------------------------------------------------------------
 
 def plan_of(multigrid, steps):
     return sc.step_shapes(sc.parse_args(
@@ -327,13 +325,11 @@ def test_a_plan_of_the_authors_schedule_trains_1_5_times_the_epochs_in_fewer_ste
     assert base == sorted(base, reverse=True) and set(base) == {0, -1, -2, -3}
 
 
-def test_rates_fall_at_milestones_by_a_cosine_or_on_a_plateau():
+def test_rates_fall_at_milestones_or_on_a_plateau():
     args = sc.parse_args("--stage finetune --lr 1".split())
     assert [round(sc.learning_rate(args, k, 10), 6) for k in (0, 2, 3, 4, 5, 9)] == [
         1, 1, 0.1, 0.01, 0.001, 0.001]                        # x0.1 at 30, 40 and 50 %
-    args.schedule, args.milestones = "cosine", []
-    assert sc.learning_rate(args, 5, 10) == pytest.approx(0.5)
-    args.schedule = "plateau"
+    args.schedule, args.milestones = "plateau", []
     assert sc.learning_rate(args, 5, 10, [1.0] * 12) == pytest.approx(0.1)
 
 
@@ -391,6 +387,44 @@ def test_the_25_frames_are_the_nearest_and_actions_include_their_ends():
             assert far[frame] <= far.min() + 1e-9
     labels = sc.localization_labels([(0, 4.0, 8.0), (2, 8.0, 8.0), (1, 7.5, 7.9)], 25.0, 3)
     assert np.argwhere(labels.T).tolist() == [*([0, j] for j in range(4, 9)), [2, 8]]
+
+
+def test_an_ensemble_is_the_mean_of_all_networks_and_chunks_keep_their_place(monkeypatch):
+    starts, batch = [], sc.collate([{
+        "clip": torch.zeros(3, 9, 4, 4), "fine": torch.zeros(3, 5, 4, 4), "start": -2,
+        "label": torch.zeros(2, 90), "video_frames": 90, "label_frames": 90, "seconds": 3.0}])
+
+    def model(x, fine, valid, start, k=1):
+        starts.append(int(start))
+        return k * torch.ones(1, 2, x.shape[2])
+    monkeypatch.setattr(sc, "chunks", lambda T: [(0, 4), (4, T)])
+    monkeypatch.setattr(common, "predict", lambda a, d, s, network, *_, **__: network(batch))
+    got = sc.detect(sc.parse_args(f"{FINETUNE} two".split()), "cpu", [model, partial(model, k=3)],
+                    [], ["a", "b"], "")
+    assert (got["logits"] == 2).all() and starts == [-2, -2, 2, 2]
+
+
+def test_three_clips_vote_and_background_is_no_answer(monkeypatch):
+    z = torch.tensor([[9.0, 2, 1], [9, 0, 4], [9, 0, 4]])[..., None].expand(-1, -1, 2)
+    batch = {"clip": torch.zeros(1, 3, 3, 2, 4, 4), "label": torch.tensor([1])}
+    monkeypatch.setattr(common, "predict", lambda a, d, s, network, *_, **__: network(batch))
+    found = sc.evaluate_kinetics(sc.parse_args(["--tiny"]), "cpu", lambda x: z, [])
+    assert found == {"val_top1": 100, "val_frames": pytest.approx(200 / 3)}
+
+
+def test_features_of_another_form_or_network_are_named(tmp_path):
+    args, x = sc.parse_args(f"{FINETUNE} coarse --features {tmp_path}".split()), torch.zeros(1, 12)
+    for level in sc.LEVELS:
+        world.text(tmp_path / level / "a", "")
+        torch.save(x.view(1, 12, 1, 1, 1), tmp_path / level / "a")
+    assert sc.read_features(args, "a")["conv5"].shape == (12, 1, 1, 1)
+    for wrong in (x.view(2, 6, 1, 1, 1), x.view(12, 1, 1, 1), {"a": x}, None):
+        torch.save(wrong, tmp_path / "layer3/a")
+        with pytest.raises(UserError, match=f"^{tmp_path}/layer3/a: "):
+            sc.read_features(args, "a")
+    world.text(tmp_path / "about.json", '{"stride": 10, "version": "tiny"}')
+    with pytest.raises(UserError, match="about.json: these features are of --version tiny"):
+        sc.check_features(args)
 
 
 def test_a_submission_lacks_rows_and_has_some_twice(tmp_path, capsys):
@@ -578,13 +612,13 @@ def test_annotations_of_the_official_size_are_read(dataset, form, tmp_path, caps
 def test_a_stray_file_hides_no_video_and_missing_ones_are_left_out_in_training(tmp_path, capsys):
     for split in ("train", "test"):
         world.text(tmp_path / f"Charades/Charades_v1_{split}.csv", "id,actions,length",
-                   *(f"{split}{k},,9" for k in range(3)))
+                   *(f"{split}{k},,9" for k in (0, 1, 2, 0)))             # one is there twice
         for k in range(3):
             world.text(tmp_path / f"Charades_v1/{split}{k}.mp4", "")
     world.text(tmp_path / "test0.mp4", "")                    # the stray file
     world.text(tmp_path / "Charades_v1_features_rgb/test0/test0-000001.txt", "")
     args, names = sc.parse_args(EVALUATE.format("charades", tmp_path).split()), ["Hold"]
-    assert all(v.path.is_file() for v in sc.read_videos(args, "test", names))
+    assert [v.path.is_file() for v in sc.read_videos(args, "test", names)] == [True] * 3
     (tmp_path / "Charades_v1/train2.mp4").unlink()
     assert [v.name for v in sc.read_videos(args, "train", names)] == ["train0", "train1"]
     assert "1 of them are missing, such as train2" in capsys.readouterr().out

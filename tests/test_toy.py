@@ -118,7 +118,7 @@ def test_windows_of_state_change_hold_one_strike_or_none(ego4d, split):
     assert abs(np.mean(lengths[True]) - np.mean(lengths[False])) < 0.4
 
 
-# ---- actions -----------------------------------------------------------------------------------
+# ---- actions, mishaps and deeds ------------------------------------------------------------------
 
 def test_a_frame_of_an_action_does_not_tell_it_and_the_order_of_two_does():
     names, clips, changes = list(toy.UCF_MOTIONS.values()), [], []
@@ -140,8 +140,6 @@ def test_a_frame_of_an_action_does_not_tell_it_and_the_order_of_two_does():
     assert accuracy(train, (u, z)) > 0.40
     assert accuracy(train, (-u, partner[z])) > 0.40           # backwards it is its partner
 
-
-# ---- mishaps -----------------------------------------------------------------------------------
 
 def jerks(video):
     """[(mean acceleration of the object in a second, is it from after?)], every half second."""
@@ -171,8 +169,6 @@ def test_a_frame_of_a_mishap_does_not_tell_before_from_after_and_a_second_does(t
     best = max(value, key=lambda v: ((value > v) == after).mean())
     assert ((tested > best) == truth).mean() > 0.95
 
-
-# ---- deeds -------------------------------------------------------------------------------------
 
 def statistics(frames):
     """What moves in some frames: rates of its place, size and angle, and how often they turn."""

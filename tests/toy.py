@@ -3,9 +3,8 @@
     python tests/toy.py --out data/toy                all of them, a minute on two cores
     python tests/toy.py --out data/toy epic ego4d     two of them
 
-Every dataset shows one of four worlds. A single frame tells nothing about the class there: place,
-size, angle, colours and ground are random, and alike for all classes. What tells the class is how
-something moves, how it changes and how it sounds.
+Four worlds, in which a single frame tells nothing: place, size, angle, colours, ground are random
+and alike for all classes. What tells the class is how something moves, changes and sounds.
 
 strikes   EPIC-KITCHENS-100, Ego4D. A hand strikes an object, which changes, with a sound. The verb
           is what changes (it moves up or down, grows, shrinks, shakes, spins) and the pitch. The
