@@ -756,7 +756,7 @@ def normalize(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> t
 # ---- samples of a training step ------------------------------------------------------------------
 
 class Samples(Dataset):
-    """Sample i is make(args, items, i, rng, *extra), in training a dictionary; rng: NumPy's.
+    """Sample i is make(args, items, i, rng, *extra), in training a dictionary; rng is NumPy's.
 
     Its key is i in evaluation and (epoch, *extra, i) in training. rng is fixed by --seed, the epoch
     and i alone, so a sample is the same in any worker, on any rank and after a restart. In training

@@ -1350,6 +1350,8 @@ def recipe(chosen):
                    "log_every": 5, "save_every": 20, "init": "none", **TINY.get(stage, {})}
     elif stage in TINY and stage != "pretrain":
         values["init"] = f"runs/replai_{dataset}_pretrain/last.pt"
+    if stage in ("moments", "convert"):
+        values["batch_size"] = None                           # nothing is trained
     return values
 
 
