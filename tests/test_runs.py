@@ -241,6 +241,13 @@ def test_each_step_has_the_rates_of_its_schedule(name, data, runs, tmp_path):
     assert np.allclose(groups[-4:], np.stack(want, 2), rtol=1e-6, atol=0), groups
 
 
+def test_the_losses_of_replai_have_their_weights(runs):
+    for name, share in ("pretrain", 0.5), ("pretrain_epic", 0.25):        # --clr_coeff
+        for line in (runs / name / "log.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            assert row["loss"] == pytest.approx(share * row["avc"] + row["astc"] / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("name, key, sign", [
     ("cpc", "top1", 1), ("f2c", "top1", 1), ("f2c2v", "top1", 1), ("recognition", "noun@1", 1),
     ("statechange", "StCC acc", 1), ("anticipation", "verb ED@20", -1), ("fine", "mAP", 1)])
