@@ -892,7 +892,7 @@ def read_features(args, name):
     for level in LEVELS:
         with common.reading(args.features / level / name):
             x, = common.load_checkpoint(args.features / level / name)     # ValueError if not one
-            maps[level] = x[:, :args.feature_cap, :GRID, :GRID].float()
+            maps[level] = x[:, :args.feature_cap, :, :].float()           # IndexError if not 4-D
     return maps
 
 
@@ -1172,8 +1172,8 @@ def make_clip(args, videos, i, rng, classes, whole=False):
         numbers, end = video_frames(film.length, stride, args.stream in ("x3d", "two"))
         crop = ()                                             # the centre square
     else:
-        last = (span + 1, 1) if args.stream == "x3d" else (span, stride)             # as released
-        start = int(rng.integers(0, max_start(film.length, *last) + 1))
+        size = (span + 1, 1) if args.stream == "x3d" else (span, stride)      # as their releases
+        start = int(rng.integers(0, max_start(film.length, *size) + 1))
         fine_start = int(rng.integers(0, start + 1))
         numbers, end = clip_frames(film.length, start, span, stride), start + span
         crop = draw_crop(args, rng)                           # the same for both streams
