@@ -103,7 +103,7 @@ def double_flip(rng, T, size):
 
 
 def random_speed_point(rng, normal, fast):
-    """The end of `normal`, then the start of `fast`, which as released may be normal, too."""
+    """The end of `normal`, then the start of `fast`; as released, that may have normal speed."""
     offset = rng.integers(5, len(normal) - 4)
     return np.concatenate([normal, fast])[offset:offset + len(normal)]
 
